@@ -1,0 +1,311 @@
+//! One HTTP request, with its redirects: where they may lead, what goes with them, and what an
+//! answer that is no success means.
+//!
+//! An `Authorization` header goes to the origin (scheme, host and port) it was meant for and is
+//! dropped for good by the first redirect that leaves it. Plain HTTP is spoken to named hosts
+//! only. It does not know what is asked for, and does not try again.
+
+use std::collections::BTreeSet;
+use std::error::Error as _;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{Method, Response, Url};
+use serde::Deserialize;
+
+use crate::error::PullError;
+use crate::manifest::shown;
+use crate::options::ClientOptions;
+use crate::retry::retry_after;
+
+/// The HTTP client with the rules above.
+#[derive(Debug)]
+pub(crate) struct Transport {
+    http: reqwest::Client,
+    plain_http: BTreeSet<String>,
+    response_timeout: Duration,
+    stall_timeout: Duration,
+    redirects_max: usize,
+}
+
+/// A request, complete but for its `Authorization`.
+pub(crate) struct Request<'a> {
+    pub(crate) method: Method,
+    pub(crate) url: Url,
+    pub(crate) headers: HeaderMap,
+    pub(crate) authorization: Option<&'a HeaderValue>,
+    pub(crate) body: Option<String>,
+    /// What is asked for, for errors.
+    pub(crate) what: &'a str,
+}
+
+/// An answer, and whether it comes from the origin that was asked.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) response: Response,
+    pub(crate) is_home: bool,
+    pub(crate) host: String,
+}
+
+impl Transport {
+    pub(crate) fn new(options: &ClientOptions) -> Result<Transport, PullError> {
+        let mut builder = reqwest::Client::builder()
+            .user_agent(options.user_agent.as_str())
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .connect_timeout(options.timeouts.connect)
+            .tls_certs_merge(certificates(&options.extra_ca_pem)?);
+        if !options.system_proxy {
+            builder = builder.no_proxy();
+        }
+        let http =
+            builder.build().map_err(|source| PullError::Client { source: source.without_url() })?;
+        Ok(Transport {
+            http,
+            plain_http: options.plain_http.iter().map(|h| h.to_ascii_lowercase()).collect(),
+            response_timeout: options.timeouts.response,
+            stall_timeout: options.timeouts.stall,
+            redirects_max: options.limits.redirects_max,
+        })
+    }
+
+    /// The origin of a host as users write it: plain HTTP if it is named so, else TLS.
+    pub(crate) fn origin(&self, host: &str) -> Option<Url> {
+        let scheme = if self.names(host) { "http" } else { "https" };
+        Url::parse(&format!("{scheme}://{host}/")).ok()
+    }
+
+    fn names(&self, host: &str) -> bool {
+        self.plain_http.contains(&host.to_ascii_lowercase())
+    }
+
+    /// Whether plain HTTP may be spoken with the host of this URL. A name without a port stands
+    /// for port 80.
+    pub(crate) fn may_be_plain(&self, url: &Url) -> bool {
+        let host = url.host_str().unwrap_or_default();
+        let port = url.port_or_known_default().unwrap_or_default();
+        self.names(&format!("{host}:{port}")) || (port == 80 && self.names(host))
+    }
+
+    /// Sends a request and follows its redirects. Any status comes back as an answer.
+    pub(crate) async fn send(&self, request: Request<'_>) -> Result<Answer, PullError> {
+        let home = request.url.clone();
+        let mut url = request.url.clone();
+        let mut is_home = true;
+        for _ in 0..=self.redirects_max {
+            let response = self.send_once(&request, &url, is_home).await?;
+            let Some(target) = self.redirect(&request, &url, &response)? else {
+                let host = host_of(&url);
+                return Ok(Answer { response, is_home, host });
+            };
+            is_home = is_home && same_origin(&home, &target);
+            url = target;
+        }
+        Err(PullError::TooManyRedirects { host: host_of(&home), limit: self.redirects_max })
+    }
+
+    async fn send_once(
+        &self,
+        request: &Request<'_>,
+        url: &Url,
+        is_home: bool,
+    ) -> Result<Response, PullError> {
+        let mut headers = request.headers.clone();
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(authorization) = request.authorization.filter(|_| is_home) {
+            headers.insert(AUTHORIZATION, authorization.clone());
+        }
+        let mut builder = self.http.request(request.method.clone(), url.clone()).headers(headers);
+        if let Some(body) = &request.body {
+            builder = builder.body(body.clone());
+        }
+        let host = host_of(url);
+        match tokio::time::timeout(self.response_timeout, builder.send()).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(connection_error(host, error.without_url())),
+            Err(_elapsed) => Err(PullError::Timeout {
+                host,
+                what: request.what.to_owned(),
+                waited: self.response_timeout,
+            }),
+        }
+    }
+
+    /// Where a response leads, if it is a redirect, and whether we go there.
+    fn redirect(
+        &self,
+        request: &Request<'_>,
+        from: &Url,
+        response: &Response,
+    ) -> Result<Option<Url>, PullError> {
+        if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+            return Ok(None);
+        }
+        let host = host_of(from);
+        let senseless = |reason: &str| PullError::Protocol {
+            host: host.clone(),
+            what: request.what.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+        let location = location.ok_or_else(|| senseless("a redirect without a target"))?;
+        let mut target =
+            from.join(location).map_err(|_| senseless("a redirect to something that is no URL"))?;
+        // The HTTP library would turn these into an Authorization header.
+        let cleared = target.set_username("").and_then(|()| target.set_password(None));
+        cleared.map_err(|()| senseless("a redirect to something that is no web address"))?;
+        let refused = |reason| PullError::RedirectRefused {
+            host: host.clone(),
+            target: host_of(&target),
+            reason,
+        };
+        if request.method != Method::GET {
+            return Err(refused("only reading requests are redirected"));
+        }
+        match target.scheme() {
+            "https" => Ok(Some(target)),
+            "http" if self.may_be_plain(&target) => Ok(Some(target)),
+            "http" => Err(refused("it is plain HTTP to a host that is not named for it")),
+            _ => Err(refused("it is neither https nor http")),
+        }
+    }
+
+    /// The next bytes of a body; none at its end.
+    pub(crate) async fn chunk(
+        &self,
+        response: &mut Response,
+        host: &str,
+        what: &str,
+        received_bytes: u64,
+    ) -> Result<Option<Bytes>, PullError> {
+        match tokio::time::timeout(self.stall_timeout, response.chunk()).await {
+            Ok(Ok(chunk)) => Ok(chunk),
+            Ok(Err(error)) => Err(PullError::Cut {
+                host: host.to_owned(),
+                what: what.to_owned(),
+                received_bytes,
+                source: Some(error.without_url()),
+            }),
+            Err(_elapsed) => Err(PullError::Timeout {
+                host: host.to_owned(),
+                what: what.to_owned(),
+                waited: self.stall_timeout,
+            }),
+        }
+    }
+
+    /// A whole body of at most `bytes_max`.
+    pub(crate) async fn body(
+        &self,
+        answer: &mut Answer,
+        what: &str,
+        bytes_max: u64,
+    ) -> Result<Bytes, PullError> {
+        let too_large = || PullError::TooLarge { what: what.to_owned(), bytes_max };
+        if answer.response.content_length().is_some_and(|length| length > bytes_max) {
+            return Err(too_large());
+        }
+        let mut body = BytesMut::new();
+        loop {
+            let received = body.len() as u64;
+            let chunk = self.chunk(&mut answer.response, &answer.host, what, received).await?;
+            let Some(chunk) = chunk else { return Ok(body.freeze()) };
+            if received + chunk.len() as u64 > bytes_max {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&chunk);
+        }
+    }
+
+    /// The error that an answer without success stands for.
+    pub(crate) async fn refusal(&self, mut answer: Answer, what: &str, sent: bool) -> PullError {
+        let status = answer.response.status().as_u16();
+        let retry_after = retry_after(answer.response.headers());
+        let message = self.message(&mut answer).await;
+        let Answer { host, is_home, .. } = answer;
+        let what = what.to_owned();
+        match status {
+            401 | 403 if is_home => {
+                PullError::Unauthorized { host, what, sent_credentials: sent, message }
+            }
+            404 => PullError::NotFound { host, what, message },
+            429 => PullError::RateLimited { host, retry_after, message },
+            _ => PullError::Status { host, status, what, retry_after, message },
+        }
+    }
+
+    /// What a registry says about its refusal (distribution spec, "Error Codes").
+    async fn message(&self, answer: &mut Answer) -> String {
+        #[derive(Deserialize)]
+        struct Body {
+            errors: Vec<Entry>,
+        }
+        #[derive(Deserialize)]
+        struct Entry {
+            #[serde(default)]
+            code: String,
+            #[serde(default)]
+            message: String,
+        }
+        let body = self.body(answer, "an error message", 64 << 10).await.unwrap_or_default();
+        let parsed: Option<Body> = serde_json::from_slice(&body).ok();
+        let first = parsed.and_then(|body| body.errors.into_iter().next());
+        first.map_or_else(String::new, |entry| {
+            let Entry { code, message } = entry;
+            shown(if message.is_empty() { &code } else { &message })
+        })
+    }
+}
+
+/// Extra certificate authorities, each checked here so that the error names the option.
+fn certificates(pems: &[Vec<u8>]) -> Result<Vec<reqwest::Certificate>, PullError> {
+    let mut certificates = Vec::new();
+    for pem in pems {
+        let bundle = reqwest::Certificate::from_pem_bundle(pem).unwrap_or_default();
+        if bundle.is_empty() {
+            let reason = "it holds no PEM certificate".to_owned();
+            return Err(PullError::Option { option: "extra CA", reason });
+        }
+        certificates.extend(bundle);
+    }
+    Ok(certificates)
+}
+
+/// `host[:port]` of a URL, and nothing else of it.
+pub(crate) fn host_of(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
+}
+
+pub(crate) fn same_origin(one: &Url, other: &Url) -> bool {
+    one.origin() == other.origin()
+}
+
+/// Tells a certificate and a server without TLS from a network that does not work.
+fn connection_error(host: String, source: reqwest::Error) -> PullError {
+    match tls_error(&source) {
+        Some(rustls::Error::InvalidCertificate(_)) => PullError::Certificate { host, source },
+        Some(rustls::Error::InvalidMessage(_)) => PullError::PlainHttpServer { host, source },
+        Some(_) | None => PullError::Connect { host, source },
+    }
+}
+
+fn tls_error(error: &reqwest::Error) -> Option<rustls::Error> {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+            return Some(error.clone());
+        }
+        let io = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        if let Some(error) = io.and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            return Some(error.clone());
+        }
+        cause = error.source();
+    }
+    None
+}
