@@ -1,0 +1,315 @@
+//! PAX extended headers: length-checked records (POSIX.1-2017 `pax`, "pax Extended Header")
+//! and the few keys that mean something to an image. Knows nothing of the entry they belong to.
+
+use std::collections::BTreeMap;
+
+use ext4::Timestamp;
+
+use crate::sparse::{self, decimal};
+use crate::{Limits, TarProblem, xattr};
+
+/// What one extended header overrides. An empty value leaves the header's own, as Go's
+/// `archive/tar` has it, and with it Docker, containerd and skopeo.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pax {
+    pub(crate) path: Option<Vec<u8>>,
+    pub(crate) link_path: Option<Vec<u8>>,
+    pub(crate) size: Option<u64>,
+    pub(crate) uid: Option<u32>,
+    pub(crate) gid: Option<u32>,
+    pub(crate) mtime: Option<Timestamp>,
+    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(crate) sparse: sparse::Records,
+}
+
+impl Pax {
+    /// Reads all records of a header's data.
+    pub(crate) fn parse(mut data: &[u8], limits: &Limits) -> Result<Self, TarProblem> {
+        let mut pax = Self::default();
+        while !data.is_empty() {
+            let (key, value, rest) = record(data).ok_or(TarProblem::PaxRecord)?;
+            pax.apply(key, value)?;
+            data = rest;
+        }
+        let bytes: usize = pax.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if bytes > limits.xattr_bytes_max {
+            return Err(TarProblem::XattrBytes(limits.xattr_bytes_max));
+        }
+        if pax.xattrs.len() > limits.xattrs_max {
+            return Err(TarProblem::Xattrs(limits.xattrs_max));
+        }
+        Ok(pax)
+    }
+
+    fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarProblem> {
+        if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+            return self.xattr(name.to_vec(), value.to_vec(), true);
+        }
+        if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
+            let name = url_decode(name).ok_or(TarProblem::PaxRecord)?;
+            let value = base64_decode(value).ok_or(TarProblem::PaxRecord)?;
+            return self.xattr(name, value, false);
+        }
+        if let Some(name) = key.strip_prefix(b"GNU.sparse.") {
+            return self.sparse(name, value);
+        }
+        if value.is_empty() {
+            return Ok(());
+        }
+        match key {
+            b"path" => self.path = Some(without_nul(value)?),
+            b"linkpath" => self.link_path = Some(without_nul(value)?),
+            b"size" => self.size = Some(number(value)?),
+            b"uid" => self.uid = Some(owner(value)?),
+            b"gid" => self.gid = Some(owner(value)?),
+            b"mtime" => self.mtime = Some(timestamp(value).ok_or(TarProblem::PaxNumber)?),
+            // atime, ctime, comment, uname, gname, hdrcharset, vendors' own.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// `SCHILY.xattr` has the bytes as they are, so it wins over libarchive's copy.
+    fn xattr(&mut self, name: Vec<u8>, value: Vec<u8>, wins: bool) -> Result<(), TarProblem> {
+        if name.is_empty() || name.len() > 255 || name.contains(&0) {
+            return Err(TarProblem::XattrName);
+        }
+        if xattr::is_kept(&name) {
+            if wins {
+                self.xattrs.insert(name, value);
+            } else {
+                self.xattrs.entry(name).or_insert(value);
+            }
+        }
+        Ok(())
+    }
+
+    fn sparse(&mut self, name: &[u8], value: &[u8]) -> Result<(), TarProblem> {
+        let records = &mut self.sparse;
+        match name {
+            b"major" => records.major = Some(value.to_vec()),
+            b"minor" => records.minor = Some(value.to_vec()),
+            b"name" if !value.is_empty() => records.name = Some(without_nul(value)?),
+            b"size" => records.size = Some(number(value)?),
+            b"realsize" => records.real_size = Some(number(value)?),
+            b"map" => records.map = Some(value.to_vec()),
+            b"offset" if records.pairs.len().is_multiple_of(2) => {
+                records.pairs.push(number(value)?);
+            }
+            b"numbytes" if !records.pairs.len().is_multiple_of(2) => {
+                records.pairs.push(number(value)?);
+            }
+            b"offset" | b"numbytes" => return Err(TarProblem::SparseMap),
+            // numblocks counts what follows; we count ourselves.
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// `"LENGTH KEY=VALUE\n"`, where LENGTH counts all of it: key, value and what follows.
+fn record(data: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    const LENGTH_DIGITS_MAX: usize = 20;
+    let space = data.iter().take(LENGTH_DIGITS_MAX + 1).position(|byte| *byte == b' ')?;
+    let length = usize::try_from(decimal(&data[..space])?).ok()?;
+    if length > data.len() {
+        return None;
+    }
+    let (whole, rest) = data.split_at(length);
+    let body = whole.get(space + 1..)?.strip_suffix(b"\n")?;
+    let equals = body.iter().position(|byte| *byte == b'=')?;
+    let (key, value) = (&body[..equals], &body[equals + 1..]);
+    if key.is_empty() || key.contains(&0) { None } else { Some((key, value, rest)) }
+}
+
+fn without_nul(value: &[u8]) -> Result<Vec<u8>, TarProblem> {
+    if value.contains(&0) { Err(TarProblem::PaxRecord) } else { Ok(value.to_vec()) }
+}
+
+fn number(value: &[u8]) -> Result<u64, TarProblem> {
+    decimal(value).filter(|value| i64::try_from(*value).is_ok()).ok_or(TarProblem::PaxNumber)
+}
+
+fn owner(value: &[u8]) -> Result<u32, TarProblem> {
+    u32::try_from(number(value)?).map_err(|_| TarProblem::Owner)
+}
+
+/// `[-]SECONDS[.FRACTION]`; digits after the ninth of the fraction are cut.
+fn timestamp(value: &[u8]) -> Option<Timestamp> {
+    let (negative, value) = match value.strip_prefix(b"-") {
+        Some(rest) => (true, rest),
+        None => (false, value),
+    };
+    let (whole, fraction) = match value.iter().position(|byte| *byte == b'.') {
+        Some(dot) => (&value[..dot], &value[dot + 1..]),
+        None => (value, &[][..]),
+    };
+    if !fraction.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let secs = i64::try_from(decimal(whole)?).ok()?;
+    let nanos = (0..9).fold(0_u32, |nanos, digit| {
+        nanos * 10 + fraction.get(digit).map_or(0, |byte| u32::from(byte - b'0'))
+    });
+    Some(match (negative, nanos) {
+        (false, nanos) => Timestamp { secs, nanos },
+        (true, 0) => Timestamp { secs: -secs, nanos: 0 },
+        (true, nanos) => Timestamp { secs: -secs - 1, nanos: 1_000_000_000 - nanos },
+    })
+}
+
+/// `%XX` becomes a byte, as libarchive writes names.
+fn url_decode(text: &[u8]) -> Option<Vec<u8>> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((first, tail)) = rest.split_first() {
+        if *first == b'%' {
+            let digits = tail.get(..2)?;
+            out.push(hex(digits[0])? << 4 | hex(digits[1])?);
+            rest = &tail[2..];
+        } else {
+            out.push(*first);
+            rest = tail;
+        }
+    }
+    Some(out)
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'f' => Some(digit - b'a' + 10),
+        b'A'..=b'F' => Some(digit - b'A' + 10),
+        _ => None,
+    }
+}
+
+/// Standard base64, with or without padding, as libarchive writes values.
+fn base64_decode(text: &[u8]) -> Option<Vec<u8>> {
+    let end = text.iter().rposition(|byte| *byte != b'=').map_or(0, |last| last + 1);
+    if text.len() - end > 2 || end % 4 == 1 {
+        return None;
+    }
+    let mut out = Vec::with_capacity(end / 4 * 3 + 2);
+    for group in text[..end].chunks(4) {
+        let mut bits = 0_u32;
+        for byte in group {
+            let value = match byte {
+                b'A'..=b'Z' => byte - b'A',
+                b'a'..=b'z' => byte - b'a' + 26,
+                b'0'..=b'9' => byte - b'0' + 52,
+                b'+' => 62,
+                b'/' => 63,
+                _ => return None,
+            };
+            bits = bits << 6 | u32::from(value);
+        }
+        bits <<= 6 * (4 - group.len());
+        out.extend_from_slice(&bits.to_be_bytes()[1..group.len()]);
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(data: &[u8]) -> Result<Pax, TarProblem> {
+        Pax::parse(data, &Limits::default())
+    }
+
+    /// Records with the lengths they should have.
+    fn records(bodies: &[&[u8]]) -> Vec<u8> {
+        let one = |body: &&[u8]| {
+            let rest = [&b" "[..], body, b"\n"].concat();
+            let length = (rest.len() + 1..).find(|n| n.to_string().len() + rest.len() == *n);
+            [length.unwrap().to_string().into_bytes(), rest].concat()
+        };
+        bodies.iter().map(one).collect::<Vec<_>>().concat()
+    }
+
+    #[test]
+    fn records_override_what_the_header_says() {
+        let bodies = ["path=a/b", "linkpath=l", "size=7", "uid=70000", "gid=5", "mtime=17.5"];
+        let pax = parse(&records(&bodies.map(str::as_bytes))).unwrap();
+        assert_eq!(pax.path.as_deref(), Some(&b"a/b"[..]));
+        assert_eq!(pax.link_path.as_deref(), Some(&b"l"[..]));
+        assert_eq!((pax.size, pax.uid, pax.gid), (Some(7), Some(70_000), Some(5)));
+        assert_eq!(pax.mtime, Some(Timestamp { secs: 17, nanos: 500_000_000 }));
+    }
+
+    #[test]
+    fn the_last_of_two_records_with_one_key_counts() {
+        assert_eq!(parse(&records(&[b"path=a", b"path=b"])).unwrap().path.unwrap(), b"b");
+    }
+
+    #[test]
+    fn a_record_whose_length_lies_is_refused() {
+        for bad in [
+            &b"11 path=a/b\n"[..],
+            b"13 path=a/b\n",
+            b"99 path=a/b\n",
+            b" path=a\n",
+            b"12path=a/b\n",
+            b"-12 path=a/b\n",
+            b"99999999999999999999999 path=a\n",
+            b"5 =a\n",
+            b"8 patha\n",
+            b"3 \n",
+            b"0 a=b\n",
+            b"12 path=a\0b\n",
+            b"\0\0\0\0",
+        ] {
+            assert!(parse(bad).is_err(), "{}", bad.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn the_value_of_an_attribute_may_hold_any_bytes() {
+        let pax = parse(&records(&[b"SCHILY.xattr.user.k=\0=\n\xff 1"])).unwrap();
+        assert_eq!(pax.xattrs[&b"user.k"[..]], b"\0=\n\xff 1");
+    }
+
+    #[test]
+    fn an_empty_value_leaves_the_header_alone() {
+        let pax = parse(b"8 path=\n7 uid=\n").unwrap();
+        assert_eq!((pax.path, pax.uid), (None, None));
+    }
+
+    #[test]
+    fn times_before_1970_and_fractions_are_exact() {
+        let time = |text: &str| timestamp(text.as_bytes()).map(|time| (time.secs, time.nanos));
+        assert_eq!(time("1.25"), Some((1, 250_000_000)));
+        assert_eq!(time("-1.25"), Some((-2, 750_000_000)));
+        assert_eq!(time("-0.5"), Some((-1, 500_000_000)));
+        assert_eq!(time("-3"), Some((-3, 0)));
+        assert_eq!(time("7."), Some((7, 0)));
+        assert_eq!(time("7.1234567899"), Some((7, 123_456_789)));
+        for bad in ["", "-", ".5", "1.x", "1e5", "+1", "9223372036854775808", "1.2.3"] {
+            assert_eq!(time(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn attributes_of_libarchive_are_decoded_and_lose_to_schily() {
+        let text = |bodies: &[&str]| {
+            parse(&records(&bodies.iter().map(|body| body.as_bytes()).collect::<Vec<_>>()))
+        };
+        let pax = text(&["LIBARCHIVE.xattr.user.%61b=aGVsbG8"]).unwrap();
+        assert_eq!(pax.xattrs[&b"user.ab"[..]], b"hello");
+        let pax = text(&["SCHILY.xattr.user.a=raw", "LIBARCHIVE.xattr.user.a=aGVsbG8="]).unwrap();
+        assert_eq!(pax.xattrs[&b"user.a"[..]], b"raw");
+        assert!(text(&["LIBARCHIVE.xattr.user.a=a"]).is_err());
+        assert!(text(&["LIBARCHIVE.xattr.user.%6=aGVsbG8"]).is_err());
+        assert!(text(&["LIBARCHIVE.xattr.user.a=a*=="]).is_err());
+    }
+
+    #[test]
+    fn base64_has_its_known_answers() {
+        for (text, bytes) in
+            [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYg", "foob")]
+        {
+            assert_eq!(base64_decode(text.as_bytes()).as_deref(), Some(bytes.as_bytes()), "{text}");
+        }
+    }
+}
