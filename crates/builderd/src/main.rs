@@ -1,1 +1,7 @@
-fn main() {}
+//! The `builderd` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    builderd::command::main()
+}

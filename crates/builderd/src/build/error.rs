@@ -1,0 +1,177 @@
+//! Why a build failed: the step, the cause, whose fault it is, and what to do.
+
+use std::io;
+use std::path::PathBuf;
+
+use ext4::{LayoutError, WriteError};
+use oci::{Digest, PullError};
+use rootfs::{FlattenError, PackError, PackReadError};
+
+use super::Phase;
+use crate::packs::CacheError;
+
+/// Whose fault a failure is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// The request or the image.
+    Yours,
+    /// The builder or its machine.
+    Ours,
+    /// A registry or the network.
+    Upstream,
+}
+
+/// Why a build failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The image could not be resolved or fetched.
+    #[error("cannot pull {image}")]
+    Pull {
+        /// The source as the user named it.
+        image: String,
+        /// Why.
+        source: Box<PullError>,
+    },
+    /// A layer is not what a layer must be.
+    #[error("layer {layer} ({digest}) cannot be read")]
+    Pack {
+        /// Its place from the bottom, from 0.
+        layer: usize,
+        /// Digest of its blob.
+        digest: Digest,
+        /// Why.
+        source: PackError,
+    },
+    /// A pack that was just made, or found good, cannot be read: the disk is at fault.
+    #[error("the pack of layer {layer} ({digest}) cannot be read back")]
+    PackUnread {
+        /// Its place from the bottom, from 0.
+        layer: usize,
+        /// Digest of its blob.
+        digest: Digest,
+        /// Why.
+        source: PackReadError,
+    },
+    /// A layer's content is not what the image's config claims.
+    #[error("layer {layer} ({digest}) unpacks to sha256:{found}, but the image's config claims {claimed}")]
+    DiffId {
+        /// Its place from the bottom, from 0.
+        layer: usize,
+        /// Digest of its blob.
+        digest: Digest,
+        /// What the config says.
+        claimed: Digest,
+        /// What the bytes say, in hex.
+        found: String,
+    },
+    /// The pack cache failed.
+    #[error("the layer cache failed")]
+    Cache(#[from] CacheError),
+    /// The layers do not make a file tree.
+    #[error("the layers do not fit together")]
+    Flatten(#[from] FlattenError),
+    /// The tree does not fit into the image.
+    #[error("the image cannot be laid out")]
+    Layout(#[from] LayoutError),
+    /// The file system's metadata could not be written.
+    #[error("cannot write the file system to {}", path.display())]
+    Write {
+        /// The output.
+        path: PathBuf,
+        /// Why.
+        source: WriteError,
+    },
+    /// The output could not be written.
+    #[error("cannot {action} {}", path.display())]
+    Output {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The machine refused a thread or a runtime.
+    #[error("cannot start a worker for the {} step", phase.as_str())]
+    Worker {
+        /// In which step.
+        phase: Phase,
+        /// Why.
+        source: io::Error,
+    },
+    /// A worker of the build ended without an answer: a bug.
+    #[error("a worker of the {} step stopped without a result", phase.as_str())]
+    WorkerLost {
+        /// In which step.
+        phase: Phase,
+    },
+}
+
+impl BuildError {
+    /// Whose fault it is.
+    #[must_use]
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Pull { source, .. } => match source.blame() {
+                oci::Blame::Yours => Blame::Yours,
+                oci::Blame::Ours => Blame::Ours,
+                oci::Blame::Upstream => Blame::Upstream,
+            },
+            Self::Pack { source: PackError::Write { .. }, .. } => Blame::Ours,
+            Self::Pack { .. } | Self::DiffId { .. } | Self::Flatten(_) | Self::Layout(_) => {
+                Blame::Yours
+            }
+            Self::Cache(_)
+            | Self::PackUnread { .. }
+            | Self::Write { .. }
+            | Self::Output { .. }
+            | Self::Worker { .. }
+            | Self::WorkerLost { .. } => Blame::Ours,
+        }
+    }
+
+    /// What to do about it, where there is something to do.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        if self.is_out_of_space() {
+            return Some(
+                "the disk is full: free space there, prune the cache with `builderd cache prune`, \
+                 or choose another place with --output and --cache-dir"
+                    .to_owned(),
+            );
+        }
+        match self {
+            Self::Pull { source, .. } => source.hint(),
+            Self::DiffId { .. } => Some(
+                "the image is inconsistent: rebuild or push it again; \
+                 nothing of it was kept"
+                    .to_owned(),
+            ),
+            Self::WorkerLost { .. } => Some("please report this as a bug of builderd".to_owned()),
+            Self::Pack { .. }
+            | Self::PackUnread { .. }
+            | Self::Cache(_)
+            | Self::Flatten(_)
+            | Self::Layout(_)
+            | Self::Write { .. }
+            | Self::Output { .. }
+            | Self::Worker { .. } => None,
+        }
+    }
+
+    /// Whether a full disk (or a used-up quota) is the cause.
+    #[must_use]
+    pub fn is_out_of_space(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = cause {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                let kind = error.kind();
+                if kind == io::ErrorKind::StorageFull || kind == io::ErrorKind::QuotaExceeded {
+                    return true;
+                }
+            }
+            cause = error.source();
+        }
+        false
+    }
+}

@@ -1,0 +1,286 @@
+//! Layer blobs → layer packs.
+//!
+//! One network thread (the caller's, on a current-thread runtime) fetches blobs and
+//! hashes them while they stream; a worker thread per layer inflates and packs. The
+//! worker is a pure function of the blob: it gets bytes and writes one file. A pack
+//! is filed only after size, blob digest and `diff_id` all matched, so a half-read
+//! or lying layer never reaches the cache.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::{Buf, Bytes};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use oci::{Fetcher, Image, Layer};
+use rootfs::{Limits, PackSummary};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{BuildError, BuildEvent, BuildSpec, LayerOrigin, Observer, PackStorage, Phase};
+use crate::packs::{Lookup, OpenPack, PackCache, PackKey};
+use crate::staged::Staged;
+
+/// Chunks of a blob that may wait for the worker; hyper's are 8 to 64 KiB each.
+const CHUNKS_IN_FLIGHT: usize = 32;
+/// Least progress between two events of one layer.
+const PROGRESS_STEP_BYTES: u64 = 1 << 20;
+
+/// The packs of an image, bottom first, and what it cost to get them.
+pub(super) struct LayerPacks {
+    pub(super) packs: Vec<OpenPack>,
+    pub(super) cached: usize,
+    pub(super) packed: usize,
+    pub(super) fetched_bytes: u64,
+}
+
+struct Job<'a> {
+    spec: &'a BuildSpec,
+    fetcher: &'a Fetcher,
+    image: &'a Image,
+    observer: &'a dyn Observer,
+    fetched_bytes: AtomicU64,
+}
+
+/// Gets every layer's pack, from the cache or by fetching it, the largest blobs first.
+pub(super) async fn fetch(
+    spec: &BuildSpec,
+    fetcher: &Fetcher,
+    image: &Image,
+    observer: &dyn Observer,
+) -> Result<LayerPacks, BuildError> {
+    let job = Job { spec, fetcher, image, observer, fetched_bytes: AtomicU64::new(0) };
+    let mut order: Vec<usize> = (0..image.layers.len()).collect();
+    order.sort_by_key(|&layer| std::cmp::Reverse(image.layers[layer].size_bytes));
+    let mut found: Vec<(usize, LayerOrigin, OpenPack)> = stream::iter(order)
+        .map(|layer| job.layer(layer))
+        .buffer_unordered(spec.jobs.max(1))
+        .try_collect()
+        .await?;
+    found.sort_by_key(|&(layer, ..)| layer);
+    let cached = found.iter().filter(|(_, origin, _)| *origin == LayerOrigin::Cached).count();
+    Ok(LayerPacks {
+        cached,
+        packed: found.len() - cached,
+        fetched_bytes: job.fetched_bytes.into_inner(),
+        packs: found.into_iter().map(|(.., pack)| pack).collect(),
+    })
+}
+
+impl Job<'_> {
+    async fn layer(&self, index: usize) -> Result<(usize, LayerOrigin, OpenPack), BuildError> {
+        let layer = &self.image.layers[index];
+        let (origin, open) = match &self.spec.packs {
+            PackStorage::Cache { cache, domain, .. } => {
+                let key = PackKey { domain: domain.clone(), digest: layer.digest };
+                self.through_cache(index, layer, cache, key).await?
+            }
+            PackStorage::Temporary => {
+                let directory = self.spec.output_directory();
+                let staged = Staged::create_in(directory).map_err(|source| BuildError::Output {
+                    action: "create a temporary file in",
+                    path: directory.to_owned(),
+                    source,
+                })?;
+                let staged = self.fetch_and_pack(index, layer, staged).await?;
+                // A clone of the descriptor: the file stays nameless and goes with it.
+                let file = staged.file().try_clone().map_err(reopening)?;
+                (LayerOrigin::Packed, open_pack(index, layer, file)?)
+            }
+        };
+        self.check_diff_id(index, layer, &open.diff_id)?;
+        let digest = layer.digest.to_string();
+        self.observer.event(&BuildEvent::LayerReady { layer: index, digest, origin });
+        Ok((index, origin, open))
+    }
+
+    async fn through_cache(
+        &self,
+        index: usize,
+        layer: &Layer,
+        cache: &PackCache,
+        key: PackKey,
+    ) -> Result<(LayerOrigin, OpenPack), BuildError> {
+        if let Some(open) = self.cached(cache, &key).await? {
+            return Ok((LayerOrigin::Cached, open));
+        }
+        let lock = {
+            let (cache, key) = (cache.clone(), key.clone());
+            blocking(move || cache.lock(&key)).await??
+        };
+        // Another process may have made it while we waited for the lock.
+        if let Some(open) = self.cached(cache, &key).await? {
+            return Ok((LayerOrigin::Cached, open));
+        }
+        let staged = self.fetch_and_pack(index, layer, cache.stage(&key)?).await?;
+        let file = cache.commit(&key, staged)?;
+        drop(lock);
+        Ok((LayerOrigin::Packed, open_pack(index, layer, file)?))
+    }
+
+    async fn cached(&self, cache: &PackCache, key: &PackKey) -> Result<Option<OpenPack>, BuildError> {
+        let digest = key.digest;
+        let found = {
+            let (cache, key) = (cache.clone(), key.clone());
+            blocking(move || cache.lookup(&key)).await??
+        };
+        Ok(match found {
+            Lookup::Hit(open) => Some(open),
+            Lookup::Miss => None,
+            Lookup::Damaged(error) => {
+                let message = format!("the cached pack of {digest} was damaged and is made anew: {error}");
+                self.observer.event(&BuildEvent::Warning { message });
+                None
+            }
+        })
+    }
+
+    /// Streams the blob through a worker into `staged`; all three digests match when it returns.
+    async fn fetch_and_pack(
+        &self,
+        index: usize,
+        layer: &Layer,
+        staged: Staged,
+    ) -> Result<Staged, BuildError> {
+        self.observer.event(&BuildEvent::LayerStarted {
+            layer: index,
+            digest: layer.digest.to_string(),
+            size_bytes: layer.size_bytes,
+        });
+        let (chunks, blob) = mpsc::channel(CHUNKS_IN_FLIGHT);
+        let worker = spawn_packer(index, blob, staged, self.spec.layer_limits.clone())?;
+        let fed = self.feed(index, layer, chunks).await;
+        let packed = worker.await.map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })?;
+        // A pull that failed explains a pack that failed, not the other way round.
+        fed?;
+        let (staged, summary) = packed;
+        let summary = summary.map_err(|source| BuildError::Pack {
+            layer: index,
+            digest: layer.digest,
+            source,
+        })?;
+        self.check_diff_id(index, layer, &summary.diff_id)?;
+        Ok(staged)
+    }
+
+    /// Fetches the blob and hands its bytes to the worker; `Ok` when size and digest matched.
+    ///
+    /// A worker that stopped early does not stop the download: only the digest tells
+    /// whether the layer is bad or its transfer was.
+    async fn feed(
+        &self,
+        index: usize,
+        layer: &Layer,
+        chunks: mpsc::Sender<io::Result<Bytes>>,
+    ) -> Result<(), BuildError> {
+        let pull = |source| self.pull_failed(source);
+        let mut stream = match self.fetcher.blob(self.image, layer).await {
+            Ok(stream) => stream,
+            Err(error) => {
+                let _ = chunks.send(Err(io::Error::other("the download failed"))).await;
+                return Err(pull(error));
+            }
+        };
+        let (mut bytes, mut told, mut wanted) = (0u64, 0u64, true);
+        loop {
+            match stream.next().await {
+                Ok(Some(chunk)) => {
+                    bytes += chunk.len() as u64;
+                    self.fetched_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+                    if bytes - told >= PROGRESS_STEP_BYTES || bytes == layer.size_bytes {
+                        told = bytes;
+                        self.observer.event(&BuildEvent::LayerProgress { layer: index, bytes });
+                    }
+                    wanted = wanted && chunks.send(Ok(chunk)).await.is_ok();
+                }
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    let _ = chunks.send(Err(io::Error::other("the download failed"))).await;
+                    return Err(pull(error));
+                }
+            }
+        }
+    }
+
+    fn pull_failed(&self, source: oci::PullError) -> BuildError {
+        BuildError::Pull { image: self.image.name.clone(), source: Box::new(source) }
+    }
+
+    fn check_diff_id(&self, index: usize, layer: &Layer, found: &[u8; 32]) -> Result<(), BuildError> {
+        let found = hex(found);
+        if found == layer.diff_id.hex() {
+            return Ok(());
+        }
+        Err(BuildError::DiffId {
+            layer: index,
+            digest: layer.digest,
+            claimed: layer.diff_id,
+            found,
+        })
+    }
+}
+
+type PackResult = (Staged, Result<PackSummary, rootfs::PackError>);
+
+fn spawn_packer(
+    index: usize,
+    blob: mpsc::Receiver<io::Result<Bytes>>,
+    staged: Staged,
+    limits: Limits,
+) -> Result<oneshot::Receiver<PackResult>, BuildError> {
+    let (answer, result) = oneshot::channel();
+    std::thread::Builder::new()
+        .name(format!("layer-{index}"))
+        .spawn(move || {
+            let blob = BlobReader { chunks: blob, current: Bytes::new() };
+            let summary = rootfs::make_pack(blob, &mut staged.file(), &limits);
+            // The build may have given up meanwhile; then nobody wants the answer.
+            let _ = answer.send((staged, summary));
+        })
+        .map_err(|source| BuildError::Worker { phase: Phase::Layers, source })?;
+    Ok(result)
+}
+
+/// The worker's end of the blob: blocks until the network thread sends more.
+struct BlobReader {
+    chunks: mpsc::Receiver<io::Result<Bytes>>,
+    current: Bytes,
+}
+
+impl Read for BlobReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            match self.chunks.blocking_recv() {
+                Some(chunk) => self.current = chunk?,
+                None => return Ok(0),
+            }
+        }
+        let count = self.current.len().min(buffer.len());
+        self.current.copy_to_slice(&mut buffer[..count]);
+        Ok(count)
+    }
+}
+
+fn open_pack(index: usize, layer: &Layer, file: File) -> Result<OpenPack, BuildError> {
+    let digest = layer.digest;
+    OpenPack::new(file).map_err(|source| BuildError::PackUnread { layer: index, digest, source })
+}
+
+fn reopening(source: io::Error) -> BuildError {
+    BuildError::Output { action: "reopen", path: "the layer pack just made".into(), source }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, BuildError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

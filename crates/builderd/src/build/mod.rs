@@ -1,0 +1,123 @@
+//! A build: from a source to an image file with its metadata beside it.
+//!
+//! [`run`] is the whole pipeline, top to bottom; every door (today the command,
+//! later the service) calls it with a [`BuildSpec`] and watches [`BuildEvent`]s.
+//! What a build does *not* know: who asked, how progress is shown, where settings
+//! come from.
+
+mod error;
+mod event;
+mod layers;
+mod metadata;
+mod output;
+mod pipeline;
+
+use std::path::PathBuf;
+
+use oci::{ClientOptions, Platform, Source};
+use rootfs::{Limits, TreeLimits};
+
+pub use error::{Blame, BuildError};
+pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
+pub use metadata::ImageMetadata;
+pub use pipeline::run;
+pub(crate) use pipeline::sibling;
+
+use crate::packs::{PackCache, SharingDomain};
+
+/// How the image file is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// As it is, holes as holes.
+    None,
+    /// gzip (RFC 1952), level 6.
+    Gzip,
+    /// Zstandard (RFC 8878), level 3.
+    Zstd,
+}
+
+/// Which sum is computed over the finished file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checksum {
+    /// SHA-256, written to a `.sha256` file that `sha256sum -c` reads.
+    Sha256,
+    /// None: saves one pass over the image.
+    None,
+}
+
+/// What of the request decides the bytes of the image, beside its digest.
+#[derive(Clone, Debug)]
+pub struct ImageOptions {
+    /// Exact size or wanted free space.
+    pub size: ext4::Size,
+    /// Whether the file system gets a journal.
+    pub journal: bool,
+    /// `SOURCE_DATE_EPOCH`, in seconds: no time in the image is later.
+    pub source_date_epoch: Option<i64>,
+}
+
+/// Where layer packs are kept.
+#[derive(Clone, Debug)]
+pub enum PackStorage {
+    /// In a cache, for the next build.
+    Cache {
+        /// The cache.
+        cache: PackCache,
+        /// Who may share the packs of this build.
+        domain: SharingDomain,
+        /// What the cache is pruned to after the build, in bytes.
+        limit_bytes: u64,
+    },
+    /// In nameless files beside the output, gone with the build.
+    Temporary,
+}
+
+/// One build, as the engine sees it.
+#[derive(Clone, Debug)]
+pub struct BuildSpec {
+    /// Where the image comes from.
+    pub source: Source,
+    /// Which of its platforms.
+    pub platform: Platform,
+    /// How registries are reached.
+    pub client: ClientOptions,
+    /// The image file to write.
+    pub output: PathBuf,
+    /// The metadata file to write.
+    pub metadata_file: PathBuf,
+    /// What decides the bytes of the image.
+    pub image: ImageOptions,
+    /// How it is stored.
+    pub compression: Compression,
+    /// Which sum is computed over it.
+    pub checksum: Checksum,
+    /// Where layer packs are kept.
+    pub packs: PackStorage,
+    /// Worker threads, at least 1.
+    pub jobs: usize,
+    /// What a layer may contain.
+    pub layer_limits: Limits,
+    /// What the flattened tree may contain.
+    pub tree_limits: TreeLimits,
+}
+
+/// What a finished build has to tell.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct BuildReport {
+    /// The image file.
+    pub output: PathBuf,
+    /// Its metadata.
+    pub metadata: ImageMetadata,
+    /// Layers that the cache knew.
+    pub layers_cached: usize,
+    /// Layers that were fetched and packed.
+    pub layers_packed: usize,
+    /// Bytes fetched for them.
+    pub fetched_bytes: u64,
+    /// Seconds by phase, in the order they ran.
+    pub phase_secs: Vec<(Phase, f64)>,
+    /// Seconds from start to end.
+    pub total_secs: f64,
+    /// The directories with the most content: path, bytes, files.
+    pub biggest_directories: Vec<(String, u64, u64)>,
+}

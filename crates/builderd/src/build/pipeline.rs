@@ -1,0 +1,330 @@
+//! The build, top to bottom: resolve → layers → flatten → layout → write → publish.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::time::Instant;
+
+use ext4::Layout;
+use oci::{Fetcher, Image};
+use rootfs::{FileTree, Folder};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use super::layers::{self, LayerPacks};
+use super::metadata::{ArtifactMetadata, ENGINE, FilesystemMetadata, ImageMetadata, checksum_line};
+use super::output::{self, ImageFile};
+use super::{
+    BuildError, BuildEvent, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, Observer,
+    PackStorage, Phase,
+};
+use crate::staged::Staged;
+
+/// How many directories the closing summary names.
+const BIGGEST_DIRECTORIES: usize = 8;
+/// Room before the superblock (kernel: Documentation/filesystems/ext4, "Layout").
+const BOOT_AREA_BYTES: usize = 1024;
+
+/// Builds the image that `spec` describes.
+///
+/// On an error nothing has appeared under the output names, and what stood there stands.
+///
+/// # Errors
+/// [`BuildError`], with the step, the cause and a remedy.
+pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, BuildError> {
+    let started = Instant::now();
+    let mut phases = Phases { observer, secs: Vec::new() };
+    let (image, packs) = pull(spec, &mut phases)?;
+    let tree = phases.time(Phase::Flatten, || {
+        flatten(spec, &image, &packs)
+    })?;
+    let (options, layout) = phases.time(Phase::Layout, || {
+        let options = filesystem_options(&spec.image, &image);
+        let regions: Vec<u64> = packs.packs.iter().map(|open| open.data_blocks).collect();
+        let layout = Layout::plan(&tree, &options, &regions)?;
+        Ok((options, layout))
+    })?;
+    let written = write_image(spec, &layout, &tree, &packs, &mut phases)?;
+    let biggest_directories = tree.biggest_directories(BIGGEST_DIRECTORIES);
+    let metadata = describe(spec, &image, &options, &layout, &written);
+    phases.time(Phase::Publish, || publish(spec, written.staged, &metadata))?;
+    prune(spec, observer);
+    Ok(BuildReport {
+        output: spec.output.clone(),
+        metadata,
+        layers_cached: packs.cached,
+        layers_packed: packs.packed,
+        fetched_bytes: packs.fetched_bytes,
+        phase_secs: phases.secs,
+        total_secs: started.elapsed().as_secs_f64(),
+        biggest_directories: biggest_directories
+            .into_iter()
+            .map(|usage| {
+                (String::from_utf8_lossy(&usage.path).into_owned(), usage.bytes, usage.files)
+            })
+            .collect(),
+    })
+}
+
+/// Folds the layers, bottom first; one table of contents is in memory at a time.
+fn flatten(spec: &BuildSpec, image: &Image, packs: &LayerPacks) -> Result<FileTree, BuildError> {
+    let mut folder = Folder::new(&spec.tree_limits);
+    for (index, (open, layer)) in packs.packs.iter().zip(&image.layers).enumerate() {
+        let digest = layer.digest;
+        let pack = open
+            .load()
+            .map_err(|source| BuildError::PackUnread { layer: index, digest, source })?;
+        folder.add(&pack)?;
+    }
+    Ok(folder.finish()?)
+}
+
+struct Phases<'a> {
+    observer: &'a dyn Observer,
+    secs: Vec<(Phase, f64)>,
+}
+
+impl Phases<'_> {
+    fn time<T>(
+        &mut self,
+        phase: Phase,
+        work: impl FnOnce() -> Result<T, BuildError>,
+    ) -> Result<T, BuildError> {
+        self.observer.event(&BuildEvent::PhaseStarted { phase });
+        let started = Instant::now();
+        let result = work()?;
+        let secs = started.elapsed().as_secs_f64();
+        self.secs.push((phase, secs));
+        self.observer.event(&BuildEvent::PhaseFinished { phase, secs });
+        Ok(result)
+    }
+}
+
+/// Resolves the image and gets its layers; this thread is the network thread meanwhile.
+fn pull(spec: &BuildSpec, phases: &mut Phases<'_>) -> Result<(Image, LayerPacks), BuildError> {
+    let worker = |phase| move |source| BuildError::Worker { phase, source };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(worker(Phase::Resolve))?;
+    let failed = |source| BuildError::Pull {
+        image: spec.source.to_string(),
+        source: Box::new(source),
+    };
+    let spool = spec.output_directory();
+    let (fetcher, image) = phases.time(Phase::Resolve, || {
+        runtime
+            .block_on(async {
+                let fetcher = Fetcher::open(&spec.source, &spec.client, spool).await?;
+                let image = fetcher.resolve(&spec.platform).await?;
+                Ok((fetcher, image))
+            })
+            .map_err(failed)
+    })?;
+    phases.observer.event(&BuildEvent::Resolved {
+        image: image.name.clone(),
+        manifest_digest: image.manifest_digest.to_string(),
+        platform: image.platform.to_string(),
+        layers: image.layers.len(),
+        compressed_bytes: image.layers.iter().map(|layer| layer.size_bytes).sum(),
+    });
+    let observer = phases.observer;
+    let packs = phases.time(Phase::Layers, || {
+        runtime.block_on(layers::fetch(spec, &fetcher, &image, observer))
+    })?;
+    Ok((image, packs))
+}
+
+/// When the config says the image was made; a text that is no time counts as none.
+fn created_secs(image: &Image) -> i64 {
+    let created = image.config.created.as_deref();
+    created.and_then(|text| text.parse::<jiff::Timestamp>().ok()).map_or(0, |time| time.as_second())
+}
+
+/// What is recorded in the image and decides its UUID: everything that decides its bytes.
+#[derive(Serialize)]
+struct Provenance<'a> {
+    engine: &'a str,
+    image: String,
+    size: Option<u64>,
+    free_space: Option<u64>,
+    journal: bool,
+    source_date_epoch: Option<i64>,
+}
+
+fn filesystem_options(options: &ImageOptions, image: &Image) -> ext4::Options {
+    let (size, free_space) = match options.size {
+        ext4::Size::Exact { bytes } => (Some(bytes), None),
+        ext4::Size::FreeSpace { bytes } => (None, Some(bytes)),
+    };
+    let provenance = Provenance {
+        engine: ENGINE,
+        image: image.manifest_digest.to_string(),
+        size,
+        free_space,
+        journal: options.journal,
+        source_date_epoch: options.source_date_epoch,
+    };
+    // Serialising plain strings and numbers cannot fail.
+    let mut boot_area = serde_json::to_vec(&provenance).unwrap_or_default();
+    boot_area.push(b'\n');
+    boot_area.truncate(BOOT_AREA_BYTES);
+    let seed: [u8; 32] = Sha256::digest(&boot_area).into();
+    let (mut uuid, mut hash_seed) = ([0; 16], [0; 16]);
+    uuid.copy_from_slice(&seed[..16]);
+    hash_seed.copy_from_slice(&seed[16..]);
+    // RFC 9562, section 5.8: version 8, variant 10: the other bits are ours.
+    uuid[6] = (uuid[6] & 0x0f) | 0x80;
+    uuid[8] = (uuid[8] & 0x3f) | 0x80;
+    ext4::Options {
+        journal: options.journal,
+        created: ext4::Timestamp {
+            secs: options.source_date_epoch.unwrap_or_else(|| created_secs(image)),
+            nanos: 0,
+        },
+        clamp_mtime: options.source_date_epoch,
+        boot_area,
+        ..ext4::Options::new(uuid, hash_seed, options.size)
+    }
+}
+
+struct Written {
+    staged: Staged,
+    size_bytes: u64,
+    sha256: Option<String>,
+    uncompressed_sha256: Option<String>,
+}
+
+fn write_image(
+    spec: &BuildSpec,
+    layout: &Layout,
+    tree: &FileTree,
+    packs: &LayerPacks,
+    phases: &mut Phases<'_>,
+) -> Result<Written, BuildError> {
+    let failed = |action| {
+        move |source| BuildError::Output { action, path: spec.output.clone(), source }
+    };
+    let hash = spec.checksum == Checksum::Sha256;
+    let stage = || Staged::create_in(spec.output_directory()).map_err(failed("create"));
+    let staged = stage()?;
+    let observer = phases.observer;
+    let sha256 = phases.time(Phase::Write, || {
+        let file = staged.file();
+        file.set_len(layout.size_bytes()).map_err(failed("set the size of"))?;
+        layout
+            .write(tree, &mut ImageFile(file))
+            .map_err(|source| BuildError::Write { path: spec.output.clone(), source })?;
+        output::write_data(layout, &packs.packs, file, hash, spec.jobs, observer)
+            .map_err(failed("write"))
+    })?;
+    if spec.compression == Compression::None {
+        let size_bytes = layout.size_bytes();
+        return Ok(Written { staged, size_bytes, sha256, uncompressed_sha256: None });
+    }
+    phases.time(Phase::Compress, || {
+        let packed = stage()?;
+        let (image, size) = (staged.file(), layout.size_bytes());
+        let compressed =
+            output::compress(image, size, packed.file(), spec.compression, hash, spec.jobs)
+                .map_err(failed("write"))?;
+        Ok(Written {
+            staged: packed,
+            size_bytes: compressed.size_bytes,
+            sha256: compressed.sha256,
+            uncompressed_sha256: sha256,
+        })
+    })
+}
+
+fn describe(
+    spec: &BuildSpec,
+    image: &Image,
+    options: &ext4::Options,
+    layout: &Layout,
+    written: &Written,
+) -> ImageMetadata {
+    let summary = layout.summary();
+    let filesystem = FilesystemMetadata {
+        r#type: "ext4",
+        uuid: format_uuid(&options.uuid),
+        size_bytes: layout.size_bytes(),
+        free_bytes: summary.blocks_free * ext4::BLOCK_SIZE,
+        data_bytes: summary.data_bytes,
+        inodes_used: summary.inodes_used,
+        inodes_total: summary.inodes,
+        journal: options.journal,
+    };
+    let artifact = ArtifactMetadata {
+        size_bytes: written.size_bytes,
+        compression: spec.compression.as_str(),
+        sha256: written.sha256.clone(),
+        uncompressed_sha256: written.uncompressed_sha256.clone(),
+    };
+    ImageMetadata::new(image, filesystem, artifact)
+}
+
+/// The usual form of a UUID (RFC 9562, section 4).
+fn format_uuid(uuid: &[u8; 16]) -> String {
+    let hex = layers::hex(uuid);
+    let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
+    parts.join("-")
+}
+
+/// Names the finished files, the image last: who sees it finds the others beside it.
+fn publish(spec: &BuildSpec, image: Staged, metadata: &ImageMetadata) -> Result<(), BuildError> {
+    let mut json = serde_json::to_vec_pretty(metadata).unwrap_or_default();
+    json.push(b'\n');
+    publish_small(&spec.metadata_file, &json)?;
+    let sum_file = sibling(&spec.output, ".sha256");
+    match &metadata.artifact.sha256 {
+        Some(sha256) => {
+            let name = spec.output.file_name().unwrap_or_default().to_string_lossy();
+            publish_small(&sum_file, checksum_line(sha256, &name).as_bytes())?;
+        }
+        // An old sum beside a new image would lie.
+        None => match std::fs::remove_file(&sum_file) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(BuildError::Output { action: "remove the old", path: sum_file, source });
+            }
+            _ => {}
+        },
+    }
+    let published: io::Result<File> = image.publish(&spec.output);
+    published.map(drop).map_err(|source| BuildError::Output {
+        action: "publish",
+        path: spec.output.clone(),
+        source,
+    })
+}
+
+fn publish_small(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    Staged::create_in(directory)
+        .and_then(|staged| {
+            staged.file().write_all(bytes)?;
+            staged.publish(path)
+        })
+        .map(drop)
+        .map_err(|source| BuildError::Output { action: "write", path: path.to_owned(), source })
+}
+
+/// The path with `suffix` appended to its file name.
+pub(crate) fn sibling(path: &Path, suffix: &str) -> std::path::PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// The image is done: a cache that cannot be pruned is a warning.
+fn prune(spec: &BuildSpec, observer: &dyn Observer) {
+    if let PackStorage::Cache { cache, limit_bytes, .. } = &spec.packs
+        && let Err(error) = cache.prune(*limit_bytes)
+    {
+        let message = format!("the layer cache could not be pruned: {error}");
+        observer.event(&BuildEvent::Warning { message });
+    }
+}

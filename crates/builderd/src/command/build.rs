@@ -1,0 +1,184 @@
+//! `builderd build`: arguments → [`BuildSpec`] → the engine → closing summary.
+
+use std::num::NonZero;
+
+use oci::{ClientOptions, Platform, Source};
+
+use super::args::{BuildArgs, ChecksumArg, CompressionArg, ProgressArg};
+use super::progress::Progress;
+use super::{Failure, cache, text};
+use crate::build::{
+    self, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, PackStorage,
+};
+use crate::config::Environment;
+use crate::packs::SharingDomain;
+
+/// Free space where none is asked for: enough to boot and log, and holes cost nothing.
+const DEFAULT_FREE_SPACE_BYTES: u64 = 64 << 20;
+
+pub(super) fn run(args: &BuildArgs) -> Result<(), Failure> {
+    let spec = spec(args, &Environment::read())?;
+    leave_on_signals();
+    let progress = Progress::new(args.progress);
+    let report = build::run(&spec, &progress)?;
+    progress.finish(&report);
+    if matches!(args.progress, ProgressArg::Auto | ProgressArg::Tty | ProgressArg::Plain) {
+        print_summary(&report);
+    }
+    Ok(())
+}
+
+fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failure> {
+    let source: Source = args.source.parse().map_err(|error| Failure {
+        code: Failure::USAGE,
+        error: Box::<dyn std::error::Error + Send + Sync>::from(format!(
+            "`{}` is not a source: {error}",
+            args.source
+        )),
+        hint: Some("see `builderd build --help` for what a SOURCE may be".into()),
+    })?;
+    let platform = match &args.platform {
+        Some(text) => text.parse::<Platform>().map_err(|error| {
+            Failure::usage(format!("--platform `{text}` cannot be read: {error}"))
+        })?,
+        None => Platform::of_this_machine(),
+    };
+    let size = match (args.size, args.free_space) {
+        (Some(bytes), _) => ext4::Size::Exact { bytes },
+        (None, free) => {
+            ext4::Size::FreeSpace { bytes: free.unwrap_or(DEFAULT_FREE_SPACE_BYTES) }
+        }
+    };
+    let packs = if args.no_cache {
+        PackStorage::Temporary
+    } else {
+        PackStorage::Cache {
+            cache: cache::open(&args.cache, environment)?,
+            domain: SharingDomain::local(),
+            limit_bytes: args.cache.cache_limit,
+        }
+    };
+    let metadata_file = args.metadata_file.clone();
+    Ok(BuildSpec {
+        source,
+        platform,
+        client: client_options(args, environment)?,
+        metadata_file: metadata_file
+            .unwrap_or_else(|| build::sibling(&args.output, ".metadata.json")),
+        output: args.output.clone(),
+        image: ImageOptions {
+            size,
+            journal: !args.no_journal,
+            source_date_epoch: source_date_epoch(environment)?,
+        },
+        compression: match args.compression {
+            CompressionArg::None => Compression::None,
+            CompressionArg::Gzip => Compression::Gzip,
+            CompressionArg::Zstd => Compression::Zstd,
+        },
+        checksum: match args.checksum {
+            ChecksumArg::Sha256 => Checksum::Sha256,
+            ChecksumArg::None => Checksum::None,
+        },
+        packs,
+        jobs: args.jobs.map_or_else(
+            || std::thread::available_parallelism().map_or(1, NonZero::get),
+            usize::from,
+        ),
+        layer_limits: rootfs::Limits::default(),
+        tree_limits: rootfs::TreeLimits::default(),
+    })
+}
+
+fn source_date_epoch(environment: &Environment) -> Result<Option<i64>, Failure> {
+    let Some(text) = &environment.source_date_epoch else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| {
+        Failure::usage(format!("SOURCE_DATE_EPOCH is `{text}`, expected seconds since the epoch"))
+    })
+}
+
+fn client_options(args: &BuildArgs, environment: &Environment) -> Result<ClientOptions, Failure> {
+    let registry = &args.registry;
+    let mut options = ClientOptions {
+        docker_config: registry.docker_config.clone().or_else(|| environment.docker_config.clone()),
+        connections_per_host: usize::from(registry.connections),
+        ..ClientOptions::default()
+    };
+    options.plain_http.extend(registry.plain_http.iter().cloned());
+    for mirror in &registry.mirror {
+        let (host, mirror) = mirror.split_once('=').unwrap_or(("docker.io", mirror));
+        options.mirrors.entry(host.to_owned()).or_default().push(mirror.to_owned());
+    }
+    for path in &registry.ca_file {
+        let pem = std::fs::read(path).map_err(|error| {
+            Failure::usage(format!("--ca-file {} cannot be read: {error}", path.display()))
+        })?;
+        options.extra_ca_pem.push(pem);
+    }
+    Ok(options)
+}
+
+/// Nothing named exists before a build is done, so leaving at once leaves nothing behind.
+fn leave_on_signals() {
+    let listen = async {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hang_up = signal(SignalKind::hangup())?;
+        tokio::select! {
+            result = tokio::signal::ctrl_c() => result,
+            _ = terminate.recv() => Ok(()),
+            _ = hang_up.recv() => Ok(()),
+        }
+    };
+    let spawned = std::thread::Builder::new().name("signals".into()).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        if let Ok(runtime) = runtime
+            && runtime.block_on(listen).is_ok()
+        {
+            eprintln!("\ninterrupted: no output was written");
+            std::process::exit(130);
+        }
+    });
+    // Without the thread the default action of the signals ends the process as well.
+    drop(spawned);
+}
+
+fn print_summary(report: &BuildReport) {
+    let (metadata, filesystem) = (&report.metadata, &report.metadata.filesystem);
+    let layers = report.layers_cached + report.layers_packed;
+    eprintln!();
+    eprintln!("image       {} ({})", text::printable(&metadata.original_image), metadata.platform);
+    eprintln!("digest      {}", metadata.image_digest);
+    eprintln!(
+        "layers      {layers}, {} from the cache, {} fetched ({})",
+        report.layers_cached,
+        report.layers_packed,
+        text::bytes(report.fetched_bytes)
+    );
+    eprintln!(
+        "filesystem  ext4, {} ({} of data in {} inodes, {} free)",
+        text::bytes(filesystem.size_bytes),
+        text::bytes(filesystem.data_bytes),
+        filesystem.inodes_used,
+        text::bytes(filesystem.free_bytes)
+    );
+    if metadata.artifact.compression != "none" {
+        let size = text::bytes(metadata.artifact.size_bytes);
+        eprintln!("stored as   {size}, {}", metadata.artifact.compression);
+    }
+    if let Some(sha256) = &metadata.artifact.sha256 {
+        eprintln!("sha256      {sha256}");
+    }
+    for (index, (path, bytes, files)) in report.biggest_directories.iter().enumerate() {
+        let title = if index == 0 { "biggest" } else { "" };
+        let path = text::printable(path);
+        eprintln!("{title:<11} {:>11}  {files:>7} files  {path}", text::bytes(*bytes));
+    }
+    let phases: Vec<String> = report
+        .phase_secs
+        .iter()
+        .map(|(phase, secs)| format!("{} {}", phase.as_str(), text::seconds(*secs)))
+        .collect();
+    eprintln!("time        {} ({})", text::seconds(report.total_secs), phases.join(", "));
+    eprintln!("written     {}", report.output.display());
+}

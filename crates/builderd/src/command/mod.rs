@@ -1,0 +1,84 @@
+//! The command line: arguments → what they mean → the engine → what the user sees.
+
+mod args;
+mod build;
+mod cache;
+mod inspect;
+mod progress;
+mod text;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use crate::build::{Blame, BuildError};
+use args::{Args, Command};
+
+/// How a command ends when it does not end well.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    code: u8,
+    error: Box<dyn Error + Send + Sync>,
+    hint: Option<String>,
+}
+
+impl Failure {
+    /// Exit code for a wrong command line, as clap's own.
+    const USAGE: u8 = 2;
+
+    fn usage(message: impl Into<String>) -> Self {
+        Self { code: Self::USAGE, error: message.into().into(), hint: Some("see --help".into()) }
+    }
+
+    fn ours(error: impl Error + Send + Sync + 'static) -> Self {
+        Self { code: 1, error: Box::new(error), hint: None }
+    }
+}
+
+impl From<BuildError> for Failure {
+    fn from(error: BuildError) -> Self {
+        let code = match error.blame() {
+            _ if error.is_out_of_space() => 5,
+            Blame::Ours => 1,
+            Blame::Yours => 3,
+            Blame::Upstream => 4,
+        };
+        let hint = error.hint();
+        Self { code, error: Box::new(error), hint }
+    }
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Build(args) => build::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Cache(args) => cache::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Args::command(), "builderd", &mut std::io::stdout());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            report(&failure);
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// The error, its causes and the remedy, on standard error.
+fn report(failure: &Failure) {
+    eprintln!("error: {}", text::printable(&failure.error.to_string()));
+    let mut cause = failure.error.source();
+    while let Some(error) = cause {
+        eprintln!("  caused by: {}", text::printable(&error.to_string()));
+        cause = error.source();
+    }
+    if let Some(hint) = &failure.hint {
+        eprintln!("hint: {}", text::printable(hint));
+    }
+}

@@ -1,0 +1,16 @@
+//! builderd: container image → optimised, bootable root filesystem for a microVM.
+//!
+//! | where | what |
+//! |---|---|
+//! | [`command`] | the command line: what the user wrote, how it is shown |
+//! | [`build`] | the pipeline: resolve → layers → flatten → layout → write → publish |
+//! | [`packs`] | the layer-pack cache |
+//!
+//! The formats live in crates of their own: `oci` (images), `rootfs` (layers and
+//! trees), `ext4` (bytes on disk).
+
+pub mod build;
+pub mod command;
+mod config;
+pub mod packs;
+mod staged;

@@ -1,0 +1,406 @@
+//! The layer-pack cache: every layer is downloaded and inflated once per host.
+//!
+//! Packs are keyed by (sharing domain, verified blob digest), never by `diff_id`:
+//! an image's config may claim any `diff_id`, a blob digest was checked over the
+//! bytes. Several processes may share one cache: a pack appears whole or not at
+//! all, one builder at a time works on a key (`flock`), readers need no lock
+//! because an unlinked pack stays readable through its open file.
+//!
+//! A pack is not synced to disk when it is made; instead its *stamp* says in which
+//! boot of the machine its bytes were last known good, and for which size, inode
+//! and modification time. Where the stamp does not fit (after a reboot or a crash,
+//! or when something wrote to the file) every byte is checked against the pack's
+//! own sums before use. The cache does not know images, registries or tenants.
+
+use std::fs::{File, Metadata};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use oci::Digest;
+use rootfs::{Pack, PackReadError};
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW};
+
+use crate::staged::Staged;
+
+/// The pack format's version is part of the path: another engine never reads our packs as its own.
+const VERSION_DIRECTORY: &str = "packs-v1";
+
+/// Who may share a pack: an opaque name made of `a-z`, `0-9`, `-` and `_`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SharingDomain(String);
+
+impl SharingDomain {
+    /// The domain of a single user's own cache.
+    #[must_use]
+    pub fn local() -> Self {
+        Self("local".to_owned())
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_".contains(&byte);
+        (!name.is_empty() && name.len() <= 64 && name.bytes().all(fits)).then(|| Self(name.to_owned()))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// What a pack is filed under.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackKey {
+    /// Who may share it.
+    pub domain: SharingDomain,
+    /// The digest of the layer blob, verified over its bytes.
+    pub digest: Digest,
+}
+
+/// Why the cache could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// An operation on a file of the cache failed.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> CacheError + 'a {
+    move |source| CacheError::Io { action, path: path.to_owned(), source }
+}
+
+/// A pack that is open and was found good; its table of contents is not kept in memory.
+#[derive(Debug)]
+pub struct OpenPack {
+    /// The file, kept open: deleting the pack does not disturb its users.
+    pub file: File,
+    length: u64,
+    /// Blocks of 4 KiB in its data area.
+    pub data_blocks: u64,
+    /// SHA-256 of the uncompressed layer.
+    pub diff_id: [u8; 32],
+}
+
+impl OpenPack {
+    /// Checks footer and table of contents of a pack file.
+    ///
+    /// # Errors
+    /// [`PackReadError`].
+    pub fn new(file: File) -> Result<Self, PackReadError> {
+        let length = file.metadata().map_err(|source| PackReadError::Read { source })?.len();
+        let pack = Pack::open(&file, length)?;
+        let (data_blocks, diff_id) = (pack.data_blocks(), pack.diff_id());
+        Ok(Self { file, length, data_blocks, diff_id })
+    }
+
+    /// Reads the table of contents.
+    ///
+    /// # Errors
+    /// [`PackReadError`].
+    pub fn load(&self) -> Result<Pack, PackReadError> {
+        Pack::open(&self.file, self.length)
+    }
+}
+
+/// What a look-up found.
+#[derive(Debug)]
+pub enum Lookup {
+    /// A good pack.
+    Hit(OpenPack),
+    /// None.
+    Miss,
+    /// One that was damaged; it has been removed.
+    Damaged(PackReadError),
+}
+
+/// One line of `builderd cache ls`.
+#[derive(Clone, Debug)]
+pub struct CacheEntry {
+    /// What it is filed under.
+    pub key: PackKey,
+    /// Bytes on disk.
+    pub size_bytes: u64,
+    /// Seconds since the epoch of the last build that used it.
+    pub last_used_secs: i64,
+}
+
+/// What a prune removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// How many packs.
+    pub packs: usize,
+    /// How many bytes.
+    pub bytes: u64,
+}
+
+/// A directory of packs, shared by processes.
+#[derive(Clone, Debug)]
+pub struct PackCache {
+    root: PathBuf,
+}
+
+/// Held while one process makes one pack; released on drop and by death.
+#[derive(Debug)]
+pub struct PackLock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Drop for PackLock {
+    fn drop(&mut self) {
+        // Still locked: whoever waits will see that the name has gone and lock anew.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl PackCache {
+    /// Opens (and makes, if needed) the cache below `directory`.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when the directory cannot be made.
+    pub fn open(directory: &Path) -> Result<Self, CacheError> {
+        let root = directory.join(VERSION_DIRECTORY);
+        std::fs::create_dir_all(&root).map_err(failed("create the cache directory", &root))?;
+        Ok(Self { root })
+    }
+
+    /// Opens the pack of `key` if it is there and whole.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] for failures that are not the pack's own.
+    pub fn lookup(&self, key: &PackKey) -> Result<Lookup, CacheError> {
+        let path = self.pack_path(key);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Lookup::Miss),
+            Err(error) => return Err(failed("open the layer pack", &path)(error)),
+        };
+        let metadata = file.metadata().map_err(failed("stat the layer pack", &path))?;
+        match self.check(key, file, &metadata) {
+            Ok(open) => Ok(Lookup::Hit(open)),
+            Err(PackReadError::Read { source }) => {
+                Err(failed("read the layer pack", &path)(source))
+            }
+            Err(error) => {
+                self.remove(key)?;
+                Ok(Lookup::Damaged(error))
+            }
+        }
+    }
+
+    fn check(
+        &self,
+        key: &PackKey,
+        file: File,
+        metadata: &Metadata,
+    ) -> Result<OpenPack, PackReadError> {
+        let open = OpenPack::new(file)?;
+        let stamp_path = self.stamp_path(key);
+        let stamp = Stamp::of(metadata);
+        let trusted = stamp.as_ref().is_some_and(|stamp| {
+            std::fs::read_to_string(&stamp_path).is_ok_and(|text| text == stamp.0)
+        });
+        if !trusted {
+            open.load()?.verify_data(&open.file)?;
+        }
+        if trusted {
+            touch(&stamp_path);
+        } else if let Some(stamp) = stamp {
+            // Losing a stamp costs a check the next time, nothing else.
+            let _ = stamp.write(&stamp_path);
+        }
+        Ok(open)
+    }
+
+    /// Waits until no other process makes the pack of `key`, and keeps others waiting.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub fn lock(&self, key: &PackKey) -> Result<PackLock, CacheError> {
+        let path = self.key_path(key, "lock");
+        self.make_domain(key)?;
+        loop {
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&path)
+                .map_err(failed("open the lock", &path))?;
+            file.lock().map_err(failed("take the lock", &path))?;
+            let ours = file.metadata().map_err(failed("stat the lock", &path))?;
+            // The holder before us removed the name: then this lock guards nothing.
+            match std::fs::metadata(&path) {
+                Ok(named) if named.ino() == ours.ino() => return Ok(PackLock { path, _file: file }),
+                _ => {}
+            }
+        }
+    }
+
+    /// A nameless file on the cache's file system, to make a pack in.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub(crate) fn stage(&self, key: &PackKey) -> Result<Staged, CacheError> {
+        let directory = self.make_domain(key)?;
+        Staged::create_in(&directory).map_err(failed("create a file in", &directory))
+    }
+
+    /// Files a finished pack whose blob digest and `diff_id` were verified.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub(crate) fn commit(&self, key: &PackKey, staged: Staged) -> Result<File, CacheError> {
+        let path = self.pack_path(key);
+        let file = staged.publish(&path).map_err(failed("publish the layer pack", &path))?;
+        let metadata = file.metadata().map_err(failed("stat the layer pack", &path))?;
+        if let Some(stamp) = Stamp::of(&metadata) {
+            let stamp_path = self.stamp_path(key);
+            stamp.write(&stamp_path).map_err(failed("write", &stamp_path))?;
+        }
+        Ok(file)
+    }
+
+    /// Every pack of the cache, the least recently used first.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub fn entries(&self) -> Result<Vec<CacheEntry>, CacheError> {
+        let mut entries = Vec::new();
+        for domain in read_dir(&self.root)? {
+            let Some(name) = domain.file_name().to_str().and_then(SharingDomain::parse) else {
+                continue;
+            };
+            for file in read_dir(&domain.path())? {
+                let path = file.path();
+                let Some(digest) = digest_of(&path) else { continue };
+                // A pack may be pruned by another process while we list.
+                let Ok(metadata) = file.metadata() else { continue };
+                let key = PackKey { domain: name.clone(), digest };
+                let used = std::fs::metadata(self.stamp_path(&key));
+                entries.push(CacheEntry {
+                    size_bytes: metadata.len(),
+                    last_used_secs: used.map_or(metadata.mtime(), |used| used.mtime()),
+                    key,
+                });
+            }
+        }
+        entries.sort_by(|a, b| {
+            let order = |entry: &CacheEntry| (entry.last_used_secs, entry.key.digest.to_string());
+            order(a).cmp(&order(b))
+        });
+        Ok(entries)
+    }
+
+    /// Removes the least recently used packs until the rest fits into `limit_bytes`.
+    ///
+    /// Builds that use a removed pack go on undisturbed.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub fn prune(&self, limit_bytes: u64) -> Result<Pruned, CacheError> {
+        let entries = self.entries()?;
+        let mut total: u64 = entries.iter().map(|entry| entry.size_bytes).sum();
+        let mut pruned = Pruned::default();
+        for entry in entries {
+            if total <= limit_bytes {
+                break;
+            }
+            self.remove(&entry.key)?;
+            total -= entry.size_bytes;
+            pruned.packs += 1;
+            pruned.bytes += entry.size_bytes;
+        }
+        Ok(pruned)
+    }
+
+    /// Checks every byte of the pack of `key`, whatever its stamp says; removes it when damaged.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub fn verify(&self, key: &PackKey) -> Result<Lookup, CacheError> {
+        let stamp = self.stamp_path(key);
+        match std::fs::remove_file(&stamp) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed("remove", &stamp)(error))
+            }
+            _ => self.lookup(key),
+        }
+    }
+
+    fn remove(&self, key: &PackKey) -> Result<(), CacheError> {
+        for path in [self.pack_path(key), self.stamp_path(key)] {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn make_domain(&self, key: &PackKey) -> Result<PathBuf, CacheError> {
+        let directory = self.root.join(key.domain.as_str());
+        std::fs::create_dir_all(&directory).map_err(failed("create", &directory))?;
+        Ok(directory)
+    }
+
+    fn key_path(&self, key: &PackKey, extension: &str) -> PathBuf {
+        self.root.join(key.domain.as_str()).join(format!("{}.{extension}", key.digest.hex()))
+    }
+
+    fn pack_path(&self, key: &PackKey) -> PathBuf {
+        self.key_path(key, "pack")
+    }
+
+    fn stamp_path(&self, key: &PackKey) -> PathBuf {
+        self.key_path(key, "stamp")
+    }
+}
+
+/// In which boot, and for which state of the file, its bytes were known good.
+struct Stamp(String);
+
+impl Stamp {
+    /// `None` where the system does not tell its boot: then nothing is trusted unchecked.
+    fn of(metadata: &Metadata) -> Option<Self> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let (inode, size) = (metadata.ino(), metadata.len());
+        let (secs, nanos) = (metadata.mtime(), metadata.mtime_nsec());
+        Some(Self(format!("{} {inode} {size} {secs}.{nanos:09}\n", boot.trim())))
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let staged = Staged::create_in(path.parent().unwrap_or(Path::new(".")))?;
+        staged.file().write_all(self.0.as_bytes())?;
+        staged.publish(path).map(drop)
+    }
+}
+
+/// Marks the stamp as used now, for the order of pruning; a lost mark harms nothing.
+fn touch(path: &Path) {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    let _ = rustix::fs::utimensat(CWD, path, &times, AtFlags::empty());
+}
+
+fn digest_of(path: &Path) -> Option<Digest> {
+    if path.extension()? != "pack" {
+        return None;
+    }
+    format!("sha256:{}", path.file_stem()?.to_str()?).parse().ok()
+}
+
+fn read_dir(path: &Path) -> Result<Vec<std::fs::DirEntry>, CacheError> {
+    std::fs::read_dir(path)
+        .and_then(Iterator::collect)
+        .map_err(failed("list the cache directory", path))
+}

@@ -1,0 +1,176 @@
+//! A file that does not exist until it is whole.
+//!
+//! Bytes go into a file without a name (`O_TMPFILE`, open(2)), so that a crash, a
+//! kill or a full disk leaves nothing behind; [`Staged::publish`] gives it its name
+//! in one step. Where the file system knows no nameless files, a hidden name under
+//! an advisory lock serves; names whose writer died are swept by the next writer.
+//!
+//! This module does not know what the bytes mean, and it does not sync them: see
+//! `docs/decisions/0004-durability-of-outputs.md`.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+
+const HIDDEN_PREFIX: &str = ".builderd-";
+const HIDDEN_SUFFIX: &str = ".tmp";
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A file being written, not yet visible under its final name.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    file: File,
+    /// The hidden name, only where the file system refuses nameless files.
+    hidden: Option<PathBuf>,
+}
+
+impl Staged {
+    /// Opens a new empty file for reading and writing on the file system of `directory`.
+    pub(crate) fn create_in(directory: &Path) -> io::Result<Self> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        match rustix::fs::openat(CWD, directory, flags, Mode::from_raw_mode(0o666)) {
+            Ok(fd) => Ok(Self { file: File::from(fd), hidden: None }),
+            // EISDIR: a kernel or file system without O_TMPFILE sees a directory opened for writing.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+                Self::create_hidden(directory)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn create_hidden(directory: &Path) -> io::Result<Self> {
+        sweep(directory)?;
+        let path = hidden_name(directory);
+        let file = File::options().read(true).write(true).create_new(true).open(&path)?;
+        file.lock()?;
+        Ok(Self { file, hidden: Some(path) })
+    }
+
+    /// The open file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives the file the name `target`, replacing what has that name, and returns it still open.
+    pub(crate) fn publish(mut self, target: &Path) -> io::Result<File> {
+        let file = self.file.try_clone()?;
+        if let Some(hidden) = &self.hidden {
+            std::fs::rename(hidden, target)?;
+            self.hidden = None;
+            return Ok(file);
+        }
+        match self.link(target) {
+            Err(rustix::io::Errno::EXIST) => {}
+            other => return other.map(|()| file).map_err(io::Error::from),
+        }
+        // linkat(2) never replaces, rename(2) does: take a hidden name in between.
+        let hidden = hidden_name(target.parent().unwrap_or(Path::new(".")));
+        self.link(&hidden)?;
+        std::fs::rename(&hidden, target).inspect_err(|_| {
+            let _ = std::fs::remove_file(&hidden);
+        })?;
+        Ok(file)
+    }
+
+    fn link(&self, target: &Path) -> rustix::io::Result<()> {
+        let itself = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        match rustix::fs::linkat(CWD, itself, CWD, target, AtFlags::SYMLINK_FOLLOW) {
+            // Without /proc; needs CAP_DAC_READ_SEARCH.
+            Err(rustix::io::Errno::NOENT) => {
+                rustix::fs::linkat(&self.file, "", CWD, target, AtFlags::EMPTY_PATH)
+            }
+            other => other,
+        }
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if let Some(hidden) = self.hidden.take() {
+            let _ = std::fs::remove_file(hidden);
+        }
+    }
+}
+
+fn hidden_name(directory: &Path) -> PathBuf {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    directory.join(format!("{HIDDEN_PREFIX}{}-{number}{HIDDEN_SUFFIX}", std::process::id()))
+}
+
+/// Removes hidden files whose writer is gone: a living writer holds the lock.
+pub(crate) fn sweep(directory: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if !(name.starts_with(HIDDEN_PREFIX) && name.ends_with(HIDDEN_SUFFIX)) {
+            continue;
+        }
+        if let Ok(file) = File::open(entry.path())
+            && file.try_lock().is_ok()
+        {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> = std::fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_dropped_file_was_never_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let staged = Staged::create_in(directory.path()).unwrap();
+        staged.file().write_all(b"half").unwrap();
+        drop(staged);
+        assert!(names(directory.path()).is_empty());
+        let hidden = Staged::create_hidden(directory.path()).unwrap();
+        assert_eq!(names(directory.path()).len(), 1);
+        drop(hidden);
+        assert!(names(directory.path()).is_empty());
+    }
+
+    #[test]
+    fn publishing_replaces_the_old_file_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        for (text, hidden) in [("one", false), ("two", false), ("three", true)] {
+            let staged = match hidden {
+                true => Staged::create_hidden(directory.path()).unwrap(),
+                false => Staged::create_in(directory.path()).unwrap(),
+            };
+            staged.file().write_all(text.as_bytes()).unwrap();
+            staged.publish(&target).unwrap();
+            assert_eq!(std::fs::read_to_string(&target).unwrap(), text);
+            assert_eq!(names(directory.path()), ["out"]);
+        }
+    }
+
+    #[test]
+    fn a_dead_writers_hidden_file_is_swept_and_a_living_ones_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let dead = directory.path().join(format!("{HIDDEN_PREFIX}1-0{HIDDEN_SUFFIX}"));
+        std::fs::write(&dead, b"left over").unwrap();
+        let living = Staged::create_hidden(directory.path()).unwrap();
+        assert!(!dead.exists());
+        sweep(directory.path()).unwrap();
+        assert!(living.hidden.as_ref().unwrap().exists());
+    }
+}

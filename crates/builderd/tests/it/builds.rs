@@ -1,0 +1,183 @@
+//! What a good build gives.
+
+use std::process::Command;
+
+use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
+
+fn two_layers() -> TestImage {
+    TestImage::new(vec![
+        Layer::new()
+            .directory("etc/")
+            .file("etc/hostname", b"lower")
+            .file("etc/motd", b"hello")
+            .file("secret", b"CANARY-9c1f7a")
+            .file("big", &noise(1, 3_000_000)),
+        Layer::new().file(".wh.secret", b"").file("etc/hostname", b"upper").symlink("link", "etc"),
+    ])
+}
+
+#[test]
+fn the_files_of_the_image_are_what_an_overlay_shows() {
+    let workshop = Workshop::with(&two_layers());
+    workshop.build_well("out.ext4", &[]);
+    let cat = |path| workshop.run(&["inspect", "out.ext4", "--cat", path]);
+    assert_eq!(cat("/etc/hostname").stdout, b"upper");
+    assert_eq!(cat("/etc/motd").stdout, b"hello");
+    assert_eq!(cat("/big").stdout, noise(1, 3_000_000));
+    assert!(!cat("/secret").status.success());
+    let tree = workshop.run(&["inspect", "out.ext4", "--tree"]);
+    let tree = String::from_utf8(tree.stdout).unwrap();
+    assert!(tree.contains("/link -> etc"), "{tree}");
+    let verified = workshop.run(&["inspect", "out.ext4", "--verify"]);
+    assert!(verified.status.success(), "{}", stderr(&verified));
+}
+
+#[test]
+fn the_checker_of_e2fsprogs_finds_nothing_to_say() {
+    let workshop = Workshop::with(&two_layers());
+    for (name, options) in [("a", &[][..]), ("b", &["--no-journal"]), ("c", &["--size", "64M"])] {
+        workshop.build_well(name, options);
+        let check = Command::new("/sbin/e2fsck").arg("-fn").arg(workshop.path(name)).output();
+        let check = check.expect("e2fsck is part of every Debian");
+        assert!(check.status.success(), "{name}: {}", String::from_utf8_lossy(&check.stdout));
+    }
+    assert_eq!(std::fs::metadata(workshop.path("c")).unwrap().len(), 64 << 20);
+}
+
+#[test]
+fn what_an_upper_layer_deleted_is_nowhere_in_the_image() {
+    let workshop = Workshop::with(&two_layers());
+    workshop.build_well("out.ext4", &[]);
+    let image = workshop.read("out.ext4");
+    let found = |needle: &[u8]| image.windows(needle.len()).any(|window| window == needle);
+    assert!(found(b"hello") && found(b"upper"));
+    assert!(!found(b"CANARY-9c1f7a"));
+    assert!(!found(b"lower"), "the content of a file that was overwritten");
+}
+
+#[test]
+fn the_bytes_depend_on_nothing_but_image_and_options() {
+    let workshop = Workshop::with(&two_layers());
+    workshop.build_well("first", &[]);
+    let expected = sha256(&workshop.read("first"));
+    let variants: [(&[&str], &[(&str, &str)]); 5] = [
+        (&[], &[]),
+        (&["--jobs", "1"], &[("TZ", "Asia/Kathmandu"), ("LANG", "tr_TR.UTF-8")]),
+        (&["--jobs", "7", "--no-cache"], &[("LC_ALL", "C")]),
+        (&["--checksum", "none"], &[("HOME", "/nonexistent")]),
+        (&["--cache-dir", "other-cache"], &[]),
+    ];
+    for (arguments, environment) in variants {
+        let mut all = vec!["build", "oci:image", "-o", "next"];
+        all.extend(arguments);
+        let result =
+            workshop.command(&all).envs(environment.iter().copied()).output().unwrap();
+        assert!(result.status.success(), "{}", stderr(&result));
+        assert_eq!(sha256(&workshop.read("next")), expected, "{arguments:?}");
+    }
+    workshop.build_well("smaller", &["--free-space", "1M"]);
+    assert_ne!(sha256(&workshop.read("smaller")), expected, "options are part of the identity");
+}
+
+#[test]
+fn no_time_in_the_image_is_later_than_source_date_epoch() {
+    let workshop = Workshop::with(&two_layers());
+    let build = |output, epoch| {
+        let result = workshop
+            .command(&["build", "oci:image", "-o", output])
+            .env("SOURCE_DATE_EPOCH", epoch)
+            .output()
+            .unwrap();
+        assert!(result.status.success(), "{}", stderr(&result));
+        let tree = workshop.run(&["inspect", output, "--tree", "--json"]).stdout;
+        String::from_utf8(tree).unwrap()
+    };
+    assert!(build("early", "1000").lines().all(|line| line.contains(r#""mtime":1000"#)));
+    assert!(build("late", "1700000000").contains(r#""mtime":1600000000"#));
+    let refused = workshop
+        .command(&["build", "oci:image", "-o", "bad"])
+        .env("SOURCE_DATE_EPOCH", "yesterday")
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+}
+
+#[test]
+fn metadata_and_checksum_stand_beside_the_image() {
+    let image = two_layers();
+    let workshop = Workshop::new();
+    let digest = image.write_layout(&workshop.path("image"));
+    workshop.build_well("out.ext4", &[]);
+    let sum = String::from_utf8(workshop.read("out.ext4.sha256")).unwrap();
+    let expected = sha256(&workshop.read("out.ext4"));
+    assert_eq!(sum, format!("{expected}  out.ext4\n"));
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&workshop.read("out.ext4.metadata.json")).unwrap();
+    assert_eq!(metadata["command"], serde_json::json!(["serve"]));
+    assert_eq!(metadata["entrypoint"], serde_json::json!(["/bin/app"]));
+    assert_eq!(metadata["working_dir"], "/srv");
+    assert_eq!(metadata["env"], serde_json::json!({"PATH": "/bin", "EMPTY": ""}));
+    assert_eq!(metadata["exposed_ports"], serde_json::json!(["53", "80"]));
+    assert_eq!(metadata["user"], "app");
+    assert_eq!(metadata["volumes"], serde_json::json!(["/data"]));
+    assert_eq!(metadata["labels"], serde_json::json!({"a": "b"}));
+    assert_eq!(metadata["image_digest"], digest);
+    assert_eq!(metadata["artifact"]["sha256"], expected);
+    let size = std::fs::metadata(workshop.path("out.ext4")).unwrap().len();
+    assert_eq!(metadata["artifact"]["size_bytes"], size);
+    let boot = String::from_utf8_lossy(&workshop.read("out.ext4")[..1024]).into_owned();
+    assert!(boot.contains(&digest) && boot.contains("builderd "), "{boot}");
+}
+
+#[test]
+fn a_compressed_image_unpacks_to_the_plain_one() {
+    let workshop = Workshop::with(&two_layers());
+    workshop.build_well("plain", &[]);
+    let plain = workshop.read("plain");
+    for (compression, unpack) in [("gzip", "gzip"), ("zstd", "zstd")] {
+        workshop.build_well("packed", &["--compression", compression, "--jobs", "1"]);
+        let one = workshop.read("packed");
+        workshop.build_well("packed", &["--compression", compression, "--jobs", "3"]);
+        assert_eq!(one, workshop.read("packed"), "threads do not show in the bytes");
+        let file = std::fs::File::open(workshop.path("packed")).unwrap();
+        let unpacked = Command::new(unpack).arg("-dc").stdin(file).output().unwrap();
+        assert!(unpacked.stdout == plain, "{compression}");
+        let sum = String::from_utf8(workshop.read("packed.sha256")).unwrap();
+        assert!(sum.starts_with(&sha256(&one)));
+    }
+}
+
+#[test]
+fn an_old_checksum_does_not_outlive_its_image() {
+    let workshop = Workshop::with(&two_layers());
+    workshop.build_well("out", &[]);
+    assert!(workshop.path("out.sha256").exists());
+    workshop.build_well("out", &["--checksum", "none"]);
+    assert!(!workshop.path("out.sha256").exists());
+}
+
+#[test]
+fn an_image_without_layers_is_an_empty_file_system() {
+    let workshop = Workshop::with(&TestImage::new(vec![]));
+    workshop.build_well("out", &[]);
+    let tree = workshop.run(&["inspect", "out", "--tree"]);
+    assert!(String::from_utf8_lossy(&tree.stdout).contains("lost+found"));
+}
+
+#[test]
+fn rawjson_is_one_object_for_each_event_and_ends_with_the_report() {
+    let workshop = Workshop::with(&two_layers());
+    let result = workshop.run(&["build", "oci:image", "-o", "out", "--progress", "rawjson"]);
+    assert!(result.status.success(), "{}", stderr(&result));
+    let events: Vec<serde_json::Value> = String::from_utf8(result.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let has = |name: &str| events.iter().any(|event| event["event"] == name);
+    assert!(has("resolved") && has("layer_started") && has("layer_ready"));
+    let last = events.last().unwrap();
+    assert_eq!(last["event"], "finished");
+    assert_eq!(last["report"]["layers_packed"], 2);
+    assert!(result.stderr.is_empty(), "nothing for people: {}", String::from_utf8_lossy(&result.stderr));
+}

@@ -1,0 +1,124 @@
+//! The layer cache: what it saves, what it survives.
+
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+
+use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
+
+fn image() -> TestImage {
+    TestImage::new(vec![
+        Layer::new().file("base", &noise(1, 1_500_000)),
+        Layer::new().file("app", &noise(2, 10_000)),
+    ])
+}
+
+fn overwrite(path: &Path, offset: SeekFrom, bytes: &[u8]) {
+    let mut file = std::fs::File::options().write(true).open(path).unwrap();
+    file.seek(offset).unwrap();
+    file.write_all(bytes).unwrap();
+}
+
+#[test]
+fn a_known_layer_is_not_read_again() {
+    let image = image();
+    let workshop = Workshop::with(&image);
+    let first = workshop.build_well("out", &[]);
+    assert_eq!(first.matches(" packed\n").count(), 2, "{first}");
+    // Without the blobs only the cache can serve.
+    for blob in &image.blobs {
+        std::fs::remove_file(workshop.path("image/blobs/sha256").join(sha256(blob))).unwrap();
+    }
+    let one = workshop.build_well("again", &[]);
+    assert_eq!(one.matches("from the cache\n").count(), 2, "{one}");
+    assert_eq!(workshop.read("out"), workshop.read("again"));
+}
+
+#[test]
+fn damage_anywhere_in_a_pack_is_found_and_the_pack_made_anew() {
+    let workshop = Workshop::with(&image());
+    workshop.build_well("out", &[]);
+    let expected = sha256(&workshop.read("out"));
+    let packs = workshop.packs();
+    let big = packs.iter().max_by_key(|path| std::fs::metadata(path).unwrap().len()).unwrap();
+    let damages: [(&str, &dyn Fn()); 5] = [
+        ("a byte of data", &|| overwrite(big, SeekFrom::Start(700_000), b"!!")),
+        ("the table of contents", &|| overwrite(big, SeekFrom::End(-150), b"!!")),
+        ("the footer", &|| overwrite(big, SeekFrom::End(-100), b"!!")),
+        ("a cut", &|| std::fs::File::options().write(true).open(big).unwrap().set_len(1000).unwrap()),
+        ("nothing left", &|| std::fs::write(big, b"").unwrap()),
+    ];
+    for (what, damage) in damages {
+        damage();
+        let text = workshop.build_well("out", &[]);
+        assert!(text.contains("was damaged and is made anew"), "{what}: {text}");
+        assert_eq!(sha256(&workshop.read("out")), expected, "{what}");
+    }
+    let healthy = workshop.build_well("out", &[]);
+    assert!(!healthy.contains("damaged"), "{healthy}");
+}
+
+#[test]
+fn verify_finds_damage_that_hides_behind_a_good_stamp() {
+    let workshop = Workshop::with(&image());
+    workshop.build_well("out", &[]);
+    assert!(workshop.run(&["cache", "verify"]).status.success());
+    let pack = workshop.packs().remove(0);
+    let modified = std::fs::metadata(&pack).unwrap().modified().unwrap();
+    overwrite(&pack, SeekFrom::Start(10), b"!!");
+    std::fs::File::options().write(true).open(&pack).unwrap().set_modified(modified).unwrap();
+    let found = workshop.run(&["cache", "verify"]);
+    assert_eq!(found.status.code(), Some(1), "{}", stderr(&found));
+    assert_eq!(workshop.packs().len(), 1);
+    assert!(workshop.run(&["cache", "verify"]).status.success());
+}
+
+#[test]
+fn ls_shows_packs_and_prune_keeps_the_limit() {
+    let workshop = Workshop::with(&image());
+    workshop.build_well("out", &[]);
+    let list = workshop.run(&["cache", "ls", "--json"]);
+    let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 2);
+    let pruned = workshop.run(&["cache", "--cache-limit", "1M", "prune"]);
+    assert!(pruned.status.success());
+    let left: u64 = workshop.packs().iter().map(|p| std::fs::metadata(p).unwrap().len()).sum();
+    assert!(left <= 1 << 20, "{left}");
+    workshop.run(&["cache", "prune", "--all"]);
+    assert!(workshop.names("cache/packs-v1/local").is_empty());
+    workshop.build_well("out", &["--cache-limit", "0"]);
+    assert!(workshop.packs().is_empty(), "the limit holds after a build as well");
+}
+
+#[test]
+fn many_processes_make_each_pack_once() {
+    let workshop = Workshop::with(&image());
+    let children: Vec<_> = (0..6)
+        .map(|number| {
+            let output = format!("out{number}");
+            workshop
+                .command(&["build", "oci:image", "--progress", "plain", "-o", &output])
+                .stderr(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    let mut packed = 0;
+    for child in children {
+        let result = child.wait_with_output().unwrap();
+        assert!(result.status.success(), "{}", stderr(&result));
+        packed += stderr(&result).matches(" packed\n").count();
+    }
+    assert_eq!(packed, 2);
+    let sums: std::collections::BTreeSet<String> =
+        (0..6).map(|number| sha256(&workshop.read(&format!("out{number}")))).collect();
+    assert_eq!(sums.len(), 1);
+    let names = workshop.names("cache/packs-v1/local");
+    assert!(names.iter().all(|name| !name.ends_with(".lock")), "{names:?}");
+}
+
+#[test]
+fn without_a_cache_nothing_but_the_output_appears() {
+    let workshop = Workshop::with(&image());
+    workshop.build_well("out", &["--no-cache"]);
+    assert_eq!(workshop.names(""), ["image", "out", "out.metadata.json", "out.sha256"]);
+}
