@@ -161,7 +161,7 @@ impl ImageConfig {
     /// When the bytes are no JSON of the right shape or the root file system is of a kind
     /// other than layers.
     pub fn parse(bytes: &[u8]) -> Result<ImageConfig, ConfigError> {
-        let raw: RawImage = serde_json::from_slice(bytes).map_err(ConfigError::Json)?;
+        let raw: RawImage = crate::manifest::object(bytes).map_err(ConfigError::Json)?;
         if let Some(kind) = raw.rootfs.kind.filter(|kind| !kind.is_empty() && kind != "layers") {
             return Err(ConfigError::RootfsType(crate::manifest::shown(&kind)));
         }

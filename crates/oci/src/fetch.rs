@@ -95,6 +95,15 @@ impl Fetcher {
         resolve::resolve(&self.store, &self.source, &self.options.limits, platform).await
     }
 
+    /// Whether everything so far was had without credentials; see [`Image::anonymous`].
+    #[must_use]
+    pub fn is_anonymous(&self) -> bool {
+        match &self.store {
+            Store::Registry(repository) => repository.is_anonymous(),
+            Store::Layout(_) | Store::Archive(_) => false,
+        }
+    }
+
     /// Starts reading a layer of an image that this fetcher resolved. Waits while as many
     /// blobs as [`ClientOptions::connections_per_host`] are being read from the registry: read
     /// every stream to its end or drop it.

@@ -182,7 +182,7 @@ impl Document {
         announced: Option<&str>,
         layers_max: usize,
     ) -> Result<Document, ManifestError> {
-        let raw: RawDocument = serde_json::from_slice(bytes).map_err(ManifestError::Json)?;
+        let raw: RawDocument = object(bytes).map_err(ManifestError::Json)?;
         let announced = announced.map(essence);
         let schema1_type =
             announced.as_deref().is_some_and(|t| t.starts_with(media_type::SCHEMA1_PREFIX));
@@ -200,6 +200,15 @@ impl Document {
             other => Err(ManifestError::MediaType(shown(other))),
         }
     }
+}
+
+/// Reads a JSON object; the derived readers alone would take a list of the fields' values too.
+pub(crate) fn object<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, serde_json::Error> {
+    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
+    if first.is_some_and(|byte| *byte != b'{') {
+        return Err(serde::de::Error::custom("not a JSON object"));
+    }
+    serde_json::from_slice(bytes)
 }
 
 /// The one media type that announcement and document agree on.
@@ -441,7 +450,10 @@ mod tests {
 
     #[test]
     fn deep_nesting_is_an_error_and_no_crash() {
-        let deep = format!("{{\"x\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
-        assert!(matches!(Document::parse(deep.as_bytes(), None, 9), Err(ManifestError::Json(_))));
+        for field in ["x", "layers", "config"] {
+            let (open, close) = ("[".repeat(100_000), "]".repeat(100_000));
+            let deep = format!("{{\"{field}\":{open}{close}}}");
+            assert!(Document::parse(deep.as_bytes(), None, 9).is_err());
+        }
     }
 }

@@ -89,8 +89,7 @@ mod tests {
 
     #[test]
     fn waits_double_up_to_the_longest() {
-        let mut policy = RetryPolicy::default();
-        policy.retries = u32::MAX;
+        let policy = RetryPolicy { retries: u32::MAX, ..RetryPolicy::default() };
         let mut attempts = Attempts::new(policy, Sleep::default(), false);
         let mut waits = Vec::new();
         for failures in [0, 1, 2, 5, 6, 31, 4_000_000] {

@@ -295,17 +295,20 @@ fn connection_error(host: String, source: reqwest::Error) -> PullError {
     }
 }
 
+/// The TLS error somewhere among the causes; I/O errors hide theirs from `source`.
 fn tls_error(error: &reqwest::Error) -> Option<rustls::Error> {
-    let mut cause = error.source();
-    while let Some(error) = cause {
+    const CAUSES_MAX: usize = 16;
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
+    for _ in 0..CAUSES_MAX {
+        let error = cause?;
         if let Some(error) = error.downcast_ref::<rustls::Error>() {
             return Some(error.clone());
         }
         let io = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        if let Some(error) = io.and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            return Some(error.clone());
-        }
-        cause = error.source();
+        cause = match io {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
     }
     None
 }
