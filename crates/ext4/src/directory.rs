@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::format::{
     BLOCK, Block, Checksum, DIR_TAIL, DIR_TAIL_TYPE, HASH_HALF_MD4, index_checksum, lo16, lo32,
-    put16, put32,
+    put16, put32, short,
 };
 use crate::hash::half_md4;
 
@@ -162,7 +162,7 @@ impl Filling {
         let length = entry_bytes(name.name.len());
         put32(&mut self.bytes, at, name.ino);
         put16(&mut self.bytes, at + 4, lo16(lo32(length as u64)));
-        self.bytes[at + 6] = (name.name.len() & 0xFF) as u8;
+        self.bytes[at + 6] = short(name.name.len());
         self.bytes[at + 7] = name.file_type;
         self.bytes[at + 8..at + 8 + name.name.len()].copy_from_slice(name.name);
         self.last = at;

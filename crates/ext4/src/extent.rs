@@ -33,9 +33,7 @@ impl<I: Iterator<Item = Extent>> Iterator for Merger<I> {
 
     fn next(&mut self) -> Option<Extent> {
         loop {
-            let Some(mut pending) = self.pending.take().or_else(|| self.pieces.next()) else {
-                return None;
-            };
+            let mut pending = self.pending.take().or_else(|| self.pieces.next())?;
             if pending.blocks > EXTENT_BLOCKS_MAX {
                 let first = Extent { blocks: EXTENT_BLOCKS_MAX, ..pending };
                 self.pending = Some(Extent {

@@ -99,6 +99,12 @@ pub(crate) const XATTR_REFS_MAX: u32 = 1024;
 pub(crate) const DIR_TAIL: usize = 12;
 pub(crate) const DIR_TAIL_TYPE: u8 = 0xDE;
 
+/// A length of at most 255, as names have it; longer ones are cut and must not get here.
+pub(crate) fn short(length: usize) -> u8 {
+    debug_assert!(length < 256, "names have up to 255 bytes");
+    (length as u64 & 0xFF) as u8
+}
+
 pub(crate) fn lo16(n: u32) -> u16 {
     (n & 0xFFFF) as u16
 }

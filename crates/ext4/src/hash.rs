@@ -22,7 +22,7 @@ pub(crate) fn half_md4(name: &[u8], seed: &[u8; 16]) -> u32 {
 
 /// The first 32 bytes of `bytes` as words, padded with the length of what is left.
 fn words(bytes: &[u8]) -> [u32; 8] {
-    let length = bytes.len() as u32 & 0xFF;
+    let length = (bytes.len() as u64 & 0xFF) as u32;
     let pad = (length | length << 8) * 0x0001_0001;
     let mut words = [pad; 8];
     for (word, part) in words.iter_mut().zip(bytes.chunks(4)) {

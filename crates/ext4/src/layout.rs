@@ -318,10 +318,8 @@ fn exact(make: impl Fn(u64) -> Plan, bytes: u64) -> Result<Plan, LayoutError> {
         return Err(LayoutError::TooLarge { what: "blocks", limit: BLOCKS_MAX });
     }
     let mut plan = make(blocks.max(1));
-    if let Some((start, _)) = plan.geometry.short_last_group() {
-        if start > 0 {
-            plan = make(start);
-        }
+    if let Some((start, _)) = plan.geometry.short_last_group().filter(|group| group.0 > 0) {
+        plan = make(start);
     }
     if plan.needed <= blocks.min(plan.geometry.total_blocks) {
         return Ok(plan);
@@ -336,10 +334,10 @@ fn check(options: &Options) -> Result<(), LayoutError> {
     if options.boot_area.len() > Options::BOOT_AREA_BYTES_MAX {
         return wrong("boot_area", "it must not exceed 1024 bytes");
     }
-    if let Size::Exact { bytes } = options.size {
-        if bytes % BLOCK_SIZE != 0 {
-            return wrong("size", "it must be a multiple of 4096");
-        }
+    if let Size::Exact { bytes } = options.size
+        && !bytes.is_multiple_of(BLOCK_SIZE)
+    {
+        return wrong("size", "it must be a multiple of 4096");
     }
     if !(1..=1024).contains(&options.growth_factor) {
         return wrong("growth_factor", "it must be within 1 to 1024");

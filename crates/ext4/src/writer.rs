@@ -685,7 +685,7 @@ fn put_device(map: &mut [u8; 60], major: u32, minor: u32) {
 fn set_bits(bitmap: &mut Block, from: u64, to: u64) {
     let mut at = from;
     while at < to {
-        if at % 8 == 0 && to - at >= 8 {
+        if at.is_multiple_of(8) && to - at >= 8 {
             let whole = index(at / 8)..index(to / 8);
             at += whole.len() as u64 * 8;
             bitmap[whole].fill(0xFF);
