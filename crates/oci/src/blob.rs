@@ -307,6 +307,9 @@ impl Download {
         let Some(next) = self.repository.endpoints.get(self.at + 1) else {
             return Err(self.explained(error));
         };
+        if let Some(mirror) = self.repository.endpoints.get(self.at) {
+            self.repository.note(&mirror.host(), &error);
+        }
         self.attempts = Some(self.repository.attempts(next));
         self.at += 1;
         self.ranges = true;

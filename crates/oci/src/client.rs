@@ -176,6 +176,8 @@ pub(crate) struct Repository {
     /// The endpoint that had the manifest: those before it have failed.
     first_good: AtomicUsize,
     used_credentials: AtomicBool,
+    /// Mirrors that were passed over, with the reason.
+    notes: Mutex<Vec<String>>,
 }
 
 /// One thing to get from a repository.
@@ -220,6 +222,7 @@ impl Repository {
             endpoints,
             first_good: AtomicUsize::new(0),
             used_credentials: AtomicBool::new(false),
+            notes: Mutex::default(),
         })
     }
 
@@ -251,8 +254,24 @@ impl Repository {
                     return Ok(fetched);
                 }
                 Err(error) if at + 1 == self.endpoints.len() => return Err(error),
-                Err(_mirror_failed) => at += 1,
+                Err(error) => {
+                    self.note(&endpoint.host(), &error);
+                    at += 1;
+                }
             }
+        }
+    }
+
+    pub(crate) fn notes(&self) -> Vec<String> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Remembers why a mirror was passed over.
+    pub(crate) fn note(&self, mirror: &str, error: &PullError) {
+        const NOTES_MAX: usize = 100;
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        if notes.len() < NOTES_MAX {
+            notes.push(format!("mirror {mirror} was passed over: {error}"));
         }
     }
 

@@ -75,7 +75,7 @@ pub enum PullError {
         message: String,
     },
     /// No connection, or it broke before an answer.
-    #[error("cannot reach {host}")]
+    #[error("cannot reach {host}, or it hung up")]
     Connect {
         /// The server.
         host: String,
@@ -364,6 +364,10 @@ impl PullError {
             | PullError::Token { .. }
             | PullError::DigestMismatch { .. }
             | PullError::SizeMismatch { .. } => Blame::Upstream,
+            PullError::Spool { source: SpoolError::Read(_) | SpoolError::TooLarge(_), .. } => {
+                Blame::Yours
+            }
+            PullError::Io { source, .. } if is_about_the_path(source) => Blame::Yours,
             PullError::Client { .. } | PullError::Spool { .. } | PullError::Io { .. } => {
                 Blame::Ours
             }
@@ -514,6 +518,12 @@ impl PullError {
         }
         None
     }
+}
+
+/// Whether the file is the problem, and not the disk.
+fn is_about_the_path(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    [NotFound, PermissionDenied, NotADirectory, IsADirectory].contains(&error.kind())
 }
 
 fn after_colon(message: &str) -> String {

@@ -104,14 +104,23 @@ impl Fetcher {
         }
     }
 
+    /// What went wrong on the way without being fatal: mirrors that were passed over, each with
+    /// its reason, for a person to read.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        match &self.store {
+            Store::Registry(repository) => repository.notes(),
+            Store::Layout(_) | Store::Archive(_) => Vec::new(),
+        }
+    }
+
     /// Starts reading a layer of an image that this fetcher resolved. Waits while as many
     /// blobs as [`ClientOptions::connections_per_host`] are being read from the registry: read
     /// every stream to its end or drop it.
     ///
     /// # Errors
     /// When the blob cannot be had.
-    pub async fn blob(&self, image: &Image, layer: &Layer) -> Result<BlobStream, PullError> {
-        debug_assert!(image.layers.contains(layer), "a layer of this image");
+    pub async fn blob(&self, _image: &Image, layer: &Layer) -> Result<BlobStream, PullError> {
         match &self.store {
             Store::Registry(repository) => {
                 let foreign = is_foreign(&layer.media_type);

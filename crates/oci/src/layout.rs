@@ -86,6 +86,9 @@ fn open_beneath(dir: &OwnedFd, name: &str) -> std::io::Result<File> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     let opened = match rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve) {
         Err(Errno::NOSYS | Errno::PERM) => open_step_by_step(dir, name, flags)?,
+        Err(Errno::XDEV) => {
+            return Err(std::io::Error::other("a symbolic link leads out of the directory"));
+        }
         opened => opened?,
     };
     let file = File::from(opened);

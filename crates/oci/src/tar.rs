@@ -298,3 +298,98 @@ fn beside(name: &[u8], target: &[u8]) -> Option<String> {
     let parent = cleaned.rsplit_once('/').map_or("", |(parent, _)| parent);
     clean(&[parent.as_bytes(), b"/", target].concat())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Result<TarIndex, TarError> {
+        use std::io::Write as _;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        TarIndex::read(&file, bytes.len() as u64, 1000)
+    }
+
+    /// A header with the right check sum.
+    fn header(name: &[u8], kind: u8, size: &[u8]) -> Vec<u8> {
+        let mut header = [0_u8; 512];
+        header[..name.len().min(100)].copy_from_slice(&name[..name.len().min(100)]);
+        header[124..124 + size.len().min(12)].copy_from_slice(&size[..size.len().min(12)]);
+        header[156] = kind;
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header.to_vec()
+    }
+
+    #[test]
+    fn names_are_keys_and_cannot_leave_the_archive() {
+        for (name, cleaned) in [
+            (&b"./a//b/./c"[..], Some("a/b/c")),
+            (b"/a", Some("a")),
+            (b"a/../b", Some("b")),
+            (b"../a", None),
+            (b"a/../../b", None),
+            (b"", None),
+            (b"./", None),
+            (b"\xff", None),
+        ] {
+            assert_eq!(clean(name).as_deref(), cleaned);
+        }
+        assert_eq!(clean(&[b'a'; NAME_BYTES_MAX + 1]), None);
+    }
+
+    #[test]
+    fn numbers_are_octal_or_base_256_and_never_wrap() {
+        assert_eq!(number(b"0000644\0"), Some(0o644));
+        assert_eq!(number(b"   644 \0"), Some(0o644));
+        assert_eq!(number(b"\0\0\0\0"), Some(0));
+        assert_eq!(number(b"\x80\0\0\x01\0"), Some(256));
+        assert_eq!(number(&[0xff; 12]), None);
+        assert_eq!(number(b"0000648\0"), None);
+        assert_eq!(number(b"-000644\0"), None);
+    }
+
+    #[test]
+    fn of_two_files_with_one_name_the_last_counts() {
+        let block = |byte: u8| vec![byte; 512];
+        let size = b"00000001000\0";
+        let tar =
+            [header(b"a", b'0', size), block(1), header(b"./a", b'0', size), block(2)].concat();
+        let index = read(&tar).unwrap();
+        assert_eq!(index.find("a"), Some(("a", Span { offset: 1536, size_bytes: 512 })));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_index_panic_or_point_outside(
+            entries in proptest::collection::vec(
+                (
+                    proptest::collection::vec(any::<u8>(), 0..100),
+                    prop_oneof![Just(b'0'), Just(b'x'), Just(b'L'), Just(b'1'), Just(b'2'), any::<u8>()],
+                    proptest::collection::vec(any::<u8>(), 0..12),
+                    proptest::collection::vec(any::<u8>(), 0..700),
+                ),
+                0..6,
+            ),
+        ) {
+            let mut tar = Vec::new();
+            for (name, kind, size, data) in entries {
+                let honest = format!("{:011o}\0", data.len());
+                let size = if size.len() < 8 { honest.as_bytes() } else { &size };
+                tar.extend(header(&name, kind, size));
+                tar.extend(&data);
+                tar.resize(tar.len().next_multiple_of(512), 0);
+            }
+            if let Ok(index) = read(&tar) {
+                for name in index.0.keys() {
+                    if let Some((_, span)) = index.find(name) {
+                        prop_assert!(span.offset + span.size_bytes <= tar.len() as u64);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -388,6 +388,7 @@ async fn a_gzip_that_ends_early_is_an_error() {
     let saved = Saved::new(&bytes[..bytes.len() - 20]);
     let error = resolve(&saved.source("docker-archive"), &options(&[]).0).await.unwrap_err();
     assert!(matches!(error, PullError::Spool { .. }), "{error:?}");
+    assert_eq!(error.blame(), oci::Blame::Yours);
 }
 
 #[tokio::test]

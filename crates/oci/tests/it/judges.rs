@@ -42,8 +42,7 @@ async fn digests(source: &str, options: &ClientOptions) -> Image {
     image
 }
 
-/// A layout whose layer is a real tar, which skopeo insists on.
-fn real_layout() -> LayoutOnDisk {
+fn layout_of_one_image() -> LayoutOnDisk {
     let mut layout = LayoutOnDisk::new();
     layout.put_image(Some("v1"), "amd64", 1);
     layout
@@ -54,7 +53,7 @@ async fn what_skopeo_writes_is_read() {
     if !is_here("skopeo") {
         return;
     }
-    let layout = real_layout();
+    let layout = layout_of_one_image();
     let from = format!("oci:{}:v1", layout.path().display());
     let (none, _) = options(&[]);
     let original = digests(&from, &none).await;
@@ -117,7 +116,7 @@ async fn what_a_real_registry_serves_is_pulled() {
     if !is_here("skopeo") || !is_here("docker-registry") {
         return;
     }
-    let layout = real_layout();
+    let layout = layout_of_one_image();
     let from = format!("oci:{}:v1", layout.path().display());
     let dir = tempfile::tempdir().unwrap();
     let (_registry, host) = real_registry(dir.path());

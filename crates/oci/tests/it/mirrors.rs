@@ -86,6 +86,9 @@ async fn a_blob_that_breaks_on_the_mirror_is_finished_from_the_registry() {
     assert_eq!(drain(&mut stream).await.unwrap(), blob);
     let rest = requests(&registry, &name);
     assert_eq!(rest.len(), 1);
+    let notes = fetcher.notes();
+    assert_eq!(notes.len(), 1);
+    assert!(notes[0].contains(&mirror.host()) && notes[0].contains("broke off"), "{notes:?}");
     assert_eq!(rest[0].headers["range"], "bytes=200000-");
 }
 
