@@ -450,15 +450,20 @@ impl GroupDescriptor {
     }
 }
 
+/// The earliest second an inode can hold: 1901-12-13.
+pub(crate) const TIME_MIN: i64 = -(1 << 31);
+/// The latest second that is written: 2310-04-03. The format goes on to 2446, but `e2fsck`
+/// takes the last of its four epochs for a kernel's old mistake with times before 1970.
+pub(crate) const TIME_MAX: i64 = (3 << 32) - (1 << 31) - 1;
+
 /// Seconds and nanoseconds as the two 32-bit fields of an inode.
 ///
-/// The range is -2^31 .. 2^34 - 2^31, as in the kernel's `timestamp_truncate`; what lies
-/// outside becomes the nearest bound with no nanoseconds.
+/// What lies outside of [`TIME_MIN`] and [`TIME_MAX`] becomes the nearest bound with no
+/// nanoseconds, as the kernel's `timestamp_truncate` does it.
 pub(crate) fn encode_time(secs: i64, nanos: u32) -> (u32, u32) {
-    const MIN: i64 = -(1 << 31);
-    const MAX: i64 = (1 << 34) - (1 << 31) - 1;
-    let clamped = secs.clamp(MIN, MAX);
-    let nanos = if clamped == secs && secs != MIN && secs != MAX { nanos } else { 0 };
+    let clamped = secs.clamp(TIME_MIN, TIME_MAX);
+    let is_inside = TIME_MIN < secs && secs < TIME_MAX;
+    let nanos = if is_inside { nanos.min(999_999_999) } else { 0 };
     let low = (clamped & 0xFFFF_FFFF) as u32;
     let signed_low = i64::from(low.cast_signed());
     let epoch = (((clamped - signed_low) >> 32) & 3) as u32;
@@ -499,9 +504,9 @@ mod tests {
             assert_eq!(decode_time(low, extra), (secs, 999_999_999));
         }
         let (low, extra) = encode_time(i64::MAX, 5);
-        assert_eq!(decode_time(low, extra), ((1 << 34) - (1 << 31) - 1, 0));
+        assert_eq!(decode_time(low, extra), (TIME_MAX, 0));
         let (low, extra) = encode_time(i64::MIN, 5);
-        assert_eq!(decode_time(low, extra), (-(1 << 31), 0));
+        assert_eq!(decode_time(low, extra), (TIME_MIN, 0));
     }
 
     #[test]

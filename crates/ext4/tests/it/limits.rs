@@ -178,7 +178,7 @@ fn runs_that_leave_their_file_or_region_or_share_blocks_are_refused() {
 fn attributes_that_do_not_fit_name_the_inode() {
     let mut tree = MemoryTree::new();
     let inner = tree.directory(ROOT, "a");
-    let file = tree.add(inner, "b", Content::Fifo);
+    let file = tree.add(inner, "b", Content::File { size_bytes: 0, runs: vec![] });
     let fits = tree.set(&[(b"user.x", &[1; 4096 - 32 - 4 - 20])]);
     tree.node(file).xattrs = Some(fits);
     judge(&tree, &options());

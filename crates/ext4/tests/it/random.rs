@@ -46,7 +46,7 @@ fn step() -> impl Strategy<Value = Step> {
 fn made() -> impl Strategy<Value = Made> {
     let name = prop::collection::vec((1_u8..=255).prop_filter("/", |&b| b != b'/'), 1..=255)
         .prop_filter("dots", |n| n != b"." && n != b"..");
-    let time = (-(1_i64 << 31) + 1..(1 << 34) - (1 << 31) - 1, 0_u32..1_000_000_000);
+    let time = (-(1_i64 << 31) + 1..(3 << 32) - (1 << 31) - 1, 0_u32..1_000_000_000);
     let attribute_bytes = prop::option::weighted(0.3, 0_usize..3500);
     let owner = (any::<u32>(), any::<u32>());
     (step(), any::<usize>(), 0_u32..3, name, 0_u16..0o10000, owner, time, attribute_bytes).prop_map(
