@@ -119,6 +119,12 @@ struct Lower {
     root: u32,
 }
 
+impl Lower {
+    fn empty() -> Self {
+        Self { level: Level::new([0; 32]), root: 0 }
+    }
+}
+
 impl Folder {
     /// A folder without layers: an empty root directory.
     #[must_use]
@@ -159,12 +165,18 @@ impl Folder {
             })?;
         }
         let settled = upper.settle();
-        let level = upper.level;
+        let (mut level, pending) = (upper.level, upper.pending);
         settled.map_err(|(id, problem)| self.link_error(&level, layer, id, problem))?;
-        match self.lower.take() {
-            None => self.lower = Some(self.bottom(level)?),
-            Some(lower) => self.lower = Some(self.lay(lower, &level, pack.diff_id())?),
-        }
+        let lower = match self.lower.take() {
+            // The layer becomes the tree as it is.
+            None if pending.is_empty() => {
+                forget_deletions(&mut level);
+                Lower { level, root: 0 }
+            }
+            None => self.lay(Lower::empty(), &level, pack.diff_id())?,
+            Some(lower) => self.lay(lower, &level, pack.diff_id())?,
+        };
+        self.lower = Some(lower);
         self.layers += 1;
         Ok(())
     }
@@ -174,29 +186,8 @@ impl Folder {
     /// # Errors
     /// [`FlattenError::Tree`] for a file with too many names.
     pub fn finish(self) -> Result<FileTree, FlattenError> {
-        let lower = self.lower.unwrap_or(Lower { level: Level::new([0; 32]), root: 0 });
+        let lower = self.lower.unwrap_or_else(Lower::empty);
         FileTree::build(lower.level, lower.root, self.store, self.layers, &self.limits)
-    }
-
-    /// The lowest layer: there is nothing that whiteouts could delete.
-    fn bottom(&self, mut level: Level) -> Result<Lower, FlattenError> {
-        let nodes = &level.nodes;
-        let mut pending = None;
-        for dentry in level.dentries.all_mut() {
-            if dentry.inode != NONE {
-                let node = &nodes[dentry.inode as usize];
-                if node.is_pending() {
-                    pending = pending.or(Some(dentry.inode));
-                } else if is_nothing(dentry, node) {
-                    dentry.inode = NONE;
-                }
-            }
-            dentry.whiteout = false;
-        }
-        match pending {
-            Some(id) => Err(self.missing(&level, id)),
-            None => Ok(Lower { level, root: 0 }),
-        }
     }
 
     /// One layer over the others.
@@ -217,11 +208,12 @@ impl Folder {
             laying.dentry(upper.dentries.all()[index]).map_err(in_tree)?;
         }
         let Laying { mut lower, mut places, links, .. } = laying;
-        for (_, dentry) in &links {
-            let id = dentry.inode;
-            if places[id as usize] == NONE {
-                places[id as usize] = self.file_below(&mut lower, upper, id)?;
-            }
+        // In the order of the tar, so that of two links to one file the later describes it.
+        let mut pending: Vec<u32> = links.iter().map(|(_, dentry)| dentry.inode).collect();
+        pending.sort_unstable();
+        pending.dedup();
+        for id in pending {
+            places[id as usize] = self.file_below(&mut lower, upper, id)?;
         }
         for (parent, dentry) in links {
             let file = places[dentry.inode as usize];
@@ -291,6 +283,17 @@ impl Folder {
 /// Deleted by its own layer, and nothing but deletions in it.
 fn is_nothing(dentry: &Dentry, node: &Node) -> bool {
     dentry.whiteout && node.is_directory() && !node.has(Node::REAL)
+}
+
+/// Below the lowest layer there is nothing that whiteouts could delete.
+fn forget_deletions(level: &mut Level) {
+    let nodes = &level.nodes;
+    for dentry in level.dentries.all_mut() {
+        if dentry.inode != NONE && is_nothing(dentry, &nodes[dentry.inode as usize]) {
+            dentry.inode = NONE;
+        }
+        dentry.whiteout = false;
+    }
 }
 
 /// Lets a name of the folded tree point to an inode.

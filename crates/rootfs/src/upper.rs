@@ -540,7 +540,9 @@ impl<'f> Upper<'f> {
         }
         for id in &self.pending {
             let last = settled[*id as usize].unwrap_or(*id);
-            if last != *id {
+            // Of several headers the later describes the file.
+            let described_later = last > *id && self.level.node(last).is_pending();
+            if last != *id && !described_later {
                 let link = *self.level.node(*id);
                 let node = self.level.node_mut(last);
                 apply(node, &mut self.store.sets, metadata_of(&link), link.xattrs, self.limits)
