@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use ext4::{LayoutError, WriteError};
-use oci::{Digest, PullError};
+use oci::{Digest, PullError, Source};
 use rootfs::{FlattenError, PackError, PackReadError};
 
 use super::Phase;
@@ -29,6 +29,8 @@ pub enum BuildError {
     Pull {
         /// The source as the user named it.
         image: String,
+        /// Whose fault: a file that is at hand has no upstream.
+        blame: Blame,
         /// Why.
         source: Box<PullError>,
     },
@@ -108,15 +110,20 @@ pub enum BuildError {
 }
 
 impl BuildError {
+    pub(super) fn pull(from: &Source, source: PullError) -> Self {
+        let blame = match (source.blame(), from) {
+            (oci::Blame::Upstream, Source::Registry(_)) => Blame::Upstream,
+            (oci::Blame::Yours | oci::Blame::Upstream, _) => Blame::Yours,
+            (oci::Blame::Ours, _) => Blame::Ours,
+        };
+        Self::Pull { image: from.to_string(), blame, source: Box::new(source) }
+    }
+
     /// Whose fault it is.
     #[must_use]
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Pull { source, .. } => match source.blame() {
-                oci::Blame::Yours => Blame::Yours,
-                oci::Blame::Ours => Blame::Ours,
-                oci::Blame::Upstream => Blame::Upstream,
-            },
+            Self::Pull { blame, .. } => *blame,
             Self::Pack { source: PackError::Write { .. }, .. } => Blame::Ours,
             Self::Pack { .. } | Self::DiffId { .. } | Self::Flatten(_) | Self::Layout(_) => {
                 Blame::Yours

@@ -202,7 +202,7 @@ impl Job<'_> {
     }
 
     fn pull_failed(&self, source: oci::PullError) -> BuildError {
-        BuildError::Pull { image: self.image.name.clone(), source: Box::new(source) }
+        BuildError::pull(&self.spec.source, source)
     }
 
     fn check_diff_id(&self, index: usize, layer: &Layer, found: &[u8; 32]) -> Result<(), BuildError> {
@@ -277,7 +277,7 @@ async fn blocking<T: Send + 'static>(
         .map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

@@ -21,7 +21,8 @@ pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
 pub use metadata::ImageMetadata;
 pub use pipeline::run;
-pub(crate) use pipeline::sibling;
+pub(crate) use layers::hex;
+pub(crate) use pipeline::{format_uuid, sibling};
 
 use crate::packs::{PackCache, SharingDomain};
 

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use ext4::{BLOCK_SIZE, Layout, Move};
+use rustix::fs::FallocateFlags;
 use sha2::{Digest as _, Sha256};
 
 use super::layers::hex;
@@ -34,6 +35,17 @@ impl ext4::Output for ImageFile<'_> {
     }
 }
 
+/// How the data is to be moved.
+#[derive(Clone, Copy)]
+pub(super) struct MoveOptions {
+    /// Hash the image behind the copier.
+    pub(super) hash: bool,
+    /// Nobody needs the packs after this: give their blocks back while copying.
+    pub(super) consume: bool,
+    /// Threads that may copy.
+    pub(super) jobs: usize,
+}
+
 /// Moves every live data run to its place and, when wanted, hashes the file behind the copier.
 ///
 /// The metadata must already be in `image`. Returns the SHA-256 of the whole file in hex.
@@ -41,10 +53,10 @@ pub(super) fn write_data(
     layout: &Layout,
     packs: &[OpenPack],
     image: &File,
-    hash: bool,
-    jobs: usize,
+    options: MoveOptions,
     observer: &dyn Observer,
 ) -> io::Result<Option<String>> {
+    let hash = options.hash;
     let pieces = Pieces { moves: Box::new(layout.moves()), rest: None };
     let work = Mutex::new(Work {
         pieces,
@@ -54,12 +66,15 @@ pub(super) fn write_data(
     });
     let progress = Progress::default();
     // The hasher follows one copier in file order; without it the copiers share the work.
-    let copiers = if hash { 1 } else { jobs.clamp(1, 8) };
+    let copiers = if hash { 1 } else { options.jobs.clamp(1, 8) };
     std::thread::scope(|scope| {
         let running: Vec<_> = (0..copiers)
             .map(|_| {
                 scope.spawn(|| {
-                    let result = copy_pieces(&work, packs, image, &progress, observer);
+                    let mut copier =
+                        Copier { in_kernel: true, consume: options.consume, buffer: Vec::new() };
+                    let result =
+                        copy_pieces(&mut copier, &work, packs, image, &progress, observer);
                     if result.is_err() {
                         lock(&work).failed = true;
                     }
@@ -135,13 +150,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn copy_pieces(
+    copier: &mut Copier,
     work: &Mutex<Work<'_>>,
     packs: &[OpenPack],
     image: &File,
     progress: &Progress,
     observer: &dyn Observer,
 ) -> io::Result<()> {
-    let mut copier = Copier { in_kernel: true, buffer: Vec::new() };
     loop {
         let piece = {
             let mut work = lock(work);
@@ -167,6 +182,7 @@ fn copy_pieces(
 
 struct Copier {
     in_kernel: bool,
+    consume: bool,
     buffer: Vec<u8>,
 }
 
@@ -197,6 +213,12 @@ impl Copier {
             from.read_exact_at(buffer, at + done)?;
             to.write_all_at(buffer, offset + done)?;
             done += want as u64;
+        }
+        if self.consume {
+            // The pages go straight into the next piece of the output, the blocks back to the
+            // disk. A file system that cannot do it frees them when the pack is closed.
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            self.consume = rustix::fs::fallocate(from, flags, at, length).is_ok();
         }
         Ok(())
     }

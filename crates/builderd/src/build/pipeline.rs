@@ -107,10 +107,7 @@ fn pull(spec: &BuildSpec, phases: &mut Phases<'_>) -> Result<(Image, LayerPacks)
         .enable_all()
         .build()
         .map_err(worker(Phase::Resolve))?;
-    let failed = |source| BuildError::Pull {
-        image: spec.source.to_string(),
-        source: Box::new(source),
-    };
+    let failed = |source| BuildError::pull(&spec.source, source);
     let spool = spec.output_directory();
     let (fetcher, image) = phases.time(Phase::Resolve, || {
         runtime
@@ -215,7 +212,12 @@ fn write_image(
         layout
             .write(tree, &mut ImageFile(file))
             .map_err(|source| BuildError::Write { path: spec.output.clone(), source })?;
-        output::write_data(layout, &packs.packs, file, hash, spec.jobs, observer)
+        let options = output::MoveOptions {
+            hash,
+            consume: matches!(spec.packs, PackStorage::Temporary),
+            jobs: spec.jobs,
+        };
+        output::write_data(layout, &packs.packs, file, options, observer)
             .map_err(failed("write"))
     })?;
     if spec.compression == Compression::None {
@@ -265,7 +267,7 @@ fn describe(
 }
 
 /// The usual form of a UUID (RFC 9562, section 4).
-fn format_uuid(uuid: &[u8; 16]) -> String {
+pub(crate) fn format_uuid(uuid: &[u8; 16]) -> String {
     let hex = layers::hex(uuid);
     let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
     parts.join("-")

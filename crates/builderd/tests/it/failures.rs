@@ -48,7 +48,7 @@ fn a_blob_that_is_not_what_its_name_says_is_refused() {
     let middle = blob.len() / 2;
     blob[middle] ^= 1;
     std::fs::write(workshop.path("image/blobs/sha256").join(name), blob).unwrap();
-    fails(&workshop, &[], 3, &["digest"]);
+    fails(&workshop, &[], 3, &["is not what was asked for"]);
     assert!(workshop.packs().is_empty());
 }
 
