@@ -520,8 +520,8 @@ mod tests {
     #[test]
     fn a_superblock_and_a_descriptor_read_back_as_written() {
         let mut bytes = [0; SUPERBLOCK_SIZE];
-        for (n, byte) in bytes.iter_mut().enumerate() {
-            *byte = (n % 251) as u8;
+        for (byte, value) in bytes.iter_mut().zip((0..=250).cycle()) {
+            *byte = value;
         }
         let first = Superblock::decode(&bytes);
         assert_eq!(Superblock::decode(&first.encode()), first);

@@ -39,7 +39,8 @@ pub struct Options {
     pub clamp_mtime: Option<i64>,
     /// Up to 1,024 bytes that come before the superblock, where a boot sector would lie.
     pub boot_area: Vec<u8>,
-    /// `resize2fs` can grow the image at least this many times, with no move of metadata.
+    /// `resize2fs` can grow the image at least this many times, offline and online; but by no
+    /// more than 8 TiB and to no more than 16 TiB, which is what a resize inode can reach.
     pub growth_factor: u32,
     /// At least one inode for this many bytes of the image.
     pub bytes_per_inode: u32,

@@ -28,10 +28,17 @@ fn resize2fs_grows_an_image_sixteen_times_offline() {
         let output = Command::new("resize2fs").arg(&image.path).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         image.assert_clean();
+        assert_verifies(&image);
         let grown = ext4::Image::open(std::fs::File::open(&image.path).unwrap()).unwrap();
         assert!(grown.superblock().blocks_count * 4096 > target / 10 * 9);
         crate::kernel::assert_mounts_as(&image, &tree);
     }
+}
+
+/// The reader must accept what a kernel or resize2fs left, too.
+fn assert_verifies(image: &ImageFile) {
+    let read = ext4::Image::open(std::fs::File::open(&image.path).unwrap()).unwrap();
+    read.verify().unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// The kernel asks for `CAP_SYS_RESOURCE`, which root in a container may lack.
@@ -69,6 +76,7 @@ fn the_kernel_grows_a_mounted_image_sixteen_times() {
         }
     }
     image.assert_clean();
+    assert_verifies(&image);
 }
 
 #[test]
@@ -100,6 +108,7 @@ fn a_kernel_adds_renames_and_deletes_in_a_full_index() {
             assert_eq!(std::fs::read_dir(&big).unwrap().count(), 30_000);
         }
         image.assert_clean();
+        assert_verifies(&image);
         let read = ext4::Image::open(std::fs::File::open(&image.path).unwrap()).unwrap();
         let names = read.entries(&read.lookup(b"/big").unwrap()).unwrap();
         assert_eq!(names.len(), 30_000);
@@ -130,4 +139,33 @@ fn a_kernel_fills_every_free_block_and_inode() {
         assert!(bytes > 18 << 20, "only {bytes} bytes could be written");
     }
     image.assert_clean();
+    assert_verifies(&image);
+}
+
+#[test]
+fn the_reader_accepts_what_mke2fs_makes() {
+    if !has("mke2fs") {
+        return;
+    }
+    let directory = tempfile::TempDir::new().unwrap();
+    let (source, image) = (directory.path().join("source"), directory.path().join("image"));
+    std::fs::create_dir_all(source.join("inner")).unwrap();
+    for n in 0..1000 {
+        std::fs::write(source.join(format!("inner/a-longer-name-{n}")), format!("{n}")).unwrap();
+    }
+    std::os::unix::fs::symlink("inner", source.join("link")).unwrap();
+    for options in [&["-b", "4096"][..], &["-b", "1024"], &["-b", "2048", "-O", "^64bit"]] {
+        let mut command = Command::new("mke2fs");
+        command.args(["-q", "-F", "-t", "ext4", "-O", "metadata_csum"]).args(options);
+        let output = command.arg("-d").arg(&source).arg(&image).arg("300M").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let read = ext4::Image::open(std::fs::File::open(&image).unwrap()).unwrap();
+        let verified = read.verify().unwrap_or_else(|e| panic!("{options:?}: {e}"));
+        assert_eq!(verified.names, 1000 + 3);
+        let node = read.lookup(b"/inner/a-longer-name-999").unwrap();
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut read.content(&node).unwrap(), &mut text).unwrap();
+        assert_eq!(text, "999");
+        std::fs::remove_file(&image).unwrap();
+    }
 }

@@ -8,7 +8,7 @@ use crate::writer::{a_bit_of_everything, judge};
 const ROOT: InodeId = InodeId::ROOT;
 
 fn plan(tree: &MemoryTree) -> LayoutError {
-    tree.plan(&options()).err().expect("the tree must be refused")
+    tree.plan(&options()).err().unwrap()
 }
 
 #[test]

@@ -56,7 +56,7 @@ pub(crate) struct Region {
 impl Region {
     pub(crate) fn block(&self, n: u64) -> [u8; BLOCK] {
         let mut bytes = [0; BLOCK];
-        if self.is_thin && n % 128 != 0 {
+        if self.is_thin && !n.is_multiple_of(128) {
             return bytes;
         }
         let mut state = self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (n + 1);
@@ -296,7 +296,8 @@ struct Checked<'a> {
 impl Output for Checked<'_> {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
         let end = offset + bytes.len() as u64;
-        assert!(offset % BLOCK_SIZE == 0 && end % BLOCK_SIZE == 0, "{offset}..{end}");
+        let is_whole = offset.is_multiple_of(BLOCK_SIZE) && end.is_multiple_of(BLOCK_SIZE);
+        assert!(is_whole, "{offset}..{end}");
         assert!(end <= self.size, "{offset}..{end} is outside of the image");
         let before = self.written.range(..end).next_back();
         assert!(before.is_none_or(|(_, &e)| e <= offset), "{offset}..{end} is written twice");
