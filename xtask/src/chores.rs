@@ -36,7 +36,7 @@ pub(crate) fn boot(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-/// `cargo xtask compare IMAGE LAYOUT [--reference umoci|overlay]`
+/// `cargo xtask compare IMAGE LAYOUT [--reference umoci|overlay|podman]`
 pub(crate) fn compare(mut arguments: Arguments) -> Result<()> {
     let tool = arguments.value("--reference")?.unwrap_or_else(|| "overlay".into());
     let words = arguments.rest()?;
@@ -44,6 +44,7 @@ pub(crate) fn compare(mut arguments: Arguments) -> Result<()> {
     let scratch = workspace::kept("scratch")?;
     let expected = match tool.as_str() {
         "umoci" => reference::umoci(Path::new(layout), &scratch)?,
+        "podman" => reference::podman(Path::new(layout), &scratch)?,
         "overlay" => reference::overlay(Path::new(layout), &scratch)?,
         other => bail!("no reference tool is called {other}"),
     };
@@ -65,7 +66,10 @@ pub(crate) fn image_differences(
 ) -> Result<Vec<String>> {
     let mount = Mount::image(image, "ro,noload")?;
     let found = walk::walk(mount.path())?;
-    let rules = Rules { mtime_unknown: expected.mtime_unknown, ..Rules::image() };
+    let mut rules = Rules { mtime_unknown: expected.mtime_unknown, ..Rules::image() };
+    if !expected.root_known {
+        rules.ignored.push("");
+    }
     Ok(compare::differences(&expected.tree, &found, &rules))
 }
 

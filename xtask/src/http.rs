@@ -16,8 +16,8 @@ pub(crate) type Body = std::io::Take<BufReader<TcpStream>>;
 
 /// Asks for `path` on a fresh connection; anything but 200 is an error.
 pub(crate) fn get(address: &str, path: &str, accept: &str) -> Result<Body> {
-    let mut stream = TcpStream::connect(address)
-        .with_context(|| format!("nothing listens on {address}"))?;
+    let mut stream =
+        TcpStream::connect(address).with_context(|| format!("nothing listens on {address}"))?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     stream.set_nodelay(true)?;
     write!(

@@ -16,10 +16,7 @@ impl Mount {
     /// Mounts an image file through a loop device.
     pub(crate) fn image(image: &Path, options: &str) -> Result<Self> {
         Self::new(|point| {
-            Program::new("mount")
-                .arg("-o")
-                .arg(format!("loop,{options}"))
-                .args([image, point])
+            Program::new("mount").arg("-o").arg(format!("loop,{options}")).args([image, point])
         })
     }
 

@@ -56,7 +56,7 @@ impl Program {
 
     pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.line.push(' ');
-        self.line.push_str(&arg.as_ref().to_string_lossy());
+        self.line.push_str(&quoted(&arg.as_ref().to_string_lossy()));
         self.command.arg(arg);
         self
     }
@@ -85,7 +85,19 @@ impl Program {
         self
     }
 
-    /// The command line, for messages.
+    /// This program as the last arguments of another one, which keeps its environment.
+    pub(crate) fn under(self, mut wrapper: Self) -> Self {
+        for (key, value) in self.command.get_envs() {
+            match value {
+                Some(value) => wrapper.command.env(key, value),
+                None => wrapper.command.env_remove(key),
+            };
+        }
+        wrapper = wrapper.arg(self.command.get_program());
+        wrapper.args(self.command.get_args())
+    }
+
+    /// The command line as a shell reads it.
     pub(crate) fn line(&self) -> &str {
         &self.line
     }
@@ -203,6 +215,15 @@ impl Drop for Background {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A word as a shell reads it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@+%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
 }
 
 /// Is there a program of this name on the search path?

@@ -1,6 +1,7 @@
 //! Independent unpackers: what an image's tree ought to be, told by tools that are not ours.
 //!
 //! * `umoci unpack`, as root: one directory, layers applied in turn.
+//! * `podman` (containers/storage): layers unpacked by Docker's own rules, merged by the kernel.
 //! * `overlay`: GNU tar per layer, whiteouts turned into the kernel's own, and the kernel's
 //!   overlay on top, which is what Docker, containerd and podman users see.
 //!
@@ -23,6 +24,8 @@ use crate::process::Program;
 pub(crate) struct Reference {
     pub(crate) tree: Tree,
     pub(crate) mtime_unknown: Vec<Vec<u8>>,
+    /// Whether it says anything of the root directory itself.
+    pub(crate) root_known: bool,
 }
 
 /// Unpacks with umoci into a temporary directory below `scratch`.
@@ -35,7 +38,64 @@ pub(crate) fn umoci(layout: &Path, scratch: &Path) -> Result<Reference> {
         .arg(&bundle)
         .run()?;
     // Where no layer names the root, umoci gives it a time of its own.
-    Ok(Reference { tree: walk::walk(&bundle.join("rootfs"))?, mtime_unknown: vec![Vec::new()] })
+    let tree = walk::walk(&bundle.join("rootfs"))?;
+    Ok(Reference { tree, mtime_unknown: vec![Vec::new()], root_known: true })
+}
+
+/// Pulls into a private podman storage and mounts the image there.
+pub(crate) fn podman(layout: &Path, scratch: &Path) -> Result<Reference> {
+    let storage = PodmanStorage::new(scratch)?;
+    let place = format!(
+        "containers-storage:[overlay@{}+{}]localhost/image:latest",
+        storage.root().display(),
+        storage.run.path().display()
+    );
+    Program::new("skopeo")
+        .args(["--insecure-policy", "copy", "--quiet"])
+        .arg(format!("oci:{}:latest", layout.display()))
+        .arg(place)
+        .run()?;
+    let point = storage.podman(&["image", "mount", "localhost/image"]).text()?;
+    let tree = walk::walk(Path::new(&point));
+    storage.podman(&["image", "unmount", "--force", "localhost/image"]).run()?;
+    let mut tree = tree?;
+    count_links(&mut tree);
+    // Where no layer names the root, podman makes one of its own taste.
+    Ok(Reference { tree, mtime_unknown: Vec::new(), root_known: false })
+}
+
+/// A podman storage of our own, gone when dropped.
+struct PodmanStorage {
+    dir: tempfile::TempDir,
+    /// Where podman refuses a path longer than these of `/tmp`.
+    run: tempfile::TempDir,
+}
+
+impl PodmanStorage {
+    fn new(scratch: &Path) -> Result<Self> {
+        Ok(Self { dir: tempfile::tempdir_in(scratch)?, run: tempfile::tempdir()? })
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("storage")
+    }
+
+    fn podman(&self, words: &[&str]) -> Program {
+        Program::new("podman")
+            .arg("--root")
+            .arg(self.root())
+            .arg("--runroot")
+            .arg(self.run.path())
+            .args(["--storage-driver", "overlay", "--cgroup-manager", "cgroupfs"])
+            .args(words)
+    }
+}
+
+impl Drop for PodmanStorage {
+    fn drop(&mut self) {
+        // The storage keeps a bind mount of itself; there is none when nothing was pulled.
+        let _ = Program::new("umount").arg(self.root().join("overlay")).outcome();
+    }
 }
 
 /// Unpacks each layer apart and lets the kernel's overlay merge them.
@@ -47,9 +107,9 @@ pub(crate) fn overlay(layout: &Path, scratch: &Path) -> Result<Reference> {
         let layer = dir.path().join(index.to_string());
         std::fs::create_dir(&layer)?;
         let below = merged(&upper_first)?;
-        let undeclared = unpack_layer(blob, &layer)?;
-        for path in undeclared {
-            if !inherit(below.as_ref().map(Mount::path), &layer, &path)? {
+        let below = below.as_ref().map(Mount::path);
+        for path in unpack_layer(blob, &layer, below)? {
+            if !inherit(below, &layer, &path)? {
                 mtime_unknown.push(path);
             }
         }
@@ -58,7 +118,7 @@ pub(crate) fn overlay(layout: &Path, scratch: &Path) -> Result<Reference> {
     let mount = merged(&upper_first)?.context("an image without layers needs no reference")?;
     let mut tree = walk::walk(mount.path())?;
     count_links(&mut tree);
-    Ok(Reference { tree, mtime_unknown })
+    Ok(Reference { tree, mtime_unknown, root_known: true })
 }
 
 /// An overlay repeats a lower inode's link count, names that are hidden included: count anew.
@@ -106,7 +166,7 @@ fn merged(upper_first: &[PathBuf]) -> Result<Option<Mount>> {
 }
 
 /// Unpacks one layer and returns the directories that it has without naming them.
-fn unpack_layer(blob: &Path, layer: &Path) -> Result<Vec<Vec<u8>>> {
+fn unpack_layer(blob: &Path, layer: &Path, below: Option<&Path>) -> Result<Vec<Vec<u8>>> {
     let tar = |mode: &str| Program::new("tar").args([mode, "--auto-compress", "--file"]).arg(blob);
     let listed = tar("--list").arg("--quoting-style=literal").checked()?;
     Program::new("tar")
@@ -129,33 +189,36 @@ fn unpack_layer(blob: &Path, layer: &Path) -> Result<Vec<Vec<u8>>> {
         }
     }
     for marker in markers {
-        whiteout(layer, &marker)?;
+        whiteout(layer, below, &marker)?;
     }
     Ok(undeclared)
 }
 
 /// `./usr/bin/` as `usr/bin`
 fn clean(path: &[u8]) -> Vec<u8> {
-    let parts: Vec<&[u8]> = path
-        .split(|byte| *byte == b'/')
-        .filter(|part| !part.is_empty() && *part != b".")
-        .collect();
+    let parts: Vec<&[u8]> =
+        path.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
     parts.join(&b'/')
 }
 
 /// Turns a marker file into what the kernel's overlay understands.
-fn whiteout(layer: &Path, marker: &[u8]) -> Result<()> {
+fn whiteout(layer: &Path, below: Option<&Path>, marker: &[u8]) -> Result<()> {
     let path = layer.join(OsStr::from_bytes(marker));
     let parent = path.parent().context("a marker without a parent")?.to_path_buf();
     let times = times_of(&parent)?;
     let name = path.file_name().unwrap_or_default().as_bytes().to_vec();
     std::fs::remove_file(&path)?;
+    let opaque = |dir: &Path| {
+        rustix::fs::lsetxattr(dir, "trusted.overlay.opaque", b"y", XattrFlags::empty())
+    };
     if name == b".wh..wh..opq" {
-        rustix::fs::lsetxattr(&parent, "trusted.overlay.opaque", b"y", XattrFlags::empty())?;
-    } else {
+        opaque(&parent)?;
+    } else if !name.starts_with(b".wh..wh.") {
         let hidden = parent.join(OsStr::from_bytes(&name[".wh.".len()..]));
-        // A marker never hides what its own layer brings.
-        if hidden.symlink_metadata().is_err() {
+        // A marker hides what is below, never what its own layer brings.
+        if hidden.symlink_metadata().is_ok_and(|metadata| metadata.is_dir()) {
+            opaque(&hidden)?;
+        } else if hidden.symlink_metadata().is_err() && exists_below(layer, below, &hidden) {
             rustix::fs::mknodat(
                 rustix::fs::CWD,
                 &hidden,
@@ -166,6 +229,12 @@ fn whiteout(layer: &Path, marker: &[u8]) -> Result<()> {
         }
     }
     set_times(&parent, &times)
+}
+
+/// Where nothing is hidden, the kernel's marker would itself be seen.
+fn exists_below(layer: &Path, below: Option<&Path>, hidden: &Path) -> bool {
+    let (Some(root), Ok(relative)) = (below, hidden.strip_prefix(layer)) else { return false };
+    root.join(relative).symlink_metadata().is_ok()
 }
 
 /// Gives an unnamed directory the metadata it has below; `false` when there is none.
@@ -191,10 +260,7 @@ fn inherit(below: Option<&Path>, layer: &Path, path: &[u8]) -> Result<bool> {
 
 fn times_of(path: &Path) -> Result<Timestamps> {
     let metadata = path.symlink_metadata()?;
-    let time = rustix::fs::Timespec {
-        tv_sec: metadata.mtime(),
-        tv_nsec: metadata.mtime_nsec(),
-    };
+    let time = rustix::fs::Timespec { tv_sec: metadata.mtime(), tv_nsec: metadata.mtime_nsec() };
     Ok(Timestamps { last_access: time, last_modification: time })
 }
 

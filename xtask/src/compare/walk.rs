@@ -46,8 +46,7 @@ pub(crate) fn walk(root: &Path) -> Result<Tree> {
     let mut todo = vec![PathBuf::new()];
     while let Some(relative) = todo.pop() {
         // Joining an empty path would add a slash, which follows a link.
-        let path =
-            if relative.as_os_str().is_empty() { root.into() } else { root.join(&relative) };
+        let path = if relative.as_os_str().is_empty() { root.into() } else { root.join(&relative) };
         let metadata =
             path.symlink_metadata().with_context(|| format!("cannot stat {}", path.display()))?;
         let name = relative.as_os_str().as_bytes().to_vec();

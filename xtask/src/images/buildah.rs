@@ -102,9 +102,8 @@ impl Buildah {
             .args(["from", "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096", from])
             .text()?;
         let done = self.apply(&container, step, config);
-        let committed = done.and_then(|()| {
-            self.buildah().args(["commit", "--quiet", &container, to]).run()
-        });
+        let committed =
+            done.and_then(|()| self.buildah().args(["commit", "--quiet", &container, to]).run());
         let removed = self.buildah().args(["rm", &container]).run();
         committed.and(removed)
     }

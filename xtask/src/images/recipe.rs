@@ -136,8 +136,8 @@ const LARGE: &[Step] = &[
     Step::Packages("build-essential git cmake gdb strace"),
     Step::Packages("python3-full python3-dev python3-pip python3-numpy python3-scipy"),
     Step::Packages("libboost-all-dev libboost-doc"),
-    Step::Packages("clang-14 golang-1.19-go"),
-    Step::Packages("nodejs python3-doc manpages-dev openjdk-17-jdk-headless"),
+    Step::Packages("golang-1.19-go"),
+    Step::Packages("nodejs python3-doc manpages-dev libicu-dev"),
     Step::Inside(
         "useradd -m -u 1001 builder
          cp -a /usr/include /home/builder/include; chown -R 1001:1001 /home/builder

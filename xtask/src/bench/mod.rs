@@ -1,0 +1,3 @@
+//! temporary
+pub(crate) mod floor;
+pub(crate) mod measure;

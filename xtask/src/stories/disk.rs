@@ -1,0 +1,124 @@
+//! Stories about builds that do not end well: no half-made file may stand where a whole one goes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::Verdict;
+use super::lab::{Corner, Lab, files_below, nothing_in, root_needed, same_bytes};
+use crate::mount;
+
+/// The exit code that `builderd --help` documents.
+const EXIT_NO_SPACE: i32 = 5;
+
+/// At how many moments of a build it is stopped.
+const MOMENTS: u32 = 8;
+
+pub(super) fn a_full_disk_leaves_no_output(lab: &Lab) -> Result<Verdict> {
+    if let Some(reason) = root_needed() {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let source = lab.pushed("small")?;
+    for (what, mebibytes, no_cache) in
+        [("packs do not fit", 100, true), ("the image does not fit", 150, false)]
+    {
+        let corner = lab.corner()?;
+        let disk = mount::fresh(&corner.path("disk"), "ext4", mebibytes << 20)?;
+        let output = disk.path().join("rootfs.ext4");
+        let mut program = corner.build_program(&source, &output);
+        if no_cache {
+            program = program.arg("--no-cache").env("TMPDIR", disk.path());
+        }
+        let outcome = program.outcome()?;
+        if outcome.status.code() != Some(EXIT_NO_SPACE) {
+            bail!("{what}: expected exit {EXIT_NO_SPACE}:\n{}", outcome.said());
+        }
+        let left: Vec<_> = files_below(disk.path())?;
+        if !left.is_empty() {
+            bail!("{what}: {left:?} is left");
+        }
+        corner.no_temporary()?;
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Stops builds at several moments; `after` looks at what is left.
+fn stop_at_every_moment(
+    lab: &Lab,
+    signal: &str,
+    options: &[&str],
+    after: impl Fn(&Corner<'_>) -> Result<()>,
+) -> Result<()> {
+    let corner = lab.corner()?;
+    let source = lab.pushed("small")?;
+    let whole = corner.output("whole.ext4");
+    let started = Instant::now();
+    corner.build(&source, &whole, options)?;
+    let wall = started.elapsed();
+    let mut stopped = 0;
+    for moment in 0..MOMENTS {
+        let _ = std::fs::remove_dir_all(corner.path("cache"));
+        std::fs::create_dir(corner.path("cache"))?;
+        let output = corner.output("stopped.ext4");
+        let mut build = corner.start(&source, &output, options)?;
+        std::thread::sleep(wall * (2 * moment + 1) / (2 * MOMENTS));
+        if build.finished()?.is_none() {
+            build.signal(signal)?;
+        }
+        let status = build.wait_for(Duration::from_secs(20))?.context("it does not stop")?;
+        if status.success() {
+            for file in ["stopped.ext4", "stopped.ext4.sha256", "stopped.ext4.metadata.json"] {
+                std::fs::remove_file(corner.output(file))?;
+            }
+        } else {
+            stopped += 1;
+        }
+        for file in files_below(&corner.path("out"))? {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !name.starts_with("whole.ext4") {
+                bail!("{signal} at moment {moment} left {}", file.display());
+            }
+        }
+        after(&corner)?;
+    }
+    if stopped < MOMENTS / 2 {
+        bail!("only {stopped} of {MOMENTS} builds were stopped before their end");
+    }
+    // And the next build is none the wiser.
+    let again = corner.output("again.ext4");
+    corner.build(&source, &again, options)?;
+    same_bytes(&whole, &again)
+}
+
+pub(super) fn a_killed_build_leaves_no_file(lab: &Lab) -> Result<Verdict> {
+    stop_at_every_moment(lab, "KILL", &["--no-cache"], |corner| {
+        nothing_in(&corner.path("tmp"))?;
+        let cached = files_below(&corner.path("cache"))?;
+        if cached.iter().any(|file| file.metadata().is_ok_and(|m| m.len() > 0)) {
+            bail!("a killed build without cache left {cached:?}");
+        }
+        Ok(())
+    })?;
+    stop_at_every_moment(lab, "KILL", &[], |corner| nothing_in(&corner.path("tmp")))?;
+    Ok(Verdict::Passed)
+}
+
+pub(super) fn an_interrupted_build_leaves_no_file(lab: &Lab) -> Result<Verdict> {
+    stop_at_every_moment(lab, "INT", &[], |corner| nothing_in(&corner.path("tmp")))?;
+    Ok(Verdict::Passed)
+}
+
+pub(super) fn an_earlier_image_survives_a_failed_build(lab: &Lab) -> Result<Verdict> {
+    let corner = lab.corner()?;
+    let output = corner.output("rootfs.ext4");
+    let kept = corner.path("kept");
+    corner.build(&lab.pushed("tiny")?, &output, &[])?;
+    std::fs::copy(&output, &kept)?;
+    let outcome =
+        corner.build_program(&lab.registry().reference("no-such-image"), &output).outcome()?;
+    if outcome.status.success() {
+        bail!("a build of nothing succeeded");
+    }
+    same_bytes(&output, &kept)?;
+    Ok(Verdict::Passed)
+}

@@ -1,0 +1,130 @@
+//! Stories about where an image may come from, and in which form it may leave.
+
+use std::fs::File;
+
+use anyhow::{Result, bail};
+
+use super::Verdict;
+use super::lab::{Lab, root_needed, same_bytes};
+use crate::compare::walk::{self, Tree};
+use crate::compare::{self, Rules};
+use crate::images;
+use crate::mount::Mount;
+use crate::process::Program;
+
+/// Exit codes that `builderd --help` documents.
+const EXIT_IMAGE: i32 = 3;
+const EXIT_UPSTREAM: i32 = 4;
+
+fn skopeo(from: &str, to: &str, options: &[&str]) -> Result<()> {
+    Program::new("skopeo")
+        .args(["--insecure-policy", "copy", "--quiet"])
+        .args(options)
+        .args([from, to])
+        .run()
+}
+
+fn tree_of(image: &std::path::Path) -> Result<Tree> {
+    walk::walk(Mount::image(image, "ro,noload")?.path())
+}
+
+fn same_tree(wanted: &Tree, image: &std::path::Path, what: &str) -> Result<()> {
+    crate::chores::fsck(image)?;
+    let lines = compare::differences(wanted, &tree_of(image)?, &Rules::image());
+    if !lines.is_empty() {
+        bail!("{what}: {} differences, the first: {}", lines.len(), lines[0]);
+    }
+    Ok(())
+}
+
+pub(super) fn archives_layouts_and_registries_give_the_same_tree(lab: &Lab) -> Result<Verdict> {
+    if let Some(reason) = root_needed() {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let corner = lab.corner()?;
+    let from_registry = corner.output("registry.ext4");
+    corner.build(&lab.pushed("small")?, &from_registry, &[])?;
+    let wanted = tree_of(&from_registry)?;
+    let layout = format!("oci:{}:latest", images::layout("small")?.display());
+    let next = corner.output("next.ext4");
+    corner.build(&layout, &next, &[])?;
+    same_bytes(&from_registry, &next)?;
+    let oci = corner.path("small.oci");
+    let docker = corner.path("small.docker");
+    skopeo(&layout, &format!("oci-archive:{}:latest", oci.display()), &[])?;
+    skopeo(&layout, &format!("docker-archive:{}:small:latest", docker.display()), &[])?;
+    Program::new("gzip").args(["-1", "-k"]).arg(&docker).run()?;
+    let zipped = crate::process::with_suffix(&docker, ".gz");
+    for source in [
+        format!("oci-archive:{}", oci.display()),
+        format!("docker-archive:{}", docker.display()),
+        format!("docker-archive:{}", zipped.display()),
+    ] {
+        corner.build(&source, &next, &[])?;
+        same_tree(&wanted, &next, &source)?;
+    }
+    for file in [&oci, &docker, &zipped] {
+        corner.build_program("-", &next).stdin(File::open(file)?).run()?;
+        same_tree(&wanted, &next, &format!("standard input from {}", file.display()))?;
+    }
+    corner.no_temporary()?;
+    Ok(Verdict::Passed)
+}
+
+pub(super) fn zstd_layers_give_the_same_tree(lab: &Lab) -> Result<Verdict> {
+    if let Some(reason) = root_needed() {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let corner = lab.corner()?;
+    let gzip = corner.output("gzip.ext4");
+    let layout = format!("oci:{}:latest", images::layout("small")?.display());
+    corner.build(&layout, &gzip, &[])?;
+    let wanted = tree_of(&gzip)?;
+    for format in ["zstd", "zstd:chunked"] {
+        let dir = corner.path(&format.replace(':', "-"));
+        let copied = skopeo(
+            &layout,
+            &format!("oci:{}:latest", dir.display()),
+            &["--dest-compress", "--dest-compress-format", format, "--dest-decompress=false"],
+        );
+        // Old skopeo does not recompress a layer that is compressed already.
+        if let Err(error) = copied {
+            return Ok(Verdict::Skipped(format!("this skopeo writes no {format}: {error:#}")));
+        }
+        let output = corner.output("zstd.ext4");
+        corner.build(&format!("oci:{}", dir.display()), &output, &[])?;
+        same_tree(&wanted, &output, format)?;
+    }
+    Ok(Verdict::Passed)
+}
+
+pub(super) fn a_compressed_image_unpacks_to_the_plain_one(lab: &Lab) -> Result<Verdict> {
+    let corner = lab.corner()?;
+    let source = lab.pushed("tiny")?;
+    let plain = corner.output("plain.ext4");
+    corner.build(&source, &plain, &[])?;
+    for (format, tool) in [("gzip", "gzip"), ("zstd", "zstd")] {
+        if !crate::process::found(tool) {
+            return Ok(Verdict::Skipped(format!("{tool} is not installed")));
+        }
+        let packed = corner.output(&format!("image.{tool}"));
+        corner.build(&source, &packed, &["--compression", format])?;
+        let unpacked = corner.output("unpacked.ext4");
+        Program::shell(&format!("{tool} -dc < \"$0\" > \"$1\""))
+            .arg(&packed)
+            .arg(&unpacked)
+            .run()?;
+        same_bytes(&plain, &unpacked)?;
+    }
+    Ok(Verdict::Passed)
+}
+
+pub(super) fn an_unknown_image_and_a_dead_registry_are_told_apart(lab: &Lab) -> Result<Verdict> {
+    let corner = lab.corner()?;
+    let unknown = lab.registry().reference("no-such-image");
+    corner.refuse(&unknown, &[], EXIT_IMAGE, "no-such-image")?;
+    // Port 9 of loopback: nothing listens there.
+    let dead = ["--plain-http", "127.0.0.1:9"];
+    corner.refuse("127.0.0.1:9/dead:latest", &dead, EXIT_UPSTREAM, "127.0.0.1:9")?;
+    Ok(Verdict::Passed)
+}
