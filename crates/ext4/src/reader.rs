@@ -119,7 +119,7 @@ pub struct WalkLimits {
 
 impl Default for WalkLimits {
     fn default() -> Self {
-        Self { names_max: 1 << 32, depth_max: 4096 }
+        Self { names_max: 1 << 24, depth_max: 4096 }
     }
 }
 
@@ -356,17 +356,13 @@ impl<R: ReadAt> Image<R> {
         let mut path = Vec::new();
         let mut directories = HashSet::from([root.ino]);
         let mut names = 0;
-        let mut stack = vec![(0, self.sorted_entries(&root)?.into_iter())];
+        let mut stack = vec![(0, self.sorted_entries(&root, &mut names, limits)?.into_iter())];
         while let Some((length, entries)) = stack.last_mut() {
             path.truncate(*length);
             let Some(entry) = entries.next() else {
                 stack.pop();
                 continue;
             };
-            names += 1;
-            if names > limits.names_max {
-                return Err(ReadError::Limit { what: "names", limit: limits.names_max }.into());
-            }
             path.push(b'/');
             path.extend_from_slice(&entry.name);
             let node = self.inode(entry.ino)?;
@@ -382,13 +378,28 @@ impl<R: ReadAt> Image<R> {
                 let limit = limits.depth_max as u64;
                 return Err(ReadError::Limit { what: "nested directories", limit }.into());
             }
-            stack.push((path.len(), self.sorted_entries(&node)?.into_iter()));
+            let entries = self.sorted_entries(&node, &mut names, limits)?;
+            stack.push((path.len(), entries.into_iter()));
         }
         Ok(())
     }
 
-    fn sorted_entries(&self, node: &Node) -> Result<Vec<NodeEntry>, ReadError> {
-        let mut entries = self.entries(node)?;
+    /// The names of one directory, as long as all names so far keep within the limit.
+    fn sorted_entries(
+        &self,
+        node: &Node,
+        names: &mut u64,
+        limits: WalkLimits,
+    ) -> Result<Vec<NodeEntry>, ReadError> {
+        let mut entries: Vec<NodeEntry> = Vec::new();
+        self.for_each_entry(node, |entry| {
+            *names += 1;
+            if *names > limits.names_max {
+                return Err(ReadError::Limit { what: "names", limit: limits.names_max });
+            }
+            entries.push(entry.into());
+            Ok(())
+        })?;
         entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
     }

@@ -10,6 +10,7 @@ use crate::error::LayoutError;
 use crate::format::{
     BLOCK_SIZE, EXTENT_BLOCKS_MAX, FIRST_INO, LINKS_MAX, ROOT_INO, XATTR_REFS_MAX,
 };
+use crate::geometry::BLOCKS_MAX;
 use crate::options::Options;
 use crate::tree::{Entry, Inode, InodeId, Kind, Run, Tree, XattrSetId};
 use crate::xattr;
@@ -110,6 +111,9 @@ impl Survey {
         let count = tree.inode_count();
         if count == 0 || tree.inode(InodeId::ROOT).kind != Kind::Directory {
             return Err(LayoutError::RootNotDirectory);
+        }
+        if region_blocks.iter().any(|&blocks| blocks > BLOCKS_MAX) {
+            return Err(LayoutError::TooLarge { what: "blocks of a region", limit: BLOCKS_MAX });
         }
         if count > u32::MAX - 4096 {
             return Err(LayoutError::TooLarge { what: "inodes", limit: u32::MAX.into() });

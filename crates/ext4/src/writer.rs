@@ -239,7 +239,7 @@ impl<T: Tree> Writer<'_, T> {
                 if target.len() < LONG_SYMLINK {
                     record.map[..target.len()].copy_from_slice(target);
                 } else {
-                    self.write_target(ino, target, &mut record, cursors, out)?;
+                    self.write_target((id, ino), target, &mut record, cursors, out)?;
                 }
                 mode::SYMLINK
             }
@@ -336,12 +336,15 @@ impl<T: Tree> Writer<'_, T> {
 
     fn write_target(
         &self,
-        ino: u32,
+        (id, ino): (InodeId, u32),
         target: &[u8],
         record: &mut Record,
         cursors: &mut Cursors,
         out: &mut impl Output,
     ) -> Result<(), WriteError> {
+        if target.len() >= BLOCK {
+            return Err(WriteError::TreeChanged { inode: id });
+        }
         let start = self.layout.plan.areas.symlinks.block(cursors.symlink_block);
         cursors.symlink_block += 1;
         let mut block = [0; BLOCK];

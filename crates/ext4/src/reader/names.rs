@@ -22,6 +22,12 @@ pub(super) struct RawEntry<'a> {
     pub(super) file_type: u8,
 }
 
+impl From<RawEntry<'_>> for NodeEntry {
+    fn from(entry: RawEntry<'_>) -> Self {
+        Self { name: entry.name.to_vec(), ino: entry.ino, file_type: entry.file_type }
+    }
+}
+
 impl<R: ReadAt> Image<R> {
     /// The names in a directory but `.` and `..`, as they lie on disk.
     ///
@@ -30,8 +36,7 @@ impl<R: ReadAt> Image<R> {
     pub fn entries(&self, node: &Node) -> Result<Vec<NodeEntry>, ReadError> {
         let mut entries = Vec::new();
         self.for_each_entry(node, |entry| {
-            let RawEntry { name, ino, file_type } = entry;
-            entries.push(NodeEntry { name: name.to_vec(), ino, file_type });
+            entries.push(entry.into());
             Ok(())
         })?;
         Ok(entries)

@@ -104,6 +104,18 @@ fn garbage_in_an_image_without_checksums_never_panics() {
 }
 
 #[test]
+fn a_walk_keeps_its_limits() {
+    let image = Image::open(bytes()).unwrap();
+    let walk = |limits| image.walk(limits, |_, _| Ok::<_, ReadError>(()));
+    let names_max = image.verify().unwrap().names;
+    assert!(walk(WalkLimits { names_max, ..WalkLimits::default() }).is_ok());
+    let less = WalkLimits { names_max: names_max - 1, ..WalkLimits::default() };
+    assert!(matches!(walk(less), Err(ReadError::Limit { what: "names", .. })));
+    let flat = WalkLimits { depth_max: 2, ..WalkLimits::default() };
+    assert!(matches!(walk(flat), Err(ReadError::Limit { what: "nested directories", .. })));
+}
+
+#[test]
 fn what_is_no_image_is_told_so() {
     for bytes in [vec![], vec![0; 2047], vec![0; 1 << 20]] {
         assert!(matches!(Image::open(&bytes), Err(ReadError::NotExt4)));
