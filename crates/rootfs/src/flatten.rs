@@ -14,7 +14,8 @@
 //! - Of two entries with one path, the later counts; two directories are one.
 //! - A hard link names the file that its layer has at the target when the link comes; else the
 //!   one the layer has there at its end; else the one of the layers below. Metadata of the
-//!   link's own header goes to the file, as `link`, `chown`, `chmod` would have it.
+//!   link's own header goes to the file, as `link`, `chown`, `chmod` would have it; attributes
+//!   stay when the header has none.
 //!
 //! Knows no blob, no path of the host and no file system format.
 
@@ -245,7 +246,8 @@ impl Folder {
         let result = if node.is_directory() {
             Err(FlattenProblem::LinkToDirectory(path::printable(&target)))
         } else {
-            apply(node, &mut self.store.sets, metadata_of(link), link.xattrs, &self.limits)
+            apply(node, metadata_of(link), link.xattrs);
+            Ok(())
         };
         result.map_err(|problem| self.link_error(upper, layer, id, problem))?;
         Ok(file)

@@ -80,7 +80,7 @@ pub struct TreeLimits {
     /// Path components looked at behind symbolic links, in all layers together. Default 16
     /// million; real images need some dozens.
     pub symlink_steps_max: u64,
-    /// Bytes of names, of link targets and of extended attributes, each. Default 1 GiB.
+    /// Bytes of names, of link targets and of extended attributes, each. Default 256 MiB.
     pub bytes_max: u32,
 }
 
@@ -93,7 +93,7 @@ impl Default for TreeLimits {
             links_max: 65_000,
             symlinks_max: 40,
             symlink_steps_max: 16_000_000,
-            bytes_max: 1 << 30,
+            bytes_max: 256 << 20,
         }
     }
 }

@@ -395,8 +395,8 @@ impl<'f> Upper<'f> {
         self.describe(id, metadata, xattrs)
     }
 
-    /// Gives a node the metadata of an entry. A node described before keeps the attributes
-    /// that the later entry does not name, as `setxattr` on an existing file would.
+    /// Gives a node the metadata of an entry. A node described before keeps its attributes when
+    /// the later entry has none.
     fn describe(
         &mut self,
         id: u32,
@@ -404,7 +404,7 @@ impl<'f> Upper<'f> {
         xattrs: &[u8],
     ) -> Result<(), FlattenProblem> {
         let set = self.set_of(metadata, xattrs)?;
-        apply(self.level.node_mut(id), &mut self.store.sets, metadata, set, self.limits)?;
+        apply(self.level.node_mut(id), metadata, set);
         if self.level.node(id).is_directory() {
             self.mark_real(id);
         }
@@ -513,7 +513,8 @@ impl<'f> Upper<'f> {
                 }
             }
         }
-        self.adopt(&settled)
+        self.adopt(&settled);
+        Ok(())
     }
 
     /// What the layer itself has at the target of a pending link.
@@ -530,7 +531,7 @@ impl<'f> Upper<'f> {
     }
 
     /// Lets the names of settled links point to what they mean.
-    fn adopt(&mut self, settled: &[Option<u32>]) -> Result<(), (u32, FlattenProblem)> {
+    fn adopt(&mut self, settled: &[Option<u32>]) {
         for dentry in self.level.dentries.all_mut() {
             if dentry.inode != NONE
                 && let Some(last) = settled[dentry.inode as usize]
@@ -544,15 +545,12 @@ impl<'f> Upper<'f> {
             let described_later = last > *id && self.level.node(last).is_pending();
             if last != *id && !described_later {
                 let link = *self.level.node(*id);
-                let node = self.level.node_mut(last);
-                apply(node, &mut self.store.sets, metadata_of(&link), link.xattrs, self.limits)
-                    .map_err(|problem| (*id, problem))?;
+                apply(self.level.node_mut(last), metadata_of(&link), link.xattrs);
             }
         }
         let level = &self.level;
         self.pending
             .retain(|id| settled[*id as usize] == Some(*id) && level.node(*id).is_pending());
-        Ok(())
     }
 }
 
@@ -566,26 +564,14 @@ pub(crate) fn metadata_of(node: &Node) -> Metadata {
     Metadata { permissions, uid, gid, mtime, xattrs: None }
 }
 
-/// Owner, permissions, time; attributes are added to those that are there.
-pub(crate) fn apply(
-    node: &mut Node,
-    sets: &mut crate::xattr::Sets,
-    metadata: Metadata,
-    set: u32,
-    limits: &TreeLimits,
-) -> Result<(), FlattenProblem> {
+/// Owner, permissions and time; attributes if there are any.
+pub(crate) fn apply(node: &mut Node, metadata: Metadata, set: u32) {
     // Linux knows no permissions of symbolic links.
     let is_symlink = matches!(node.body, Body::Symlink { .. });
     node.permissions = if is_symlink { 0o777 } else { metadata.permissions };
     (node.uid, node.gid, node.mtime) = (metadata.uid, metadata.gid, metadata.mtime);
-    node.xattrs = match (node.xattrs, set) {
-        (old, NONE) => old,
-        (NONE, new) => new,
-        (old, new) => sets.union(old, new).ok_or(FlattenProblem::Bytes(limits.bytes_max))?,
-    };
-    if sets.bytes() > limits.bytes_max as usize {
-        return Err(FlattenProblem::Bytes(limits.bytes_max));
+    if set != NONE {
+        node.xattrs = set;
     }
     node.flags |= Node::EXPLICIT;
-    Ok(())
 }

@@ -104,18 +104,6 @@ impl Sets {
         self.bytes.len()
     }
 
-    /// The set that has everything of both; where both have a name, `over` wins.
-    pub(crate) fn union(&mut self, under: u32, over: u32) -> Option<u32> {
-        if under == over {
-            return Some(over);
-        }
-        let merged: BTreeMap<Vec<u8>, Vec<u8>> = Pairs::new(self.get(under))
-            .chain(Pairs::new(self.get(over)))
-            .map(|(name, value)| (name.to_vec(), value.to_vec()))
-            .collect();
-        self.intern(&encode(&merged)).map(|(id, _)| id)
-    }
-
     /// Forgets how to intern, which halves the memory.
     pub(crate) fn freeze(&mut self) {
         self.ids = BTreeMap::new();
@@ -153,9 +141,8 @@ mod tests {
         assert_eq!(sets.intern(&two), Some((1, true)));
         assert_eq!(sets.intern(&one), Some((0, false)));
         assert_eq!(sets.get(1), two);
-        let both = sets.union(0, 1).unwrap();
-        let pairs: Vec<_> = Pairs::new(sets.get(both)).collect();
-        assert_eq!(pairs, [(&b"user.a"[..], &b"2"[..]), (&b"user.b"[..], &b""[..])]);
+        let pairs: Vec<_> = Pairs::new(sets.get(0)).collect();
+        assert_eq!(pairs, [(&b"user.a"[..], &b"1"[..]), (&b"user.b"[..], &b""[..])]);
     }
 
     #[test]

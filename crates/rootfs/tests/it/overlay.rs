@@ -438,6 +438,16 @@ fn a_hard_link_below_a_replaced_directory_needs_no_target() {
 }
 
 #[test]
+fn a_later_header_without_attributes_leaves_them() {
+    let lower = Layer::new().pax(&[("SCHILY.xattr.user.k", b"v")]).file("x", "1");
+    let image = flatten(&[lower.clone().hard_link("y", "x"), Layer::new().hard_link("z", "y")]);
+    assert_eq!(image.xattrs("z"), [("user.k".to_owned(), b"v".to_vec())]);
+    // A file made anew has only its own.
+    let image = flatten(&[lower, Layer::new().file("x", "2")]);
+    assert_eq!(image.xattrs("x"), []);
+}
+
+#[test]
 fn two_names_of_a_lower_file_stay_one_file_when_one_is_moved_by_whiteout_and_link() {
     let lower = Layer::new().file("x", "1").hard_link("y", "x");
     let image = flatten(&[lower, Layer::new().whiteout("x").hard_link("z", "y")]);
