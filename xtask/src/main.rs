@@ -34,6 +34,7 @@ fn run() -> Result<()> {
     let chore = if words.is_empty() { String::new() } else { words.remove(0) };
     let arguments = Arguments::new(words);
     match chore.as_str() {
+        "bench" => bench::run(arguments),
         "stories" => stories(arguments),
         "serve" => chores::serve(arguments),
         "boot" => chores::boot(arguments),

@@ -16,7 +16,7 @@ pub(crate) struct Run {
 }
 
 /// All runs of one command.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Measured {
     runs: Vec<Run>,
 }
@@ -39,8 +39,8 @@ impl Measured {
         self.runs.iter().map(|run| run.rss_bytes).max().unwrap_or(0)
     }
 
-    pub(crate) fn count(&self) -> usize {
-        self.runs.len()
+    pub(crate) fn add(&mut self, run: Run) {
+        self.runs.push(run);
     }
 
     fn walls(&self) -> Vec<f64> {
@@ -48,18 +48,6 @@ impl Measured {
         walls.sort_by(f64::total_cmp);
         walls
     }
-}
-
-/// Runs what `prepare` makes `count` times; what `prepare` itself does is not measured.
-pub(crate) fn measure(
-    count: u64,
-    mut prepare: impl FnMut() -> Result<Program>,
-) -> Result<Measured> {
-    let mut runs = Vec::new();
-    for _ in 0..count {
-        runs.push(once(prepare()?)?);
-    }
-    Ok(Measured { runs })
 }
 
 /// One run under GNU time, which counts every process that was waited for.

@@ -60,6 +60,19 @@ impl LayoutWriter {
         Ok(())
     }
 
+    /// Takes over a layer of another layout with its descriptor.
+    pub(crate) fn adopt(&mut self, blob: &Path, layer: &Value, diff_id: &Value) -> Result<()> {
+        let digest = layer["digest"].as_str().unwrap_or_default().trim_start_matches("sha256:");
+        let target = self.blob(digest);
+        if std::fs::hard_link(blob, &target).is_err() {
+            std::fs::copy(blob, &target)?;
+        }
+        self.layers.push(layer.clone());
+        let diff_id = diff_id.as_str().unwrap_or_default().trim_start_matches("sha256:");
+        self.diff_ids.push(diff_id.to_owned());
+        Ok(())
+    }
+
     /// Writes configuration, manifest and index; the image is called `latest`.
     pub(crate) fn finish(self, config: &Value) -> Result<()> {
         let config = json!({
