@@ -3,7 +3,6 @@
 //! The kernel comes from the machine's own apt sources and never touches the machine's `/boot`.
 //! Knows nothing of how the image was made.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -43,7 +42,7 @@ impl Kernel {
     /// Downloads and unpacks the kernel on first use.
     pub(crate) fn fetch() -> Result<Self> {
         let dir = workspace::kept("boot")?;
-        let kernel = Self { image: dir.join("vmlinuz"), initramfs: dir.join("initramfs") };
+        let kernel = Self { image: dir.join("vmlinuz"), initramfs: dir.join("modules.cpio") };
         if kernel.image.exists() && kernel.initramfs.exists() {
             return Ok(kernel);
         }
@@ -71,9 +70,18 @@ impl Kernel {
 
     /// Boots the image (which stays as it is) and runs a shell command of it as process 1.
     pub(crate) fn boot(&self, disk: &Path, command: &str) -> Result<Proof> {
+        self.attempts(disk, command, "on")
+    }
+
+    /// The same, but what the guest writes stays in the image.
+    pub(crate) fn boot_and_keep(&self, disk: &Path, command: &str) -> Result<Proof> {
+        self.attempts(disk, command, "off")
+    }
+
+    fn attempts(&self, disk: &Path, command: &str, snapshot: &str) -> Result<Proof> {
         let mut last = None;
         for _ in 0..ATTEMPTS {
-            match self.attempt(disk, command) {
+            match self.attempt(disk, command, snapshot) {
                 Ok(proof) => return Ok(proof),
                 Err(error) => last = Some(error),
             }
@@ -81,12 +89,13 @@ impl Kernel {
         Err(last.context("no attempt was made")?)
     }
 
-    fn attempt(&self, disk: &Path, command: &str) -> Result<Proof> {
+    fn attempt(&self, disk: &Path, command: &str, snapshot: &str) -> Result<Proof> {
         let scratch = tempfile::tempdir()?;
         let initramfs = scratch.path().join("initramfs");
         std::fs::copy(&self.initramfs, &initramfs)?;
         let mut extra = Archive::default();
         let script = format!("{command}\necho builderd-boot-\"proof-ok\"\n");
+        extra.add("init", 0o100_755, INIT.as_bytes());
         extra.add("command", 0o100_755, script.as_bytes());
         File::options().append(true).open(&initramfs)?.write_all(&extra.finish())?;
         let log = scratch.path().join("console");
@@ -105,7 +114,7 @@ impl Kernel {
                 processor_khz()?
             ))
             .arg("-drive")
-            .arg(format!("id=root,file={},format=raw,if=none,snapshot=on", disk.display()))
+            .arg(format!("id=root,file={},format=raw,if=none,snapshot={snapshot}", disk.display()))
             .args(["-device", "virtio-blk-device,drive=root"])
             .background(&log)?;
         let ended = machine.wait_for(Duration::from_secs(BOOT_SECS_MAX))?;
@@ -130,26 +139,21 @@ fn processor_khz() -> Result<u64> {
 }
 
 /// The RAM disk's first process: load modules, mount the disk, become its shell.
-fn init_script(modules: &[String]) -> String {
-    let mut script = String::from(
-        "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\n\
-         mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys\n",
-    );
-    for module in modules {
-        let _ = writeln!(script, "insmod /modules/{module}");
-    }
-    script.push_str(
-        "n=0; while [ ! -b /dev/vda ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n+1)); done\n\
-         mount -t ext4 -o rw /dev/vda /mnt || exec reboot -f\n\
-         mkdir -p /mnt/proc /mnt/dev /mnt/sys\n\
-         mount --move /dev /mnt/dev; mount --move /proc /mnt/proc; mount --move /sys /mnt/sys\n\
-         export COMMAND=\"$(cat /command)\" PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
-         exec switch_root -c /dev/console /mnt /bin/sh -c \
-         'eval \"$COMMAND\"; sync; echo b > /proc/sysrq-trigger; exec sleep 5'\n",
-    );
-    script
-}
+const INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys
+for module in $(cat /modules/order); do insmod /modules/$module; done
+n=0; while [ ! -b /dev/vda ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n+1)); done
+mount -t ext4 -o rw /dev/vda /mnt || exec reboot -f
+mkdir -p /mnt/proc /mnt/dev /mnt/sys
+mount --move /dev /mnt/dev; mount --move /proc /mnt/proc; mount --move /sys /mnt/sys
+export COMMAND="$(cat /command)" PATH=/usr/sbin:/usr/bin:/sbin:/bin
+exec switch_root -c /dev/console /mnt /bin/sh -c \
+  'eval "$COMMAND"; mount -o remount,ro /; sync; echo b > /proc/sysrq-trigger; exec sleep 5'
+"#;
 
+/// The part of the RAM disk that stays the same for all boots: busybox and modules.
 fn initramfs(root: &Path, release: &str) -> Result<Vec<u8>> {
     // depmod looks below lib/modules of the base directory only.
     Program::new("depmod").arg("-b").arg(root).arg(release).run()?;
@@ -180,7 +184,7 @@ fn initramfs(root: &Path, release: &str) -> Result<Vec<u8>> {
         archive.add(&format!("modules/{name}"), 0o100_644, &std::fs::read(file)?);
         names.push(name.into_owned());
     }
-    archive.add("init", 0o100_755, init_script(&names).as_bytes());
+    archive.add("modules/order", 0o100_644, names.join("\n").as_bytes());
     Ok(archive.finish())
 }
 

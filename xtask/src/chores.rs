@@ -26,12 +26,16 @@ pub(crate) fn serve(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-/// `cargo xtask boot IMAGE [COMMAND]`
-pub(crate) fn boot(arguments: Arguments) -> Result<()> {
+/// `cargo xtask boot IMAGE [COMMAND] [--keep]`
+pub(crate) fn boot(mut arguments: Arguments) -> Result<()> {
+    let keep = arguments.flag("--keep");
     let words = arguments.rest()?;
     let image = words.first().context("which image file?")?;
     let command = words.get(1).map_or("cat /etc/os-release", String::as_str);
-    let proof = Kernel::fetch()?.boot(Path::new(image), command)?;
+    let kernel = Kernel::fetch()?;
+    let image = Path::new(image);
+    let proof =
+        if keep { kernel.boot_and_keep(image, command)? } else { kernel.boot(image, command)? };
     println!("{}\nbooted in {:.1} s", proof.console.trim(), proof.wall.as_secs_f64());
     Ok(())
 }

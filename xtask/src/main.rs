@@ -1,23 +1,45 @@
 //! The project's chores: `cargo xtask <chore>`.
-#![expect(dead_code, reason = "the chores come one after the other")]
 
 mod arguments;
 mod bench;
 mod boot;
+mod check;
 mod chores;
 mod compare;
+mod demo;
+mod fuzz;
 mod http;
 mod images;
+mod machine;
 mod mount;
 mod process;
 mod registry;
 mod stories;
+#[cfg(test)]
+mod tidy;
 mod workspace;
 
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use arguments::Arguments;
+
+const HELP: &str = "\
+usage: cargo xtask CHORE
+  demo                 make an image, serve it, build it, check it, boot it
+  test                 everything that CI checks; [--no-stories] [--install]
+  soak                 the stories at full size
+  bench                the peers' table; [--images a,b] [--runs N] [--peer-runs N] [--no-peers]
+                       [--no-failing-peers] [--no-series] [--reflink xfs|btrfs|none]
+                       [--binary FILE]
+  fuzz [TARGET...]     every parser of foreign bytes; [--seconds N]
+  stories [WORDS]      stories whose sentence contains WORDS; [--full] [--binary FILE]
+  images [NAME...]     make the test images
+  serve [NAME...]      serve them from a registry until standard input ends
+  boot IMAGE [COMMAND] boot an image in QEMU and run a command of its shell; [--keep]
+  compare IMAGE LAYOUT an image beside an independent unpack; [--reference umoci|overlay|podman]
+  floor REF OUTPUT     the least that any builder must do with an image's bytes
+";
 
 fn main() -> ExitCode {
     match run() {
@@ -34,18 +56,30 @@ fn run() -> Result<()> {
     let chore = if words.is_empty() { String::new() } else { words.remove(0) };
     let arguments = Arguments::new(words);
     match chore.as_str() {
+        "demo" => arguments.end().and_then(|()| demo::run()),
+        "test" => check::test(arguments),
+        "soak" => check::soak(arguments),
         "bench" => bench::run(arguments),
+        "fuzz" => fuzz::run(arguments),
         "stories" => stories(arguments),
+        "images" => images::run(arguments.rest()?),
         "serve" => chores::serve(arguments),
         "boot" => chores::boot(arguments),
         "compare" => chores::compare(arguments),
-        "floor" => {
-            let words = arguments.rest()?;
-            bench::floor::run(&words[0], std::path::Path::new(&words[1]))
+        "floor" => floor(arguments),
+        "" | "help" | "--help" | "-h" => {
+            print!("{HELP}");
+            Ok(())
         }
-        "images" => images::run(arguments.rest()?),
-        other => bail!("unknown chore {other:?}"),
+        other => bail!("unknown chore {other:?}\n{HELP}"),
     }
+}
+
+/// `cargo xtask floor REFERENCE OUTPUT`: what `bench` measures everything against.
+fn floor(arguments: Arguments) -> Result<()> {
+    let words = arguments.rest()?;
+    let [reference, output] = &words[..] else { bail!("wanted: REFERENCE OUTPUT") };
+    bench::floor::run(reference, output.as_ref())
 }
 
 /// `cargo xtask stories [WORDS] [--full] [--binary FILE]`: some of what `test` and `soak` run.

@@ -59,10 +59,6 @@ impl Contender {
         }
     }
 
-    pub(crate) fn is_peer(self) -> bool {
-        matches!(self, Self::UmociMke2fs { .. } | Self::PodmanExport { .. })
-    }
-
     /// Its own directory below the work directory.
     pub(crate) fn dir(self, work: &Path) -> PathBuf {
         let name: String =

@@ -20,7 +20,7 @@ use crate::compare::reference;
 use crate::mount;
 use crate::process::Program;
 use crate::registry::Registry;
-use crate::{chores, images, workspace};
+use crate::{chores, images, machine, workspace};
 
 /// What the user wants measured.
 struct Plan {
@@ -60,6 +60,7 @@ impl Plan {
 /// [--no-series] [--reflink xfs|btrfs|none] [--binary FILE]`
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let plan = Plan::read(arguments)?;
+    machine::require(&[machine::DEMO, machine::STORIES, machine::BENCH])?;
     let builderd = match &plan.binary {
         Some(path) => Path::new(path).canonicalize()?,
         None => workspace::release_binary("builderd")?,

@@ -48,15 +48,20 @@ impl LayoutWriter {
         let (mut file, digest, size) = gzip.finish()?.finish();
         file.flush()?;
         std::fs::rename(&part, self.blob(&digest))?;
-        self.list(&digest, size, diff_id);
+        self.list("+gzip", &digest, size, diff_id);
         Ok(())
     }
 
     /// Adds a layer whose compressed and plain bytes are given, whether they fit or not.
     pub(crate) fn raw_layer(&mut self, blob: &[u8], plain: &[u8]) -> Result<()> {
+        self.raw_layer_as("+gzip", blob, plain)
+    }
+
+    /// The same with a compression's suffix of the media type, such as `+zstd`.
+    pub(crate) fn raw_layer_as(&mut self, suffix: &str, blob: &[u8], plain: &[u8]) -> Result<()> {
         let digest = hex(Sha256::new_with_prefix(blob));
         std::fs::write(self.blob(&digest), blob)?;
-        self.list(&digest, blob.len() as u64, hex(Sha256::new_with_prefix(plain)));
+        self.list(suffix, &digest, blob.len() as u64, hex(Sha256::new_with_prefix(plain)));
         Ok(())
     }
 
@@ -98,9 +103,9 @@ impl LayoutWriter {
         self.dir.join("blobs/sha256").join(digest)
     }
 
-    fn list(&mut self, digest: &str, size: u64, diff_id: String) {
+    fn list(&mut self, suffix: &str, digest: &str, size: u64, diff_id: String) {
         self.layers.push(json!({
-            "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+            "mediaType": format!("application/vnd.oci.image.layer.v1.tar{suffix}"),
             "digest": format!("sha256:{digest}"), "size": size,
         }));
         self.diff_ids.push(diff_id);

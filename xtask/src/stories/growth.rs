@@ -32,22 +32,20 @@ pub(super) fn an_image_grows_sixteenfold_offline_and_online(lab: &Lab) -> Result
     let offline = grow("offline.ext4")?;
     Program::new("resize2fs").arg(&offline).run()?;
     fsck(&offline)?;
+    // Online as a guest does it: its own resize2fs on its mounted root, in its own kernel.
     let online = grow("online.ext4")?;
-    {
-        let mount = Mount::image(&online, "rw")?;
-        let device = Program::new("findmnt").args(["-no", "SOURCE"]).arg(mount.path()).text()?;
-        Program::new("resize2fs").arg(device).run()?;
-        let free = rustix::fs::statvfs(mount.path())?;
-        if free.f_bavail * free.f_frsize < size * (GROWTH - 2) {
-            bail!("{} bytes are free after growing from {size}", free.f_bavail * free.f_frsize);
-        }
-        std::fs::write(mount.path().join("root/after"), vec![7; 4 << 20])?;
-        std::fs::remove_file(mount.path().join("root/after"))?;
+    let command = "resize2fs /dev/vda 2>&1; echo free=$(stat -f -c %f /)
+                   head -c 4000000 /dev/urandom > /root/after; rm /root/after";
+    let proof = lab.kernel()?.boot_and_keep(&online, command)?;
+    let free = proof.console.lines().find_map(|line| line.strip_prefix("free="));
+    let blocks: u64 = free.context("the guest did not say what is free")?.parse()?;
+    if blocks * 4096 < size * (GROWTH - 2) {
+        bail!("{} bytes are free after growing from {size}:\n{}", blocks * 4096, proof.console);
     }
     fsck(&online)?;
     for grown in [&offline, &online] {
         let mount = Mount::image(grown, "ro")?;
-        let rules = Rules { mtime_unknown: vec![b"root".to_vec()], ..Rules::image() };
+        let rules = Rules { mtime_unknown: vec![Vec::new(), b"root".to_vec()], ..Rules::image() };
         let lines = compare::differences(&wanted, &walk::walk(mount.path())?, &rules);
         if let Some(line) = lines.first() {
             bail!("growing changed the tree: {line}");
@@ -86,6 +84,6 @@ pub(super) fn size_and_free_space_are_what_was_asked_for(lab: &Lab) -> Result<Ve
     if line.context("dumpe2fs names no features")?.contains("has_journal") {
         bail!("--no-journal made a journal");
     }
-    lab.corner()?.refuse(&source, &["--size", "1M"], 3, "size")?;
+    lab.corner()?.refuse(&source, &["--size", "1M"], 3, "at least")?;
     Ok(Verdict::Passed)
 }

@@ -78,7 +78,7 @@ fn all() -> Vec<Story> {
         bytes::what_an_upper_layer_deleted_is_not_in_the_image,
         bytes::images_that_share_a_base_share_its_chunks,
         sources::archives_layouts_and_registries_give_the_same_tree,
-        sources::zstd_layers_give_the_same_tree,
+        sources::zstd_layers_and_plain_ones_give_the_same_tree,
         sources::a_compressed_image_unpacks_to_the_plain_one,
         sources::an_unknown_image_and_a_dead_registry_are_told_apart,
         cache::a_warm_build_asks_for_no_layer,

@@ -1,0 +1,175 @@
+//! `cargo xtask fuzz [TARGET...] [--seconds N]`: every parser of foreign bytes, for a while.
+//!
+//! The targets live in `fuzz/`, a workspace of its own. Seeds are made here, by code.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+
+use crate::arguments::Arguments;
+use crate::images::tar::{Node, What};
+use crate::images::{self, generated};
+use crate::process::{self, Program};
+use crate::workspace;
+
+/// All of them; a test compares with `fuzz/fuzz_targets`.
+pub(crate) const TARGETS: &[&str] =
+    &["reference", "manifest", "tar", "whiteout_path", "pack", "ext4_reader"];
+
+/// How long each target runs unless the caller says.
+const SECONDS_DEFAULT: u64 = 60;
+
+/// The largest input that is tried.
+const INPUT_BYTES_MAX: usize = 64 * 1024;
+
+/// `cargo check` of the targets, without the fuzzer's instrumentation.
+pub(crate) fn compile_check() -> Program {
+    Program::new("cargo")
+        .args(["check", "--quiet", "--manifest-path", "fuzz/Cargo.toml"])
+        .dir(workspace::top())
+}
+
+pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
+    let seconds = arguments.number("--seconds")?.unwrap_or(SECONDS_DEFAULT);
+    let named = arguments.rest()?;
+    for name in &named {
+        if !TARGETS.contains(&name.as_str()) {
+            bail!("no fuzz target is called {name}: {}", TARGETS.join(", "));
+        }
+    }
+    if !process::found("cargo-fuzz") {
+        eprintln!("installing cargo-fuzz");
+        workspace::cargo()
+            .args(["install", "--locked", "--profile=dev", "cargo-fuzz"])
+            .loud_checked()?;
+    }
+    seeds()?;
+    let mut found = Vec::new();
+    for target in
+        TARGETS.iter().filter(|target| named.is_empty() || named.iter().any(|n| n == *target))
+    {
+        println!("\n=== {target}, {seconds} s");
+        // The sanitizer flags are unstable; the stable compiler takes them when told to.
+        let status = Program::new("cargo")
+            .args(["fuzz", "run", target, "--"])
+            .arg(format!("-max_total_time={seconds}"))
+            .arg(format!("-max_len={INPUT_BYTES_MAX}"))
+            .args(["-rss_limit_mb=2048", "-timeout=10", "-print_final_stats=1"])
+            .env("RUSTC_BOOTSTRAP", "1")
+            .dir(workspace::top())
+            .loud()?;
+        if !status.success() {
+            found.push(*target);
+        }
+    }
+    if !found.is_empty() {
+        bail!("inputs that break {} lie in fuzz/artifacts", found.join(", "));
+    }
+    println!("\nno target broke");
+    Ok(())
+}
+
+/// Writes the seed corpus, so that no run starts from nothing.
+fn seeds() -> Result<()> {
+    let corpus = workspace::top().join("fuzz/corpus");
+    let put = |target: &str, name: &str, bytes: &[u8]| -> Result<()> {
+        let dir = corpus.join(target);
+        std::fs::create_dir_all(&dir)?;
+        if bytes.len() <= INPUT_BYTES_MAX {
+            std::fs::write(dir.join(name), bytes)?;
+        }
+        Ok(())
+    };
+    for (index, text) in REFERENCES.iter().enumerate() {
+        put("reference", &format!("seed{index}"), text.as_bytes())?;
+    }
+    for (index, text) in WHITEOUTS.iter().enumerate() {
+        put("whiteout_path", &format!("seed{index}"), text.as_bytes())?;
+    }
+    let layout = images::layout(images::TINY)?;
+    for file in std::fs::read_dir(layout.join("blobs/sha256"))? {
+        let bytes = std::fs::read(file?.path())?;
+        if bytes.starts_with(b"{") {
+            put("manifest", &format!("seed{}", bytes.len()), &bytes)?;
+        }
+    }
+    put("manifest", "index", &std::fs::read(layout.join("index.json"))?)?;
+    let tar = tar_seed()?;
+    put("tar", "tar", &tar)?;
+    put("tar", "gzip", &gzip(&tar)?)?;
+    put("pack", "tar", &tar)?;
+    for (name, options) in [("journal", "^64bit"), ("plain", "^has_journal")] {
+        put("ext4_reader", name, &filesystem(options)?)?;
+    }
+    Ok(())
+}
+
+const REFERENCES: &[&str] = &[
+    "nginx",
+    "ghcr.io/a/b:tag",
+    "host:5000/x@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    "oci:dir:latest",
+    "docker-archive:file.tar",
+    "localhost/a__b/c-d.e:v1",
+    "-",
+];
+
+const WHITEOUTS: &[&str] =
+    &["a/.wh.b", ".wh..wh..opq", "a/.wh..wh.plnk/x", "./../a//b/", ".wh.", "/.wh...", "a/.wh.."];
+
+fn tar_seed() -> Result<Vec<u8>> {
+    Ok(generated::tar_bytes(|tar| {
+        tar.add("d", &Node::directory().mtime(-1, 5))?;
+        tar.add("d/f", &Node::file("content").xattr("user.a", "b"))?;
+        tar.add("d/l", &Node::link("d/f"))?;
+        tar.add("s", &Node::symlink("d/f"))?;
+        tar.add("c", &Node::new(What::CharDevice(1, 3)))?;
+        tar.whiteout("gone")?;
+        tar.opaque("d")?;
+        tar.add("n".repeat(120), &Node::file("long"))
+    })?)
+}
+
+fn gzip(bytes: &[u8]) -> Result<Vec<u8>> {
+    use std::io::Write as _;
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes)?;
+    Ok(encoder.finish()?)
+}
+
+/// A file system small enough to be an input, made by a tool that is not ours.
+fn filesystem(options: &str) -> Result<Vec<u8>> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("fs");
+    let tree = dir.path().join("tree");
+    std::fs::create_dir_all(tree.join("d"))?;
+    std::fs::write(tree.join("d/f"), "content")?;
+    make(&file, &tree, options)?;
+    Ok(std::fs::read(file)?)
+}
+
+fn make(file: &Path, tree: &Path, options: &str) -> Result<()> {
+    Program::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-b", "4096", "-N", "16", "-O", options, "-d"])
+        .args([tree, file])
+        .arg("60k")
+        .run()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_file_is_listed_and_every_listed_target_has_a_file() {
+        let dir = workspace::top().join("fuzz/fuzz_targets");
+        let mut files: Vec<String> = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path().file_stem().unwrap().to_string_lossy().into_owned())
+            .collect();
+        files.sort();
+        let mut listed = TARGETS.to_vec();
+        listed.sort_unstable();
+        assert_eq!(files, listed);
+    }
+}

@@ -1,0 +1,82 @@
+//! What must be installed on a Debian machine, and how it gets there. Knows no chore.
+
+use anyhow::{Result, bail};
+
+use crate::process::{self, Program};
+
+/// A program and the Debian package that brings it.
+pub(crate) type Need = (&'static str, &'static str);
+
+/// For an image, a registry, a check and a boot.
+pub(crate) const DEMO: &[Need] = &[
+    ("mmdebstrap", "mmdebstrap"),
+    ("buildah", "buildah"),
+    ("skopeo", "skopeo"),
+    ("docker-registry", "docker-registry"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("depmod", "kmod"),
+    ("e2fsck", "e2fsprogs"),
+    ("setpriv", "util-linux"),
+    ("nice", "coreutils"),
+];
+
+/// For the stories, beside the demo's.
+pub(crate) const STORIES: &[Need] = &[
+    ("umoci", "umoci"),
+    ("podman", "podman"),
+    ("npm", "npm"),
+    ("time", "time"),
+    ("zstd", "zstd"),
+    ("gzip", "gzip"),
+];
+
+/// For the benchmark, beside the stories'.
+pub(crate) const BENCH: &[Need] = &[("mkfs.xfs", "xfsprogs"), ("mkfs.btrfs", "btrfs-progs")];
+
+/// Makes sure that every program is there: installs as root, else says what to run.
+pub(crate) fn require(needs: &[&[Need]]) -> Result<()> {
+    let mut missing: Vec<&str> = needs
+        .iter()
+        .flat_map(|list| list.iter())
+        .filter(|(program, _)| !there(program))
+        .map(|(_, package)| *package)
+        .collect();
+    missing.sort_unstable();
+    missing.dedup();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !process::is_root() {
+        bail!(
+            "some programs are missing; install them with:\n  \
+             sudo apt-get update && sudo apt-get install --no-install-recommends {}",
+            missing.join(" ")
+        );
+    }
+    eprintln!("installing {}", missing.join(" "));
+    Program::new("apt-get").args(["-qq", "update"]).run()?;
+    Program::new("apt-get")
+        .args(["-qq", "-y", "--no-install-recommends", "install"])
+        .args(&missing)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .run()
+}
+
+/// `time` is also a word of the shell, and busybox must be the static one.
+fn there(program: &str) -> bool {
+    match program {
+        "time" => std::path::Path::new("/usr/bin/time").exists(),
+        "busybox" => {
+            let ldd = Program::shell("ldd /bin/busybox 2>&1; [ -x /bin/busybox ]").outcome();
+            ldd.is_ok_and(|o| o.status.success() && o.said().contains("not a dynamic"))
+        }
+        // Tools of the system administrator may not be on a user's path.
+        other => {
+            process::found(other)
+                || ["/usr/sbin", "/sbin"]
+                    .iter()
+                    .any(|dir| std::path::Path::new(dir).join(other).exists())
+        }
+    }
+}
