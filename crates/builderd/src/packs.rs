@@ -14,11 +14,11 @@
 
 use std::fs::{File, Metadata};
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use oci::Digest;
-use rootfs::{Pack, PackReadError};
+use rootfs::{Pack, PackReadError, ReadAt};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW};
 
 use crate::staged::Staged;
@@ -38,8 +38,10 @@ impl SharingDomain {
     }
 
     fn parse(name: &str) -> Option<Self> {
-        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_".contains(&byte);
-        (!name.is_empty() && name.len() <= 64 && name.bytes().all(fits)).then(|| Self(name.to_owned()))
+        let fits =
+            |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_".contains(&byte);
+        (!name.is_empty() && name.len() <= 64 && name.bytes().all(fits))
+            .then(|| Self(name.to_owned()))
     }
 
     /// The name.
@@ -82,6 +84,8 @@ fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 pub struct OpenPack {
     /// The file, kept open: deleting the pack does not disturb its users.
     pub file: File,
+    /// Where in the file the pack begins.
+    pub base: u64,
     length: u64,
     /// Blocks of 4 KiB in its data area.
     pub data_blocks: u64,
@@ -94,11 +98,10 @@ impl OpenPack {
     ///
     /// # Errors
     /// [`PackReadError`].
-    pub fn new(file: File) -> Result<Self, PackReadError> {
-        let length = file.metadata().map_err(|source| PackReadError::Read { source })?.len();
-        let pack = Pack::open(&file, length)?;
+    pub fn new(file: File, base: u64, length: u64) -> Result<Self, PackReadError> {
+        let pack = Pack::open(&Part { file: &file, base }, length)?;
         let (data_blocks, diff_id) = (pack.data_blocks(), pack.diff_id());
-        Ok(Self { file, length, data_blocks, diff_id })
+        Ok(Self { file, base, length, data_blocks, diff_id })
     }
 
     /// Reads the table of contents.
@@ -106,7 +109,19 @@ impl OpenPack {
     /// # Errors
     /// [`PackReadError`].
     pub fn load(&self) -> Result<Pack, PackReadError> {
-        Pack::open(&self.file, self.length)
+        Pack::open(&Part { file: &self.file, base: self.base }, self.length)
+    }
+}
+
+/// A pack as a part of a file.
+struct Part<'a> {
+    file: &'a File,
+    base: u64,
+}
+
+impl ReadAt for Part<'_> {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        FileExt::read_exact_at(self.file, buffer, self.base.saturating_add(offset))
     }
 }
 
@@ -202,7 +217,7 @@ impl PackCache {
         file: File,
         metadata: &Metadata,
     ) -> Result<OpenPack, PackReadError> {
-        let open = OpenPack::new(file)?;
+        let open = OpenPack::new(file, 0, metadata.len())?;
         let stamp_path = self.stamp_path(key);
         let stamp = Stamp::of(metadata);
         let trusted = stamp.as_ref().is_some_and(|stamp| {
@@ -238,7 +253,9 @@ impl PackCache {
             let ours = file.metadata().map_err(failed("stat the lock", &path))?;
             // The holder before us removed the name: then this lock guards nothing.
             match std::fs::metadata(&path) {
-                Ok(named) if named.ino() == ours.ino() => return Ok(PackLock { path, _file: file }),
+                Ok(named) if named.ino() == ours.ino() => {
+                    return Ok(PackLock { path, _file: file });
+                }
                 _ => {}
             }
         }

@@ -146,6 +146,32 @@ pub enum LayoutError {
     },
 }
 
+impl LayoutError {
+    /// The inode at fault, for [`path_of`](crate::path_of).
+    #[must_use]
+    pub fn inode(&self) -> Option<InodeId> {
+        match *self {
+            Self::RootNotDirectory
+            | Self::Option { .. }
+            | Self::TooSmall { .. }
+            | Self::TooLarge { .. } => None,
+            Self::Name { directory: inode, .. }
+            | Self::NameOrder { directory: inode, .. }
+            | Self::UnknownInode { directory: inode, .. }
+            | Self::DirectoryLinkedTwice { inode }
+            | Self::TooManyLinks { inode, .. }
+            | Self::LinkCount { inode, .. }
+            | Self::LostFoundNotDirectory { inode }
+            | Self::DirectoryTooLarge { inode, .. }
+            | Self::FileTooLarge { inode, .. }
+            | Self::SymlinkTarget { inode, .. }
+            | Self::Device { inode, .. }
+            | Self::Run { inode, .. }
+            | Self::Xattr { inode, .. } => Some(inode),
+        }
+    }
+}
+
 /// Why a set of extended attributes cannot be stored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum XattrError {

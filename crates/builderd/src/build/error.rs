@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use ext4::{LayoutError, WriteError};
 use oci::{Digest, PullError, Source};
-use rootfs::{FlattenError, PackError, PackReadError};
+use rootfs::{FileTree, FlattenError, PackError, PackReadError};
 
 use super::Phase;
 use crate::packs::CacheError;
@@ -35,7 +35,7 @@ pub enum BuildError {
         source: Box<PullError>,
     },
     /// A layer is not what a layer must be.
-    #[error("layer {layer} ({digest}) cannot be read")]
+    #[error("layer {} ({digest}) cannot be read", .layer + 1)]
     Pack {
         /// Its place from the bottom, from 0.
         layer: usize,
@@ -45,7 +45,7 @@ pub enum BuildError {
         source: PackError,
     },
     /// A pack that was just made, or found good, cannot be read: the disk is at fault.
-    #[error("the pack of layer {layer} ({digest}) cannot be read back")]
+    #[error("the pack of layer {} ({digest}) cannot be read back", .layer + 1)]
     PackUnread {
         /// Its place from the bottom, from 0.
         layer: usize,
@@ -55,7 +55,10 @@ pub enum BuildError {
         source: PackReadError,
     },
     /// A layer's content is not what the image's config claims.
-    #[error("layer {layer} ({digest}) unpacks to sha256:{found}, but the image's config claims {claimed}")]
+    #[error(
+        "layer {} ({digest}) unpacks to sha256:{found}, but the image's config claims {claimed}",
+        .layer + 1
+    )]
     DiffId {
         /// Its place from the bottom, from 0.
         layer: usize,
@@ -73,8 +76,13 @@ pub enum BuildError {
     #[error("the layers do not fit together")]
     Flatten(#[from] FlattenError),
     /// The tree does not fit into the image.
-    #[error("the image cannot be laid out")]
-    Layout(#[from] LayoutError),
+    #[error("the image cannot be laid out{}", at(path))]
+    Layout {
+        /// Which file is at fault, if one is; made printable.
+        path: Option<String>,
+        /// Why.
+        source: LayoutError,
+    },
     /// The file system's metadata could not be written.
     #[error("cannot write the file system to {}", path.display())]
     Write {
@@ -109,7 +117,16 @@ pub enum BuildError {
     },
 }
 
+fn at(path: &Option<String>) -> String {
+    path.as_ref().map(|path| format!(": {path}")).unwrap_or_default()
+}
+
 impl BuildError {
+    pub(super) fn layout(source: LayoutError, tree: &FileTree) -> Self {
+        let path = source.inode().and_then(|inode| ext4::path_of(tree, inode));
+        Self::Layout { path: path.map(|path| path.escape_ascii().to_string()), source }
+    }
+
     pub(super) fn pull(from: &Source, source: PullError) -> Self {
         let blame = match (source.blame(), from) {
             (oci::Blame::Upstream, Source::Registry(_)) => Blame::Upstream,
@@ -125,7 +142,7 @@ impl BuildError {
         match self {
             Self::Pull { blame, .. } => *blame,
             Self::Pack { source: PackError::Write { .. }, .. } => Blame::Ours,
-            Self::Pack { .. } | Self::DiffId { .. } | Self::Flatten(_) | Self::Layout(_) => {
+            Self::Pack { .. } | Self::DiffId { .. } | Self::Flatten(_) | Self::Layout { .. } => {
                 Blame::Yours
             }
             Self::Cache(_)
@@ -159,7 +176,7 @@ impl BuildError {
             | Self::PackUnread { .. }
             | Self::Cache(_)
             | Self::Flatten(_)
-            | Self::Layout(_)
+            | Self::Layout { .. }
             | Self::Write { .. }
             | Self::Output { .. }
             | Self::Worker { .. } => None,

@@ -8,14 +8,19 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Buf, Bytes};
+use ext4::BLOCK_SIZE;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use oci::{Fetcher, Image, Layer};
 use rootfs::{Limits, PackSummary};
 use tokio::sync::{mpsc, oneshot};
 
+use super::disk::{Disk, DiskWriter, Liking};
+use super::output;
 use super::{BuildError, BuildEvent, BuildSpec, LayerOrigin, Observer, PackStorage, Phase};
 use crate::packs::{Lookup, OpenPack, PackCache, PackKey};
 use crate::staged::Staged;
@@ -31,12 +36,19 @@ pub(super) struct LayerPacks {
     pub(super) cached: usize,
     pub(super) packed: usize,
     pub(super) fetched_bytes: u64,
+    /// The file all packs lie in, each in its own stretch, when it can become the image.
+    pub(super) slabs: Option<Staged>,
 }
+
+/// Bytes of a file that the stretches of all layers may span; ext4 ends files at 16 TiB.
+const SLABS_BYTES: u64 = 8 << 40;
 
 struct Job<'a> {
     spec: &'a BuildSpec,
     fetcher: &'a Fetcher,
     image: &'a Image,
+    disk: &'a Arc<Disk>,
+    slabs: Option<&'a File>,
     observer: &'a dyn Observer,
     fetched_bytes: AtomicU64,
 }
@@ -46,9 +58,22 @@ pub(super) async fn fetch(
     spec: &BuildSpec,
     fetcher: &Fetcher,
     image: &Image,
+    disk: &Arc<Disk>,
     observer: &dyn Observer,
 ) -> Result<LayerPacks, BuildError> {
-    let job = Job { spec, fetcher, image, observer, fetched_bytes: AtomicU64::new(0) };
+    let slabs = match spec.packs {
+        PackStorage::Temporary => stage_slabs(spec)?,
+        PackStorage::Cache { .. } => None,
+    };
+    let job = Job {
+        spec,
+        fetcher,
+        image,
+        disk,
+        slabs: slabs.as_ref().map(Staged::file),
+        observer,
+        fetched_bytes: AtomicU64::new(0),
+    };
     let mut order: Vec<usize> = (0..image.layers.len()).collect();
     order.sort_by_key(|&layer| std::cmp::Reverse(image.layers[layer].size_bytes));
     let mut found: Vec<(usize, LayerOrigin, OpenPack)> = stream::iter(order)
@@ -62,8 +87,24 @@ pub(super) async fn fetch(
         cached,
         packed: found.len() - cached,
         fetched_bytes: job.fetched_bytes.into_inner(),
+        slabs,
         packs: found.into_iter().map(|(.., pack)| pack).collect(),
     })
+}
+
+fn stage(spec: &BuildSpec) -> Result<Staged, BuildError> {
+    let directory = spec.output_directory();
+    Staged::create_in(directory).map_err(|source| BuildError::Output {
+        action: "create a temporary file in",
+        path: directory.to_owned(),
+        source,
+    })
+}
+
+/// A file for all packs, where the file system can later shift them to their places.
+fn stage_slabs(spec: &BuildSpec) -> Result<Option<Staged>, BuildError> {
+    let staged = stage(spec)?;
+    Ok(output::can_shift(staged.file()).then_some(staged))
 }
 
 impl Job<'_> {
@@ -74,23 +115,25 @@ impl Job<'_> {
                 let key = PackKey { domain: domain.clone(), digest: layer.digest };
                 self.through_cache(index, layer, cache, key).await?
             }
-            PackStorage::Temporary => {
-                let directory = self.spec.output_directory();
-                let staged = Staged::create_in(directory).map_err(|source| BuildError::Output {
-                    action: "create a temporary file in",
-                    path: directory.to_owned(),
-                    source,
-                })?;
-                let staged = self.fetch_and_pack(index, layer, staged).await?;
-                // A clone of the descriptor: the file stays nameless and goes with it.
-                let file = staged.file().try_clone().map_err(reopening)?;
-                (LayerOrigin::Packed, open_pack(index, layer, file)?)
-            }
+            PackStorage::Temporary => (LayerOrigin::Packed, self.temporary(index, layer).await?),
         };
         self.check_diff_id(index, layer, &open.diff_id)?;
         let digest = layer.digest.to_string();
         self.observer.event(&BuildEvent::LayerReady { layer: index, digest, origin });
         Ok((index, origin, open))
+    }
+
+    async fn temporary(&self, index: usize, layer: &Layer) -> Result<OpenPack, BuildError> {
+        if let Some(slabs) = self.slabs {
+            let slab = SLABS_BYTES / self.image.layers.len() as u64 / BLOCK_SIZE * BLOCK_SIZE;
+            let base = index as u64 * slab;
+            let summary = self.fetch_and_pack(index, layer, slabs, base..base + slab).await?;
+            return open_pack(index, layer, slabs, base, summary.pack_bytes);
+        }
+        // The file stays nameless and goes with its descriptor.
+        let staged = stage(self.spec)?;
+        let summary = self.fetch_and_pack(index, layer, staged.file(), 0..u64::MAX).await?;
+        open_pack(index, layer, staged.file(), 0, summary.pack_bytes)
     }
 
     async fn through_cache(
@@ -111,13 +154,18 @@ impl Job<'_> {
         if let Some(open) = self.cached(cache, &key).await? {
             return Ok((LayerOrigin::Cached, open));
         }
-        let staged = self.fetch_and_pack(index, layer, cache.stage(&key)?).await?;
+        let staged = cache.stage(&key)?;
+        let summary = self.fetch_and_pack(index, layer, staged.file(), 0..u64::MAX).await?;
         let file = cache.commit(&key, staged)?;
         drop(lock);
-        Ok((LayerOrigin::Packed, open_pack(index, layer, file)?))
+        Ok((LayerOrigin::Packed, open_pack(index, layer, &file, 0, summary.pack_bytes)?))
     }
 
-    async fn cached(&self, cache: &PackCache, key: &PackKey) -> Result<Option<OpenPack>, BuildError> {
+    async fn cached(
+        &self,
+        cache: &PackCache,
+        key: &PackKey,
+    ) -> Result<Option<OpenPack>, BuildError> {
         let digest = key.digest;
         let found = {
             let (cache, key) = (cache.clone(), key.clone());
@@ -127,39 +175,44 @@ impl Job<'_> {
             Lookup::Hit(open) => Some(open),
             Lookup::Miss => None,
             Lookup::Damaged(error) => {
-                let message = format!("the cached pack of {digest} was damaged and is made anew: {error}");
+                let message =
+                    format!("the cached pack of {digest} was damaged and is made anew: {error}");
                 self.observer.event(&BuildEvent::Warning { message });
                 None
             }
         })
     }
 
-    /// Streams the blob through a worker into `staged`; all three digests match when it returns.
+    /// Streams the blob through a worker into a part of `file`; all three digests match when it
+    /// returns.
     async fn fetch_and_pack(
         &self,
         index: usize,
         layer: &Layer,
-        staged: Staged,
-    ) -> Result<Staged, BuildError> {
+        file: &File,
+        part: Range<u64>,
+    ) -> Result<PackSummary, BuildError> {
         self.observer.event(&BuildEvent::LayerStarted {
             layer: index,
             digest: layer.digest.to_string(),
             size_bytes: layer.size_bytes,
         });
         let (chunks, blob) = mpsc::channel(CHUNKS_IN_FLIGHT);
-        let worker = spawn_packer(index, blob, staged, self.spec.layer_limits.clone())?;
+        let file = file.try_clone().map_err(reopening)?;
+        let limits = self.spec.layer_limits.clone();
+        let liking = if self.slabs.is_some() { Liking::Direct } else { Liking::Faster };
+        let worker = spawn_packer(index, blob, file, part, liking, Arc::clone(self.disk), limits)?;
         let fed = self.feed(index, layer, chunks).await;
         let packed = worker.await.map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })?;
         // A pull that failed explains a pack that failed, not the other way round.
         fed?;
-        let (staged, summary) = packed;
-        let summary = summary.map_err(|source| BuildError::Pack {
+        let summary = packed.map_err(|source| BuildError::Pack {
             layer: index,
             digest: layer.digest,
             source,
         })?;
         self.check_diff_id(index, layer, &summary.diff_id)?;
-        Ok(staged)
+        Ok(summary)
     }
 
     /// Fetches the blob and hands its bytes to the worker; `Ok` when size and digest matched.
@@ -205,7 +258,12 @@ impl Job<'_> {
         BuildError::pull(&self.spec.source, source)
     }
 
-    fn check_diff_id(&self, index: usize, layer: &Layer, found: &[u8; 32]) -> Result<(), BuildError> {
+    fn check_diff_id(
+        &self,
+        index: usize,
+        layer: &Layer,
+        found: &[u8; 32],
+    ) -> Result<(), BuildError> {
         let found = hex(found);
         if found == layer.diff_id.hex() {
             return Ok(());
@@ -219,12 +277,15 @@ impl Job<'_> {
     }
 }
 
-type PackResult = (Staged, Result<PackSummary, rootfs::PackError>);
+type PackResult = Result<PackSummary, rootfs::PackError>;
 
 fn spawn_packer(
     index: usize,
     blob: mpsc::Receiver<io::Result<Bytes>>,
-    staged: Staged,
+    file: File,
+    part: Range<u64>,
+    liking: Liking,
+    disk: Arc<Disk>,
     limits: Limits,
 ) -> Result<oneshot::Receiver<PackResult>, BuildError> {
     let (answer, result) = oneshot::channel();
@@ -232,9 +293,10 @@ fn spawn_packer(
         .name(format!("layer-{index}"))
         .spawn(move || {
             let blob = BlobReader { chunks: blob, current: Bytes::new() };
-            let summary = rootfs::make_pack(blob, &mut staged.file(), &limits);
+            let mut out = DiskWriter::new(disk.attach(&file, liking), part);
+            let summary = rootfs::make_pack(blob, &mut out, &limits);
             // The build may have given up meanwhile; then nobody wants the answer.
-            let _ = answer.send((staged, summary));
+            let _ = answer.send(summary);
         })
         .map_err(|source| BuildError::Worker { phase: Phase::Layers, source })?;
     Ok(result)
@@ -260,9 +322,20 @@ impl Read for BlobReader {
     }
 }
 
-fn open_pack(index: usize, layer: &Layer, file: File) -> Result<OpenPack, BuildError> {
+fn open_pack(
+    index: usize,
+    layer: &Layer,
+    file: &File,
+    base: u64,
+    length: u64,
+) -> Result<OpenPack, BuildError> {
     let digest = layer.digest;
-    OpenPack::new(file).map_err(|source| BuildError::PackUnread { layer: index, digest, source })
+    let file = file.try_clone().map_err(reopening)?;
+    OpenPack::new(file, base, length).map_err(|source| BuildError::PackUnread {
+        layer: index,
+        digest,
+        source,
+    })
 }
 
 fn reopening(source: io::Error) -> BuildError {

@@ -5,6 +5,7 @@
 //! What a build does *not* know: who asked, how progress is shown, where settings
 //! come from.
 
+mod disk;
 mod error;
 mod event;
 mod layers;
@@ -19,9 +20,9 @@ use rootfs::{Limits, TreeLimits};
 
 pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
+pub(crate) use layers::hex;
 pub use metadata::ImageMetadata;
 pub use pipeline::run;
-pub(crate) use layers::hex;
 pub(crate) use pipeline::{format_uuid, sibling};
 
 use crate::packs::{PackCache, SharingDomain};

@@ -1,26 +1,37 @@
 //! Bytes into the image file: metadata from memory, file data from the layer packs.
 //!
-//! Data moves inside the kernel (copy_file_range(2), which on XFS and btrfs shares
-//! the blocks instead of copying) and falls back to reading and writing where a
-//! file system refuses. This module does not know where anything belongs: the
-//! layout told.
+//! Where the file system can share blocks (XFS, btrfs) copy_file_range(2) makes the
+//! image refer to the blocks of the packs; elsewhere the data is copied, past the
+//! page cache while that pays (see `disk`). This module does not know where anything
+//! belongs: the layout told.
 
+use std::cmp::Ordering;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::thread::ScopedJoinHandle;
 
 use ext4::{BLOCK_SIZE, Layout, Move};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use sha2::{Digest as _, Sha256};
 
+use super::disk::{AlignedBuffer, Disk, DiskFile, Liking, lock};
 use super::layers::hex;
 use super::{BuildEvent, Compression, Observer};
 use crate::packs::OpenPack;
 
-/// Most bytes moved by one call: small enough for even progress, large enough for speed.
-const PIECE_BYTES: u64 = 16 << 20;
-const HASH_BUFFER_BYTES: usize = 256 << 10;
+/// Most blocks moved by one read and one write.
+const PIECE_BLOCKS: u64 = 512;
+const PIECE_BYTES: usize = 512 * 4096;
+/// Dead blocks between two moves that are rather written as zeroes than stepped over.
+const GAP_BLOCKS: u64 = 16;
+/// Pieces in flight between reader, hasher and writer.
+const PARCELS: usize = 6;
+/// Copying threads when nothing is hashed: they wait for the disk, not for a CPU.
+const COPIERS: usize = 2;
+const GAP_BUFFER_BYTES: usize = 256 << 10;
 const COPY_BUFFER_BYTES: usize = 1 << 20;
 /// Level of the compressed forms: the speed/size middle both libraries default to.
 const ZSTD_LEVEL: i32 = 3;
@@ -35,81 +46,143 @@ impl ext4::Output for ImageFile<'_> {
     }
 }
 
-/// How the data is to be moved.
-#[derive(Clone, Copy)]
-pub(super) struct MoveOptions {
-    /// Hash the image behind the copier.
-    pub(super) hash: bool,
-    /// Nobody needs the packs after this: give their blocks back while copying.
-    pub(super) consume: bool,
-    /// Threads that may copy.
-    pub(super) jobs: usize,
-}
-
-/// Moves every live data run to its place and, when wanted, hashes the file behind the copier.
+/// Moves every live data run to its place and, when wanted, hashes the file meanwhile.
 ///
 /// The metadata must already be in `image`. Returns the SHA-256 of the whole file in hex.
 pub(super) fn write_data(
     layout: &Layout,
     packs: &[OpenPack],
     image: &File,
-    options: MoveOptions,
+    data_is_in_place: bool,
+    hash: bool,
+    disk: &Disk,
     observer: &dyn Observer,
 ) -> io::Result<Option<String>> {
-    let hash = options.hash;
-    let pieces = Pieces { moves: Box::new(layout.moves()), rest: None };
-    let work = Mutex::new(Work {
-        pieces,
-        copied_bytes: 0,
-        total_bytes: layout.summary().data_bytes,
-        failed: false,
-    });
-    let progress = Progress::default();
-    // The hasher follows one copier in file order; without it the copiers share the work.
-    let copiers = if hash { 1 } else { options.jobs.clamp(1, 8) };
-    std::thread::scope(|scope| {
-        let running: Vec<_> = (0..copiers)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut copier =
-                        Copier { in_kernel: true, consume: options.consume, buffer: Vec::new() };
-                    let result =
-                        copy_pieces(&mut copier, &work, packs, image, &progress, observer);
-                    if result.is_err() {
-                        lock(&work).failed = true;
-                    }
-                    progress.advance(u64::MAX);
-                    result
-                })
-            })
-            .collect();
-        let sum = hash.then(|| hash_behind(image, layout.size_bytes(), &progress));
-        for copier in running {
-            copier.join().map_err(|_| io::Error::other("a copying thread panicked"))??;
+    let job = Job { packs, image, disk, observer, total_bytes: layout.summary().data_bytes };
+    let mut in_place = data_is_in_place;
+    if !in_place && can_share(image) {
+        job.share(layout)?;
+        in_place = true;
+    }
+    if hash {
+        return job.copy_and_hash(layout, in_place).map(Some);
+    }
+    if !in_place {
+        job.copy(layout)?;
+    }
+    Ok(None)
+}
+
+/// Whether [`shift`] works on this file system.
+pub(super) fn can_shift(file: &File) -> bool {
+    /// `EXT4_SUPER_MAGIC` of linux/magic.h.
+    const SHIFTING: u64 = 0xef53;
+    magic(file) == Some(SHIFTING)
+}
+
+/// Turns the file in which all packs lie, each at its base, into the image's data: what lies
+/// between the live runs is cut out, and room is made where the image has something else
+/// (fallocate(2), `FALLOC_FL_COLLAPSE_RANGE` and `FALLOC_FL_INSERT_RANGE`). No byte is moved.
+///
+/// Returns false, with the live runs still where they were, if the file system refuses.
+pub(super) fn shift(layout: &Layout, packs: &[OpenPack], file: &File) -> io::Result<bool> {
+    // From the end to the front, so that what is still to do has not moved yet.
+    let mut runs = Vec::new();
+    for run in layout.moves() {
+        let pack = usize::try_from(run.region).ok().and_then(|region| packs.get(region));
+        let base = pack.ok_or_else(|| io::Error::other("a layer without a pack"))?.base;
+        let (from, to) = (base + run.region_block * BLOCK_SIZE, run.image_block * BLOCK_SIZE);
+        runs.push((from, to, run.blocks * BLOCK_SIZE));
+    }
+    let Some((from, _, length)) = runs.last() else { return Ok(false) };
+    file.set_len(from + length)?;
+    let mut shifted = false;
+    for index in (0..runs.len()).rev() {
+        let (from, to, _) = runs[index];
+        let (from_end, to_end) = match index.checked_sub(1).map(|before| runs[before]) {
+            Some((from, to, length)) => (from + length, to + length),
+            None => (0, 0),
+        };
+        let (is, wanted) = (from - from_end, to - to_end);
+        if is.min(wanted) > 0 {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(file, flags, from_end, is.min(wanted))?;
         }
-        sum.transpose()
-    })
+        let gap = from_end + is.min(wanted);
+        let result = match is.cmp(&wanted) {
+            Ordering::Equal => continue,
+            Ordering::Greater => {
+                rustix::fs::fallocate(file, FallocateFlags::COLLAPSE_RANGE, gap, is - wanted)
+            }
+            Ordering::Less => {
+                rustix::fs::fallocate(file, FallocateFlags::INSERT_RANGE, gap, wanted - is)
+            }
+        };
+        match result {
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) if !shifted => {
+                return Ok(false);
+            }
+            other => other?,
+        }
+        shifted = true;
+    }
+    Ok(true)
 }
 
-struct Work<'a> {
-    pieces: Pieces<'a>,
-    copied_bytes: u64,
-    total_bytes: u64,
-    failed: bool,
+/// Whether copy_file_range(2) shares blocks on this file system instead of copying them.
+fn can_share(file: &File) -> bool {
+    /// `XFS_SUPER_MAGIC` and `BTRFS_SUPER_MAGIC` of linux/magic.h.
+    const SHARING: [u64; 2] = [0x5846_5342, 0x9123_683e];
+    magic(file).is_some_and(|magic| SHARING.contains(&magic))
 }
 
-/// The moves, cut to pieces of at most [`PIECE_BYTES`].
-struct Pieces<'a> {
-    moves: Box<dyn Iterator<Item = Move> + Send + 'a>,
+fn magic(file: &File) -> Option<u64> {
+    rustix::fs::fstatfs(file).ok().and_then(|stat| u64::try_from(stat.f_type).ok())
+}
+
+/// Moves that are copied by one read and one write; dead blocks between them become zeroes.
+#[derive(Default)]
+struct Piece {
+    moves: Vec<Move>,
+}
+
+impl Piece {
+    fn first(&self) -> Option<&Move> {
+        self.moves.first()
+    }
+
+    fn blocks(&self) -> u64 {
+        match (self.moves.first(), self.moves.last()) {
+            (Some(first), Some(last)) => last.region_block + last.blocks - first.region_block,
+            _ => 0,
+        }
+    }
+
+    /// Whether `next` lies so near behind that it can go with this piece.
+    fn takes(&self, next: &Move) -> bool {
+        let (Some(first), Some(last)) = (self.moves.first(), self.moves.last()) else {
+            return true;
+        };
+        let same_way = first.region == next.region
+            && next.region_block > last.region_block
+            && next.region_block - first.region_block == next.image_block - first.image_block;
+        let gap = next.region_block.saturating_sub(last.region_block + last.blocks);
+        same_way
+            && gap <= GAP_BLOCKS
+            && next.region_block + next.blocks - first.region_block <= PIECE_BLOCKS
+    }
+}
+
+/// The moves, cut to at most [`PIECE_BLOCKS`] and gathered to pieces.
+struct Pieces<I> {
+    moves: I,
     rest: Option<Move>,
 }
 
-impl Iterator for Pieces<'_> {
-    type Item = Move;
-
-    fn next(&mut self) -> Option<Move> {
+impl<I: Iterator<Item = Move>> Pieces<I> {
+    fn next_move(&mut self) -> Option<Move> {
         let whole = self.rest.take().or_else(|| self.moves.next())?;
-        let blocks = whole.blocks.min(PIECE_BYTES / BLOCK_SIZE);
+        let blocks = whole.blocks.min(PIECE_BLOCKS);
         if blocks < whole.blocks {
             self.rest = Some(Move {
                 region: whole.region,
@@ -122,127 +195,264 @@ impl Iterator for Pieces<'_> {
     }
 }
 
-/// Up to which byte the file is complete.
-#[derive(Default)]
-struct Progress {
-    complete_to: Mutex<u64>,
-    moved: Condvar,
-}
+impl<I: Iterator<Item = Move>> Iterator for Pieces<I> {
+    type Item = Piece;
 
-impl Progress {
-    fn advance(&self, offset: u64) {
-        *lock(&self.complete_to) = offset;
-        self.moved.notify_all();
-    }
-
-    fn wait_beyond(&self, offset: u64) -> u64 {
-        let complete = lock(&self.complete_to);
-        *self
-            .moved
-            .wait_while(complete, |complete| *complete <= offset)
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A poisoned lock means a thread panicked; its join reports that.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn copy_pieces(
-    copier: &mut Copier,
-    work: &Mutex<Work<'_>>,
-    packs: &[OpenPack],
-    image: &File,
-    progress: &Progress,
-    observer: &dyn Observer,
-) -> io::Result<()> {
-    loop {
-        let piece = {
-            let mut work = lock(work);
-            match work.pieces.next() {
-                Some(piece) if !work.failed => piece,
-                _ => return Ok(()),
+    fn next(&mut self) -> Option<Piece> {
+        let mut piece = Piece { moves: vec![self.next_move()?] };
+        while let Some(next) = self.next_move() {
+            if !piece.takes(&next) {
+                // Cut or whole, it is at most a piece: putting it back loses nothing.
+                let behind = self.rest.take();
+                self.rest = Some(match behind {
+                    Some(behind) => Move { blocks: next.blocks + behind.blocks, ..next },
+                    None => next,
+                });
+                break;
             }
-        };
-        let to = piece.image_block * BLOCK_SIZE;
-        // Pieces ascend: what lies before this one is written, or is a hole.
-        progress.advance(to);
-        let length = piece.blocks * BLOCK_SIZE;
-        let region = usize::try_from(piece.region).map_err(io::Error::other)?;
-        let pack = packs.get(region).ok_or_else(|| io::Error::other("a layer without a pack"))?;
-        copier.copy(&pack.file, piece.region_block * BLOCK_SIZE, image, to, length)?;
-        let mut work = lock(work);
-        work.copied_bytes += length;
-        let (bytes, total_bytes) = (work.copied_bytes, work.total_bytes);
-        drop(work);
-        observer.event(&BuildEvent::WriteProgress { bytes, total_bytes });
+            piece.moves.push(next);
+        }
+        Some(piece)
     }
 }
 
-struct Copier {
-    in_kernel: bool,
-    consume: bool,
-    buffer: Vec<u8>,
+struct Job<'a> {
+    packs: &'a [OpenPack],
+    image: &'a File,
+    disk: &'a Disk,
+    observer: &'a dyn Observer,
+    total_bytes: u64,
 }
 
-impl Copier {
-    fn copy(&mut self, from: &File, at: u64, to: &File, offset: u64, length: u64) -> io::Result<()> {
-        let mut done = 0;
-        while done < length && self.in_kernel {
-            let (mut source, mut target) = (at + done, offset + done);
-            let want = usize::try_from(length - done).unwrap_or(usize::MAX);
-            match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), want) {
-                Ok(0) => return Err(ends_early()),
-                Ok(count) => done += count as u64,
-                Err(rustix::io::Errno::INTR) => {}
-                // Different file systems, or one that does not know the call.
-                Err(
-                    rustix::io::Errno::XDEV
-                    | rustix::io::Errno::OPNOTSUPP
-                    | rustix::io::Errno::NOSYS
-                    | rustix::io::Errno::INVAL,
-                ) => self.in_kernel = false,
-                Err(error) => return Err(error.into()),
+/// A piece's bytes on their way from reader to hasher to writer.
+struct Parcel {
+    buffer: AlignedBuffer,
+    offset: u64,
+    length: usize,
+}
+
+impl Parcel {
+    fn bytes(&self) -> &[u8] {
+        &self.buffer.bytes()[..self.length]
+    }
+}
+
+impl Job<'_> {
+    fn pack(&self, region: u32) -> io::Result<&OpenPack> {
+        let region = usize::try_from(region).map_err(io::Error::other)?;
+        self.packs.get(region).ok_or_else(|| io::Error::other("a layer without a pack"))
+    }
+
+    fn tell(&self, bytes: u64) {
+        let total_bytes = self.total_bytes;
+        self.observer.event(&BuildEvent::WriteProgress { bytes, total_bytes });
+    }
+
+    fn share(&self, layout: &Layout) -> io::Result<()> {
+        for whole in layout.moves() {
+            let pack = self.pack(whole.region)?;
+            let mut source = pack.base + whole.region_block * BLOCK_SIZE;
+            let mut target = whole.image_block * BLOCK_SIZE;
+            let end = source + whole.blocks * BLOCK_SIZE;
+            while source < end {
+                let want = usize::try_from(end - source).unwrap_or(usize::MAX);
+                let count = rustix::fs::copy_file_range(
+                    &pack.file,
+                    Some(&mut source),
+                    self.image,
+                    Some(&mut target),
+                    want,
+                )?;
+                if count == 0 {
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "a layer pack ends before its content",
+                    ));
+                }
             }
-        }
-        self.buffer.resize(if done < length { COPY_BUFFER_BYTES } else { 0 }, 0);
-        while done < length {
-            let want = usize::try_from(length - done).unwrap_or(usize::MAX).min(self.buffer.len());
-            let buffer = &mut self.buffer[..want];
-            from.read_exact_at(buffer, at + done)?;
-            to.write_all_at(buffer, offset + done)?;
-            done += want as u64;
-        }
-        if self.consume {
-            // The pages go straight into the next piece of the output, the blocks back to the
-            // disk. A file system that cannot do it frees them when the pack is closed.
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            self.consume = rustix::fs::fallocate(from, flags, at, length).is_ok();
         }
         Ok(())
     }
+
+    /// Several threads, each reading and writing: a disk likes to have more than one thing to do.
+    fn copy(&self, layout: &Layout) -> io::Result<()> {
+        let work = Mutex::new((Pieces { moves: layout.moves(), rest: None }, 0));
+        let copier = || {
+            let mut reader = Reader::new(self, false);
+            let mut image = self.disk.attach(self.image, Liking::Faster);
+            let mut buffer = AlignedBuffer::new(PIECE_BYTES);
+            loop {
+                let Some(piece) = lock(&work).0.next() else { return Ok(()) };
+                let parcel = reader.read(&piece, buffer)?;
+                image.write(parcel.bytes(), parcel.offset)?;
+                let copied = {
+                    let mut work = lock(&work);
+                    work.1 += parcel.length as u64;
+                    work.1
+                };
+                self.tell(copied);
+                buffer = parcel.buffer;
+            }
+        };
+        std::thread::scope(|scope| {
+            let copiers: Vec<_> = (0..COPIERS).map(|_| scope.spawn(copier)).collect();
+            copiers.into_iter().try_for_each(joined)
+        })
+    }
+
+    /// One thread reads, this one hashes, one writes: the hash, which no thread can share, sets
+    /// the pace. Data that is in its place already is read from there and not written.
+    fn copy_and_hash(&self, layout: &Layout, in_place: bool) -> io::Result<String> {
+        let (to_hasher, from_reader) = sync_channel::<io::Result<Parcel>>(PARCELS);
+        let (to_writer, from_hasher) = sync_channel::<Parcel>(PARCELS);
+        let (to_reader, from_writer) = channel();
+        for _ in 0..PARCELS {
+            // Cannot fail: the other end is in scope.
+            let _ = to_reader.send(AlignedBuffer::new(PIECE_BYTES));
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut reader = Reader::new(self, in_place);
+                for piece in (Pieces { moves: layout.moves(), rest: None }) {
+                    let Ok(buffer) = from_writer.recv() else { return };
+                    if to_hasher.send(reader.read(&piece, buffer)).is_err() {
+                        return;
+                    }
+                }
+            });
+            let writer = scope.spawn(move || {
+                let mut image = self.disk.attach(self.image, Liking::Faster);
+                let mut copied = 0;
+                while let Ok(parcel) = from_hasher.recv() {
+                    if !in_place {
+                        image.write(parcel.bytes(), parcel.offset)?;
+                    }
+                    copied += parcel.length as u64;
+                    self.tell(copied);
+                    // The reader may be done.
+                    let _ = to_reader.send(parcel.buffer);
+                }
+                Ok(())
+            });
+            let sum = self.hash(layout.size_bytes(), from_reader, to_writer);
+            // A writer that failed explains a hasher that found nobody to hand on to.
+            joined(writer)?;
+            sum
+        })
+    }
+
+    fn hash(
+        &self,
+        size_bytes: u64,
+        parcels: Receiver<io::Result<Parcel>>,
+        to_writer: SyncSender<Parcel>,
+    ) -> io::Result<String> {
+        let mut sum =
+            ImageSum { hasher: Sha256::new(), offset: 0, buffer: vec![0; GAP_BUFFER_BYTES] };
+        for parcel in parcels {
+            let parcel = parcel?;
+            sum.file(self.image, parcel.offset)?;
+            sum.hasher.update(parcel.bytes());
+            sum.offset = parcel.offset + parcel.length as u64;
+            if to_writer.send(parcel).is_err() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+        }
+        drop(to_writer);
+        sum.file(self.image, size_bytes)?;
+        Ok(hex(&sum.hasher.finalize()))
+    }
 }
 
-fn ends_early() -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, "a layer pack ends before its content")
+/// The hash of the image up to `offset`.
+struct ImageSum {
+    hasher: Sha256,
+    offset: u64,
+    buffer: Vec<u8>,
 }
 
-fn hash_behind(image: &File, size_bytes: u64, progress: &Progress) -> io::Result<String> {
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; HASH_BUFFER_BYTES];
-    let mut offset = 0;
-    while offset < size_bytes {
-        let complete = progress.wait_beyond(offset).min(size_bytes);
-        while offset < complete {
-            let left = usize::try_from(complete - offset).unwrap_or(usize::MAX);
-            let part = &mut buffer[..left.min(HASH_BUFFER_BYTES)];
-            image.read_exact_at(part, offset)?;
-            hasher.update(&*part);
-            offset += part.len() as u64;
+impl ImageSum {
+    /// Hashes what already stands in the file up to `end`; holes are not read.
+    fn file(&mut self, image: &File, end: u64) -> io::Result<()> {
+        while self.offset < end {
+            let data = match rustix::fs::seek(image, SeekFrom::Data(self.offset)) {
+                Ok(data) => data.min(end),
+                // No data from here on.
+                Err(rustix::io::Errno::NXIO) => end,
+                Err(error) => return Err(error.into()),
+            };
+            self.zeroes(data - self.offset);
+            if data == end {
+                break;
+            }
+            let hole = rustix::fs::seek(image, SeekFrom::Hole(data))?.min(end);
+            while self.offset < hole {
+                let left = usize::try_from(hole - self.offset).unwrap_or(usize::MAX);
+                let part = &mut self.buffer[..left.min(GAP_BUFFER_BYTES)];
+                image.read_exact_at(part, self.offset)?;
+                self.hasher.update(&*part);
+                self.offset += part.len() as u64;
+            }
+        }
+        Ok(())
+    }
+
+    fn zeroes(&mut self, mut count: u64) {
+        self.offset += count;
+        if count > 0 {
+            self.buffer.fill(0);
+        }
+        while count > 0 {
+            let part = usize::try_from(count).unwrap_or(usize::MAX).min(GAP_BUFFER_BYTES);
+            self.hasher.update(&self.buffer[..part]);
+            count -= part as u64;
         }
     }
-    Ok(hex(&hasher.finalize()))
+}
+
+/// Reads pieces from the packs, or from where they are in the image; one open file at a time.
+struct Reader<'a> {
+    job: &'a Job<'a>,
+    in_place: bool,
+    current: Option<(u32, DiskFile<'a>)>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(job: &'a Job<'a>, in_place: bool) -> Self {
+        Self { job, in_place, current: None }
+    }
+
+    fn read(&mut self, piece: &Piece, mut buffer: AlignedBuffer) -> io::Result<Parcel> {
+        let first = piece.first().ok_or_else(|| io::Error::other("an empty piece"))?;
+        let pack = self.job.pack(first.region)?;
+        let region = if self.in_place { 0 } else { first.region };
+        let file = match &mut self.current {
+            Some((current, file)) if *current == region => file,
+            _ => {
+                let file = if self.in_place { self.job.image } else { &pack.file };
+                &mut self.current.insert((region, self.job.disk.attach(file, Liking::Faster))).1
+            }
+        };
+        let offset = match self.in_place {
+            true => first.image_block * BLOCK_SIZE,
+            false => pack.base + first.region_block * BLOCK_SIZE,
+        };
+        let length = usize::try_from(piece.blocks() * BLOCK_SIZE).map_err(io::Error::other)?;
+        let bytes = &mut buffer.bytes_mut()[..length];
+        file.read(bytes, offset)?;
+        for pair in piece.moves.windows(2) {
+            let at = |block: u64| {
+                usize::try_from((block - first.region_block) * BLOCK_SIZE).map_err(io::Error::other)
+            };
+            // What an upper layer deleted must not reach the image.
+            bytes[at(pair[0].region_block + pair[0].blocks)?..at(pair[1].region_block)?].fill(0);
+        }
+        Ok(Parcel { buffer, offset: first.image_block * BLOCK_SIZE, length })
+    }
+}
+
+fn joined(thread: ScopedJoinHandle<'_, io::Result<()>>) -> io::Result<()> {
+    thread.join().map_err(|_| io::Error::other("a copying thread panicked"))?
 }
 
 /// Size and sum of a compressed image.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ext4::Layout;
@@ -11,6 +12,7 @@ use rootfs::{FileTree, Folder};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
+use super::disk::Disk;
 use super::layers::{self, LayerPacks};
 use super::metadata::{ArtifactMetadata, ENGINE, FilesystemMetadata, ImageMetadata, checksum_line};
 use super::output::{self, ImageFile};
@@ -34,17 +36,17 @@ const BOOT_AREA_BYTES: usize = 1024;
 pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, BuildError> {
     let started = Instant::now();
     let mut phases = Phases { observer, secs: Vec::new() };
-    let (image, packs) = pull(spec, &mut phases)?;
-    let tree = phases.time(Phase::Flatten, || {
-        flatten(spec, &image, &packs)
-    })?;
+    let disk = Arc::new(Disk::default());
+    let (image, mut packs) = pull(spec, &disk, &mut phases)?;
+    let tree = phases.time(Phase::Flatten, || flatten(spec, &image, &packs))?;
     let (options, layout) = phases.time(Phase::Layout, || {
         let options = filesystem_options(&spec.image, &image);
         let regions: Vec<u64> = packs.packs.iter().map(|open| open.data_blocks).collect();
-        let layout = Layout::plan(&tree, &options, &regions)?;
+        let layout = Layout::plan(&tree, &options, &regions)
+            .map_err(|source| BuildError::layout(source, &tree))?;
         Ok((options, layout))
     })?;
-    let written = write_image(spec, &layout, &tree, &packs, &mut phases)?;
+    let written = write_image(spec, &layout, &tree, &mut packs, &disk, &mut phases)?;
     let biggest_directories = tree.biggest_directories(BIGGEST_DIRECTORIES);
     let metadata = describe(spec, &image, &options, &layout, &written);
     phases.time(Phase::Publish, || publish(spec, written.staged, &metadata))?;
@@ -71,9 +73,11 @@ fn flatten(spec: &BuildSpec, image: &Image, packs: &LayerPacks) -> Result<FileTr
     let mut folder = Folder::new(&spec.tree_limits);
     for (index, (open, layer)) in packs.packs.iter().zip(&image.layers).enumerate() {
         let digest = layer.digest;
-        let pack = open
-            .load()
-            .map_err(|source| BuildError::PackUnread { layer: index, digest, source })?;
+        let pack = open.load().map_err(|source| BuildError::PackUnread {
+            layer: index,
+            digest,
+            source,
+        })?;
         folder.add(&pack)?;
     }
     Ok(folder.finish()?)
@@ -101,7 +105,11 @@ impl Phases<'_> {
 }
 
 /// Resolves the image and gets its layers; this thread is the network thread meanwhile.
-fn pull(spec: &BuildSpec, phases: &mut Phases<'_>) -> Result<(Image, LayerPacks), BuildError> {
+fn pull(
+    spec: &BuildSpec,
+    disk: &Arc<Disk>,
+    phases: &mut Phases<'_>,
+) -> Result<(Image, LayerPacks), BuildError> {
     let worker = |phase| move |source| BuildError::Worker { phase, source };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -127,7 +135,7 @@ fn pull(spec: &BuildSpec, phases: &mut Phases<'_>) -> Result<(Image, LayerPacks)
     });
     let observer = phases.observer;
     let packs = phases.time(Phase::Layers, || {
-        runtime.block_on(layers::fetch(spec, &fetcher, &image, observer))
+        runtime.block_on(layers::fetch(spec, &fetcher, &image, disk, observer))
     })?;
     Ok((image, packs))
 }
@@ -196,29 +204,34 @@ fn write_image(
     spec: &BuildSpec,
     layout: &Layout,
     tree: &FileTree,
-    packs: &LayerPacks,
+    packs: &mut LayerPacks,
+    disk: &Disk,
     phases: &mut Phases<'_>,
 ) -> Result<Written, BuildError> {
-    let failed = |action| {
-        move |source| BuildError::Output { action, path: spec.output.clone(), source }
-    };
+    let failed =
+        |action| move |source| BuildError::Output { action, path: spec.output.clone(), source };
     let hash = spec.checksum == Checksum::Sha256;
     let stage = || Staged::create_in(spec.output_directory()).map_err(failed("create"));
-    let staged = stage()?;
     let observer = phases.observer;
-    let sha256 = phases.time(Phase::Write, || {
+    let (staged, sha256) = phases.time(Phase::Write, || {
+        let (staged, in_place) = match packs.slabs.take() {
+            Some(slabs)
+                if disk.is_nearly_written()
+                    && output::shift(layout, &packs.packs, slabs.file())
+                        .map_err(failed("arrange the data of"))? =>
+            {
+                (slabs, true)
+            }
+            _ => (stage()?, false),
+        };
         let file = staged.file();
         file.set_len(layout.size_bytes()).map_err(failed("set the size of"))?;
         layout
             .write(tree, &mut ImageFile(file))
             .map_err(|source| BuildError::Write { path: spec.output.clone(), source })?;
-        let options = output::MoveOptions {
-            hash,
-            consume: matches!(spec.packs, PackStorage::Temporary),
-            jobs: spec.jobs,
-        };
-        output::write_data(layout, &packs.packs, file, options, observer)
-            .map_err(failed("write"))
+        let sha256 = output::write_data(layout, &packs.packs, file, in_place, hash, disk, observer)
+            .map_err(failed("write"))?;
+        Ok((staged, sha256))
     })?;
     if spec.compression == Compression::None {
         let size_bytes = layout.size_bytes();
@@ -287,7 +300,11 @@ fn publish(spec: &BuildSpec, image: Staged, metadata: &ImageMetadata) -> Result<
         // An old sum beside a new image would lie.
         None => match std::fs::remove_file(&sum_file) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(BuildError::Output { action: "remove the old", path: sum_file, source });
+                return Err(BuildError::Output {
+                    action: "remove the old",
+                    path: sum_file,
+                    source,
+                });
             }
             _ => {}
         },

@@ -121,13 +121,21 @@ pub(super) struct CacheLocation {
 #[command(next_help_heading = "Registry")]
 pub(super) struct RegistryArgs {
     /// A registry to reach over plain HTTP (never tried unless named here)
-    #[arg(long, value_name = "HOST[:PORT]", value_delimiter = ',',
-          env = "UNKEY_BUILDERD_DOCKER_INSECURE_REGISTRIES")]
+    #[arg(
+        long,
+        value_name = "HOST[:PORT]",
+        value_delimiter = ',',
+        env = "UNKEY_BUILDERD_DOCKER_INSECURE_REGISTRIES"
+    )]
     pub(super) plain_http: Vec<String>,
 
     /// Ask MIRROR before HOST; without HOST, before Docker Hub
-    #[arg(long, value_name = "[HOST=]MIRROR", value_delimiter = ',',
-          env = "UNKEY_BUILDERD_DOCKER_REGISTRY_MIRROR")]
+    #[arg(
+        long,
+        value_name = "[HOST=]MIRROR",
+        value_delimiter = ',',
+        env = "UNKEY_BUILDERD_DOCKER_REGISTRY_MIRROR"
+    )]
     pub(super) mirror: Vec<String>,
 
     /// Trust the certificate authorities in this PEM file, too

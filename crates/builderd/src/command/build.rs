@@ -45,9 +45,7 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
     };
     let size = match (args.size, args.free_space) {
         (Some(bytes), _) => ext4::Size::Exact { bytes },
-        (None, free) => {
-            ext4::Size::FreeSpace { bytes: free.unwrap_or(DEFAULT_FREE_SPACE_BYTES) }
-        }
+        (None, free) => ext4::Size::FreeSpace { bytes: free.unwrap_or(DEFAULT_FREE_SPACE_BYTES) },
     };
     let packs = if args.no_cache {
         PackStorage::Temporary

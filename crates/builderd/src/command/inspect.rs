@@ -51,8 +51,8 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let path = args.image.display().to_string();
     let file = File::open(&args.image)
         .map_err(|source| InspectError::Open { path: path.clone(), source })?;
-    let image = Image::open(file)
-        .map_err(|source| InspectError::Image { path: path.clone(), source })?;
+    let image =
+        Image::open(file).map_err(|source| InspectError::Image { path: path.clone(), source })?;
     if let Some(inner) = &args.cat {
         cat(&image, inner)?;
     } else if let Some(below) = &args.tree {
@@ -61,8 +61,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
         superblock(&image, args.json)?;
     }
     if args.verify {
-        let found =
-            image.verify().map_err(|source| InspectError::Image { path, source })?;
+        let found = image.verify().map_err(|source| InspectError::Image { path, source })?;
         let words = format!(
             "verified: {} inodes, {} directories, {} names, {} blocks in use; every checksum is right",
             found.inodes, found.directories, found.names, found.blocks
@@ -209,9 +208,7 @@ fn json_line(
     let xattrs: serde_json::Map<String, Value> = image
         .xattrs(node)?
         .into_iter()
-        .map(|xattr| {
-            (String::from_utf8_lossy(&xattr.name).into_owned(), hex(&xattr.value).into())
-        })
+        .map(|xattr| (String::from_utf8_lossy(&xattr.name).into_owned(), hex(&xattr.value).into()))
         .collect();
     Ok(json!({
         "path": path.escape_ascii().to_string(),

@@ -84,10 +84,15 @@ fn plain_line(event: &BuildEvent) -> Option<String> {
             format!("image    {image} {manifest_digest} {platform}, {layers} layers, {size}")
         }
         BuildEvent::LayerStarted { layer, digest, size_bytes } => {
-            format!("layer {layer:>2} {} fetching {}", short(digest), text::bytes(*size_bytes))
+            format!(
+                "layer {:>2} {} fetching {}",
+                layer + 1,
+                short(digest),
+                text::bytes(*size_bytes)
+            )
         }
         BuildEvent::LayerReady { layer, digest, origin } => {
-            format!("layer {layer:>2} {} {}", short(digest), origin_word(*origin))
+            format!("layer {:>2} {} {}", layer + 1, short(digest), origin_word(*origin))
         }
         BuildEvent::Warning { message } => format!("warning: {}", text::printable(message)),
         BuildEvent::PhaseStarted { .. }
@@ -123,8 +128,7 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-const LAYER_STYLE: &str =
-    "  {prefix:<19} {bar:30} {binary_bytes:>11}/{binary_total_bytes:<11} {binary_bytes_per_sec:>13}";
+const LAYER_STYLE: &str = "  {prefix:<19} {bar:30} {binary_bytes:>11}/{binary_total_bytes:<11} {binary_bytes_per_sec:>13}";
 const WRITE_STYLE: &str = "{spinner} {msg:<8} {bar:30} {binary_bytes:>11}/{binary_total_bytes:<11}";
 
 impl Bars {

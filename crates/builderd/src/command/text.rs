@@ -13,7 +13,11 @@ pub(super) fn seconds(secs: f64) -> String {
 /// Foreign text without control characters, so that an image cannot drive the terminal.
 pub(super) fn printable(text: &str) -> String {
     text.chars()
-        .map(|char| if char.is_control() && char != '\n' { char::REPLACEMENT_CHARACTER } else { char })
+        .map(
+            |char| {
+                if char.is_control() && char != '\n' { char::REPLACEMENT_CHARACTER } else { char }
+            },
+        )
         .collect()
 }
 

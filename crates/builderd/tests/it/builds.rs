@@ -60,7 +60,8 @@ fn the_bytes_depend_on_nothing_but_image_and_options() {
     let workshop = Workshop::with(&two_layers());
     workshop.build_well("first", &[]);
     let expected = sha256(&workshop.read("first"));
-    let variants: [(&[&str], &[(&str, &str)]); 5] = [
+    type Variant = (&'static [&'static str], &'static [(&'static str, &'static str)]);
+    let variants: [Variant; 5] = [
         (&[], &[]),
         (&["--jobs", "1"], &[("TZ", "Asia/Kathmandu"), ("LANG", "tr_TR.UTF-8")]),
         (&["--jobs", "7", "--no-cache"], &[("LC_ALL", "C")]),
@@ -70,8 +71,7 @@ fn the_bytes_depend_on_nothing_but_image_and_options() {
     for (arguments, environment) in variants {
         let mut all = vec!["build", "oci:image", "-o", "next"];
         all.extend(arguments);
-        let result =
-            workshop.command(&all).envs(environment.iter().copied()).output().unwrap();
+        let result = workshop.command(&all).envs(environment.iter().copied()).output().unwrap();
         assert!(result.status.success(), "{}", stderr(&result));
         assert_eq!(sha256(&workshop.read("next")), expected, "{arguments:?}");
     }
@@ -182,5 +182,9 @@ fn rawjson_is_one_object_for_each_event_and_ends_with_the_report() {
     let last = events.last().unwrap();
     assert_eq!(last["event"], "finished");
     assert_eq!(last["report"]["layers_packed"], 2);
-    assert!(result.stderr.is_empty(), "nothing for people: {}", String::from_utf8_lossy(&result.stderr));
+    assert!(
+        result.stderr.is_empty(),
+        "nothing for people: {}",
+        String::from_utf8_lossy(&result.stderr)
+    );
 }

@@ -44,7 +44,9 @@ fn damage_anywhere_in_a_pack_is_found_and_the_pack_made_anew() {
         ("a byte of data", &|| overwrite(big, SeekFrom::Start(700_000), b"!!")),
         ("the table of contents", &|| overwrite(big, SeekFrom::End(-150), b"!!")),
         ("the footer", &|| overwrite(big, SeekFrom::End(-100), b"!!")),
-        ("a cut", &|| std::fs::File::options().write(true).open(big).unwrap().set_len(1000).unwrap()),
+        ("a cut", &|| {
+            std::fs::File::options().write(true).open(big).unwrap().set_len(1000).unwrap()
+        }),
         ("nothing left", &|| std::fs::write(big, b"").unwrap()),
     ];
     for (what, damage) in damages {

@@ -16,7 +16,10 @@ fn fails(workshop: &Workshop, arguments: &[&str], code: i32, words: &[&str]) {
     }
     assert!(!workshop.path("out").exists());
     let left = workshop.names("cache/packs-v1/local");
-    assert!(left.iter().all(|name| name.ends_with(".pack") || name.ends_with(".stamp")), "{left:?}");
+    assert!(
+        left.iter().all(|name| name.ends_with(".pack") || name.ends_with(".stamp")),
+        "{left:?}"
+    );
 }
 
 #[test]
@@ -24,7 +27,7 @@ fn a_config_that_lies_about_a_layer_is_refused_and_nothing_is_cached() {
     let mut image = image();
     image.config["rootfs"]["diff_ids"][0] = format!("sha256:{}", "0".repeat(64)).into();
     let workshop = Workshop::with(&image);
-    fails(&workshop, &[], 3, &["layer 0", "claims sha256:000", "hint:"]);
+    fails(&workshop, &[], 3, &["layer 1 ", "claims sha256:000", "hint:"]);
     assert!(workshop.packs().is_empty());
     fails(&workshop, &["--no-cache"], 3, &["claims sha256:000"]);
 }
@@ -57,7 +60,7 @@ fn a_truncated_layer_is_named() {
     let mut image = image();
     image.blobs[0].truncate(100_000);
     let workshop = Workshop::with(&image);
-    fails(&workshop, &[], 3, &["layer 0 (sha256:", "cut short"]);
+    fails(&workshop, &[], 3, &["layer 1 (sha256:", "cut short"]);
 }
 
 #[test]
@@ -103,8 +106,21 @@ fn wrong_command_lines_end_with_code_2() {
 fn an_unreachable_registry_is_upstreams_fault() {
     let workshop = Workshop::new();
     let result = workshop.run(&[
-        "build", "127.0.0.1:1/x", "--plain-http", "127.0.0.1:1", "-o", "out", "--progress", "plain",
+        "build",
+        "127.0.0.1:1/x",
+        "--plain-http",
+        "127.0.0.1:1",
+        "-o",
+        "out",
+        "--progress",
+        "plain",
     ]);
     assert_eq!(result.status.code(), Some(4), "{}", stderr(&result));
     assert!(!workshop.path("out").exists());
+}
+
+#[test]
+fn a_file_that_ext4_cannot_hold_is_named() {
+    let workshop = Workshop::with(&TestImage::new(vec![Layer::new().file("lost+found", b"x")]));
+    fails(&workshop, &[], 3, &["cannot be laid out: ", "lost+found"]);
 }

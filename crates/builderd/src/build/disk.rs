@@ -1,0 +1,307 @@
+//! File data through the page cache or past it, whichever is faster here and now.
+//!
+//! The page cache takes bytes at memory speed, unless its pages are fresh: in a
+//! virtual machine the host must first give them, which costs more than the disk
+//! does; and once too many are dirty, writers wait. Past the cache (O_DIRECT,
+//! open(2)) bytes go at the speed of the disk and evict nothing. Which is better
+//! depends on the machine and the moment, so a build tries both and keeps measuring;
+//! the bytes in the files are the same.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::fs::OFlags;
+
+/// What every device in use accepts: addresses, offsets and lengths are multiples of it.
+const ALIGNMENT: usize = 4096;
+/// One write of a [`DiskWriter`].
+const WRITE_BYTES: usize = 1 << 20;
+/// How much each way is tried before they are compared.
+const TRIAL_BYTES: u64 = 8 << 20;
+/// One of so many accesses goes the slower way, to notice when it has become the faster.
+const LOOK_AGAIN: u32 = 48;
+
+/// Memory that direct input and output accept.
+pub(super) struct AlignedBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl AlignedBuffer {
+    pub(super) fn new(length: usize) -> Self {
+        let bytes = vec![0; length + ALIGNMENT];
+        let start = bytes.as_ptr().addr().next_multiple_of(ALIGNMENT) - bytes.as_ptr().addr();
+        Self { bytes, start, length }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.length]
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.length]
+    }
+}
+
+/// One of the two ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Cached,
+    Direct,
+}
+
+/// What a caller has to gain beside time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Liking {
+    /// Nothing.
+    Faster,
+    /// Bytes on the disk need not be moved later.
+    Direct,
+}
+
+/// 100 MB in a second: waiting for such a disk costs less than a second copy.
+const GOOD_ENOUGH: Pace = Pace { bytes: 100, nanos: 1_000 };
+
+/// What was seen of one way; old sightings fade.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    bytes: u64,
+    nanos: u64,
+}
+
+impl Pace {
+    fn note(&mut self, bytes: u64, took: Duration) {
+        if self.bytes > 4 * TRIAL_BYTES {
+            (self.bytes, self.nanos) = (self.bytes / 2, self.nanos / 2);
+        }
+        self.bytes += bytes;
+        self.nanos += u64::try_from(took.as_nanos()).unwrap_or(u64::MAX / 2).max(1);
+    }
+
+    /// How long so many bytes would take; 0 when nothing was seen.
+    fn nanos_for(&self, bytes: u64) -> u128 {
+        u128::from(bytes) * u128::from(self.nanos) / u128::from(self.bytes.max(1))
+    }
+
+    fn is_faster_than(&self, other: &Self) -> bool {
+        u128::from(self.bytes) * u128::from(other.nanos)
+            > u128::from(other.bytes) * u128::from(self.nanos)
+    }
+}
+
+/// What was seen of both ways, for reading or for writing.
+#[derive(Debug, Default)]
+struct Lane {
+    cached: Pace,
+    direct: Pace,
+    accesses: u32,
+    cached_bytes: u64,
+    direct_bytes: u64,
+}
+
+impl Lane {
+    fn choose(&mut self, liking: Liking) -> Way {
+        self.accesses = self.accesses.wrapping_add(1);
+        let direct_will_do = liking == Liking::Direct && self.direct.is_faster_than(&GOOD_ENOUGH);
+        if self.direct.bytes < TRIAL_BYTES || direct_will_do {
+            return Way::Direct;
+        }
+        if self.cached.bytes < TRIAL_BYTES {
+            return Way::Cached;
+        }
+        match self.cached.is_faster_than(&self.direct) != self.accesses.is_multiple_of(LOOK_AGAIN) {
+            true => Way::Cached,
+            false => Way::Direct,
+        }
+    }
+
+    fn note(&mut self, way: Way, bytes: usize, took: Duration) {
+        match way {
+            Way::Cached => {
+                self.cached.note(bytes as u64, took);
+                self.cached_bytes += bytes as u64;
+            }
+            Way::Direct => {
+                self.direct.note(bytes as u64, took);
+                self.direct_bytes += bytes as u64;
+            }
+        }
+    }
+}
+
+/// What a build has learnt about its disk; shared by its threads.
+#[derive(Debug, Default)]
+pub(super) struct Disk {
+    reads: Mutex<Lane>,
+    writes: Mutex<Lane>,
+}
+
+impl Disk {
+    /// Whether bringing what is still in the page cache to the disk takes less time than
+    /// writing everything once more through the page cache.
+    pub(super) fn is_nearly_written(&self) -> bool {
+        let writes = lock(&self.writes);
+        let all_bytes = writes.cached_bytes + writes.direct_bytes;
+        writes.direct.nanos_for(writes.cached_bytes) <= writes.cached.nanos_for(all_bytes)
+    }
+
+    /// The same file, for access at any place either way.
+    pub(super) fn attach<'a>(&'a self, file: &'a File, liking: Liking) -> DiskFile<'a> {
+        // Another open file description: the flag must not touch who else uses `file`.
+        let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+        let open = |write| {
+            OpenOptions::new().read(true).write(write).custom_flags(flags).open(&itself).ok()
+        };
+        DiskFile { disk: self, file, liking, direct: open(true).or_else(|| open(false)) }
+    }
+}
+
+/// A file whose data goes through the page cache or past it.
+pub(super) struct DiskFile<'a> {
+    disk: &'a Disk,
+    file: &'a File,
+    liking: Liking,
+    /// Not on every file system.
+    direct: Option<File>,
+}
+
+impl DiskFile<'_> {
+    /// Fills `buffer` from byte `offset` on.
+    pub(super) fn read(&mut self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let length = buffer.len();
+        self.access(&self.disk.reads, length, offset, |file| file.read_exact_at(buffer, offset))
+    }
+
+    /// Writes all of `bytes` at byte `offset`.
+    pub(super) fn write(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let length = bytes.len();
+        self.access(&self.disk.writes, length, offset, |file| file.write_all_at(bytes, offset))
+    }
+
+    fn access(
+        &self,
+        lane: &Mutex<Lane>,
+        length: usize,
+        offset: u64,
+        mut work: impl FnMut(&File) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let aligned = length.is_multiple_of(ALIGNMENT) && offset.is_multiple_of(ALIGNMENT as u64);
+        let Some(direct) = self.direct.as_ref().filter(|_| aligned && length > 0) else {
+            return work(self.file);
+        };
+        let way = lock(lane).choose(self.liking);
+        let started = Instant::now();
+        let result = work(if way == Way::Direct { direct } else { self.file });
+        lock(lane).note(way, length, started.elapsed());
+        match result {
+            // A device that wants a larger alignment than every usual one.
+            Err(error) if way == Way::Direct && error.kind() == io::ErrorKind::InvalidInput => {
+                work(self.file)
+            }
+            other => other,
+        }
+    }
+}
+
+/// A poisoned lock means a thread panicked; its join reports that.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes a part of a file from front to back in large aligned pieces; [`Write::flush`] ends it.
+pub(super) struct DiskWriter<'a> {
+    file: DiskFile<'a>,
+    buffer: AlignedBuffer,
+    filled: usize,
+    offset: u64,
+    end: u64,
+}
+
+impl<'a> DiskWriter<'a> {
+    /// Writes the bytes of `part` and no others.
+    pub(super) fn new(file: DiskFile<'a>, part: Range<u64>) -> Self {
+        let buffer = AlignedBuffer::new(WRITE_BYTES);
+        Self { file, buffer, filled: 0, offset: part.start, end: part.end }
+    }
+
+    fn put(&mut self) -> io::Result<()> {
+        let filled = std::mem::take(&mut self.filled);
+        if self.end - self.offset < filled as u64 {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.file.write(&self.buffer.bytes()[..filled], self.offset)?;
+        self.offset += filled as u64;
+        Ok(())
+    }
+}
+
+impl Write for DiskWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(WRITE_BYTES - self.filled);
+        self.buffer.bytes_mut()[self.filled..self.filled + count].copy_from_slice(&bytes[..count]);
+        self.filled += count;
+        if self.filled == WRITE_BYTES {
+            self.put()?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.put()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_back_whatever_its_length() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        for length in [0, 1, 4096, WRITE_BYTES, WRITE_BYTES + 1, 3 * WRITE_BYTES + 12_345] {
+            let path = directory.path().join("file");
+            let file =
+                File::options().create(true).truncate(true).read(true).write(true).open(&path);
+            let (file, disk) = (file.unwrap(), Disk::default());
+            let bytes: Vec<u8> = (0..251u8).cycle().take(length).collect();
+            let mut writer = DiskWriter::new(disk.attach(&file, Liking::Direct), 0..u64::MAX);
+            for part in bytes.chunks(100_000) {
+                writer.write_all(part).unwrap();
+            }
+            writer.flush().unwrap();
+            drop(writer);
+            assert!(std::fs::read(&path).unwrap() == bytes, "{length}");
+            let mut reader = disk.attach(&file, Liking::Direct);
+            let mut buffer = AlignedBuffer::new(length.next_multiple_of(ALIGNMENT));
+            reader.read(&mut buffer.bytes_mut()[..length], 0).unwrap();
+            assert!(buffer.bytes()[..length] == bytes, "{length}");
+        }
+    }
+
+    #[test]
+    fn the_faster_way_is_taken_and_the_other_one_looked_at_now_and_then() {
+        let piece = 1 << 20;
+        let mut lane = Lane::default();
+        let mut taken = |cached_micros, direct_micros, count| {
+            let mut cached = 0;
+            for _ in 0..count {
+                let way = lane.choose(Liking::Faster);
+                let micros = if way == Way::Cached { cached_micros } else { direct_micros };
+                lane.note(way, piece, Duration::from_micros(micros));
+                cached += u32::from(way == Way::Cached);
+            }
+            cached
+        };
+        assert_eq!(taken(100, 900, 16), 8, "both are tried");
+        assert!(taken(100, 900, 480) >= 465, "the cache is faster");
+        taken(5000, 900, 1000);
+        assert!(taken(5000, 900, 480) <= 20, "the cache has become slower");
+    }
+}

@@ -1,0 +1,113 @@
+//! Builds from a registry that is slow to please.
+
+use oci::testing::{Access, Fault, TestRegistry};
+
+use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
+
+fn image() -> TestImage {
+    TestImage::new(vec![
+        Layer::new().file("base", &noise(1, 900_000)),
+        Layer::new().file("app", &noise(2, 10_000)),
+    ])
+}
+
+fn serve(image: &TestImage) -> TestRegistry {
+    let registry = TestRegistry::start().unwrap();
+    let config = serde_json::to_vec(&image.config).unwrap();
+    for blob in image.blobs.iter().chain([&config]) {
+        registry.put_blob(blob.clone());
+    }
+    let manifest = image.manifest(&config);
+    let media_type = "application/vnd.oci.image.manifest.v1+json";
+    registry.put_manifest_bytes("team/app", Some("v1"), media_type, manifest);
+    registry
+}
+
+fn build(workshop: &Workshop, registry: &TestRegistry, output: &str, more: &[&str]) -> String {
+    let (host, source) = (registry.host(), format!("{}/team/app:v1", registry.host()));
+    let mut all = vec!["build", &source, "-o", output, "--plain-http", &host];
+    all.extend(["--progress", "plain"]);
+    all.extend(more);
+    let result = workshop.run(&all);
+    assert!(result.status.success(), "{}", stderr(&result));
+    stderr(&result)
+}
+
+fn blob_requests(registry: &TestRegistry, image: &TestImage) -> usize {
+    let layers: Vec<String> = image.blobs.iter().map(|blob| sha256(blob)).collect();
+    let is_layer = |path: &str| layers.iter().any(|layer| path.contains(layer.as_str()));
+    registry.requests().iter().filter(|request| is_layer(&request.path)).count()
+}
+
+#[test]
+fn a_known_layer_costs_no_download() {
+    let (image, workshop) = (image(), Workshop::new());
+    let registry = serve(&image);
+    build(&workshop, &registry, "first", &[]);
+    assert_eq!(blob_requests(&registry, &image), 2);
+    build(&workshop, &registry, "second", &[]);
+    assert_eq!(blob_requests(&registry, &image), 2);
+    assert_eq!(workshop.read("first"), workshop.read("second"));
+}
+
+#[test]
+fn a_download_that_is_cut_goes_on_where_it_ended() {
+    let (image, workshop) = (image(), Workshop::new());
+    let registry = serve(&image);
+    registry.fault(&sha256(&image.blobs[0]), Fault::CutAfter(300_000));
+    build(&workshop, &registry, "cut", &["--no-cache"]);
+    assert_eq!(registry.faults_left(), 0);
+    assert_eq!(blob_requests(&registry, &image), 3);
+    build(&workshop, &registry, "whole", &[]);
+    assert_eq!(workshop.read("cut"), workshop.read("whole"));
+}
+
+#[test]
+fn a_blob_that_was_swapped_is_upstreams_fault_and_leaves_no_pack() {
+    let (image, workshop) = (image(), Workshop::new());
+    let registry = serve(&image);
+    let mut swapped = image.blobs[1].clone();
+    *swapped.last_mut().unwrap() ^= 1;
+    registry.corrupt_blob(oci::Digest::of(&image.blobs[1]), swapped);
+    let (host, source) = (registry.host(), format!("{}/team/app:v1", registry.host()));
+    let result = workshop.run(&["build", &source, "-o", "out", "--plain-http", &host]);
+    assert_eq!(result.status.code(), Some(4), "{}", stderr(&result));
+    assert!(!workshop.path("out").exists());
+    let swapped = sha256(&image.blobs[1]);
+    assert!(workshop.packs().iter().all(|pack| !pack.to_string_lossy().contains(&swapped)));
+}
+
+#[test]
+fn plain_http_is_never_tried_unless_named() {
+    let (image, workshop) = (image(), Workshop::new());
+    let registry = serve(&image);
+    let source = format!("{}/team/app:v1", registry.host());
+    let result = workshop.run(&["build", &source, "-o", "out"]);
+    assert!(!result.status.success());
+    assert!(registry.requests().is_empty());
+    assert!(stderr(&result).contains("hint:"), "{}", stderr(&result));
+}
+
+#[test]
+fn credentials_come_from_dockers_config_and_appear_nowhere() {
+    let (image, workshop) = (image(), Workshop::new());
+    let registry = serve(&image);
+    registry.set_access(Access::Basic("me".into(), "hunter2-canary".into()));
+    let (host, source) = (registry.host(), format!("{}/team/app:v1", registry.host()));
+    let arguments = ["build", &source, "-o", "out", "--plain-http", &host];
+    let refused = workshop.run(&arguments);
+    assert_eq!(refused.status.code(), Some(3), "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("docker login"), "{}", stderr(&refused));
+    // "me:hunter2-canary" in base64.
+    let config = serde_json::json!({"auths": {&host: {"auth": "bWU6aHVudGVyMi1jYW5hcnk="}}});
+    std::fs::create_dir(workshop.path("docker")).unwrap();
+    std::fs::write(workshop.path("docker/config.json"), config.to_string()).unwrap();
+    let allowed = workshop
+        .command(&arguments)
+        .env("DOCKER_CONFIG", workshop.path("docker"))
+        .output()
+        .unwrap();
+    assert!(allowed.status.success(), "{}", stderr(&allowed));
+    let everything = [allowed.stdout, allowed.stderr, workshop.read("out.metadata.json")].concat();
+    assert!(!String::from_utf8_lossy(&everything).contains("hunter2"));
+}
