@@ -52,9 +52,13 @@ fn stop_at_every_moment(
     let corner = lab.corner()?;
     let source = lab.pushed("small")?;
     let whole = corner.output("whole.ext4");
-    let started = Instant::now();
-    corner.build(&source, &whole, options)?;
-    let wall = started.elapsed();
+    let mut wall = Duration::MAX;
+    for _ in 0..2 {
+        let _ = std::fs::remove_dir_all(corner.path("cache"));
+        let started = Instant::now();
+        corner.build(&source, &whole, options)?;
+        wall = wall.min(started.elapsed());
+    }
     let mut stopped = 0;
     for moment in 0..MOMENTS {
         let _ = std::fs::remove_dir_all(corner.path("cache"));
