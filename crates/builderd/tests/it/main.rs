@@ -1,6 +1,6 @@
 //! Stories about `builderd` as its users meet it: the command, on images made here.
 #![expect(clippy::disallowed_methods, reason = "tests start programs")]
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a failed step fails the test")]
+#![expect(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 mod builds;
 mod cache;
