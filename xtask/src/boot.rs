@@ -46,14 +46,14 @@ impl Kernel {
         if kernel.image.exists() && kernel.initramfs.exists() {
             return Ok(kernel);
         }
-        let depends = Program::new("apt-cache")
-            .args(["depends", "--important", "linux-image-cloud-amd64"])
-            .text()?;
-        let package = depends
-            .lines()
-            .find_map(|line| line.trim().strip_prefix("Depends: linux-image-"))
-            .map(|rest| format!("linux-image-{rest}"))
-            .context("apt knows no linux-image-cloud-amd64: run `apt-get update`")?;
+        let package = match package()? {
+            Some(package) => package,
+            // A machine that has never asked its mirrors knows no package.
+            None => {
+                Program::new("apt-get").args(["-qq", "update"]).run()?;
+                package()?.context("apt knows no linux-image-cloud-amd64")?
+            }
+        };
         eprintln!("fetching {package} for the boot proof");
         let scratch = tempfile::tempdir_in(&dir)?;
         let root = scratch.path().join("root");
@@ -127,6 +127,16 @@ impl Kernel {
         }
         Ok(Proof { wall: started.elapsed(), console })
     }
+}
+
+/// The package that holds the release's current cloud kernel, if apt knows one.
+fn package() -> Result<Option<String>> {
+    let depends = Program::new("apt-cache")
+        .args(["depends", "--important", "linux-image-cloud-amd64"])
+        .outcome()?;
+    let text = String::from_utf8_lossy(&depends.stdout).into_owned();
+    let found = text.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));
+    Ok(found.map(|rest| format!("linux-image-{rest}")))
 }
 
 /// The clock rate that the kernel cannot measure in an emulated machine without timers.

@@ -175,7 +175,7 @@ fn podman_script(course: &Course<'_>, dir: &Path, inodes_given: bool) -> String 
          p() {{ podman --root \"$PWD/storage\" --runroot {PODMAN_RUN} --storage-driver overlay \
                   --cgroup-manager cgroupfs \"$@\"; }}
          p pull -q --tls-verify=false {reference} >/dev/null
-         id=$(p create {reference} /bin/true)
+         id=$(p create --network none {reference} /bin/true)
          p export \"$id\" | tar -x -C rootfs
          size=$(($(du -s -k --apparent-size rootfs | cut -f1) * 6 / 5 + 20480))
          mkfs.ext4 -q -F {inodes} -d rootfs rootfs.ext4 ${{size}}k",
