@@ -7,8 +7,8 @@
 //! because an unlinked pack stays readable through its open file.
 //!
 //! A pack is not synced to disk when it is made; instead its *stamp* says in which
-//! boot of the machine its bytes were last known good, and for which size, inode
-//! and modification time. Where the stamp does not fit (after a reboot or a crash,
+//! boot of the machine its bytes were last known good, and for which size, inode,
+//! modification and change time. Where the stamp does not fit (after a reboot or a crash,
 //! or when something wrote to the file) every byte is checked against the pack's
 //! own sums before use. The cache does not know images, registries or tenants.
 
@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 
 use oci::Digest;
 use rootfs::{Pack, PackReadError, ReadAt};
-use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
+use rustix::io::Errno;
 
 use crate::staged::Staged;
 
@@ -193,8 +194,15 @@ impl PackCache {
     /// [`CacheError::Io`] for failures that are not the pack's own.
     pub fn lookup(&self, key: &PackKey) -> Result<Lookup, CacheError> {
         let path = self.pack_path(key);
-        let file = match File::open(&path) {
-            Ok(file) => file,
+        // Whatever has the name, opening it must not wait or lead elsewhere.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(&path, flags, Mode::empty()).map_err(io::Error::from);
+        let file = match opened {
+            Ok(fd) => File::from(fd),
+            Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
+                self.remove(key)?;
+                return Ok(Lookup::Damaged(PackReadError::NotAPack));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Lookup::Miss),
             Err(error) => return Err(failed("open the layer pack", &path)(error)),
         };
@@ -217,6 +225,9 @@ impl PackCache {
         file: File,
         metadata: &Metadata,
     ) -> Result<OpenPack, PackReadError> {
+        if !metadata.is_file() {
+            return Err(PackReadError::NotAPack);
+        }
         let open = OpenPack::new(file, 0, metadata.len())?;
         let stamp_path = self.stamp_path(key);
         let stamp = Stamp::of(metadata);
@@ -354,7 +365,13 @@ impl PackCache {
 
     fn remove(&self, key: &PackKey) -> Result<(), CacheError> {
         for path in [self.pack_path(key), self.stamp_path(key)] {
-            match std::fs::remove_file(&path) {
+            let removed = match std::fs::remove_file(&path) {
+                Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                    std::fs::remove_dir_all(&path)
+                }
+                other => other,
+            };
+            match removed {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(failed("remove", &path)(error));
                 }
@@ -392,7 +409,10 @@ impl Stamp {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let (inode, size) = (metadata.ino(), metadata.len());
         let (secs, nanos) = (metadata.mtime(), metadata.mtime_nsec());
-        Some(Self(format!("{} {inode} {size} {secs}.{nanos:09}\n", boot.trim())))
+        // Nobody can set this one back.
+        let (changed_secs, changed_nanos) = (metadata.ctime(), metadata.ctime_nsec());
+        let times = format!("{secs}.{nanos:09} {changed_secs}.{changed_nanos:09}");
+        Some(Self(format!("{} {inode} {size} {times}\n", boot.trim())))
     }
 
     fn write(&self, path: &Path) -> io::Result<()> {

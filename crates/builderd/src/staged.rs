@@ -45,10 +45,17 @@ impl Staged {
 
     fn create_hidden(directory: &Path) -> io::Result<Self> {
         sweep(directory)?;
-        let path = hidden_name(directory);
-        let file = File::options().read(true).write(true).create_new(true).open(&path)?;
-        file.lock()?;
-        Ok(Self { file, hidden: Some(path) })
+        loop {
+            let path = hidden_name(directory);
+            match File::options().read(true).write(true).create_new(true).open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                opened => {
+                    let file = opened?;
+                    file.lock()?;
+                    return Ok(Self { file, hidden: Some(path) });
+                }
+            }
+        }
     }
 
     /// The open file.
@@ -69,8 +76,21 @@ impl Staged {
             other => return other.map(|()| file).map_err(io::Error::from),
         }
         // linkat(2) never replaces, rename(2) does: take a hidden name in between.
-        let hidden = hidden_name(target.parent().unwrap_or(Path::new(".")));
-        self.link(&hidden)?;
+        let directory = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        sweep(directory)?;
+        // Locked, or another writer would take it for a dead one's.
+        self.file.lock()?;
+        let hidden = loop {
+            // Process ids repeat, so another's name may be there.
+            let hidden = hidden_name(directory);
+            match self.link(&hidden) {
+                Err(rustix::io::Errno::EXIST) => {}
+                other => break other.map(|()| hidden)?,
+            }
+        };
         std::fs::rename(&hidden, target).inspect_err(|_| {
             let _ = std::fs::remove_file(&hidden);
         })?;

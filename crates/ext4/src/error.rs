@@ -21,7 +21,7 @@ pub enum LayoutError {
     #[error("inode 0 of the tree is not a directory")]
     RootNotDirectory,
     /// An entry points at an inode the tree does not have.
-    #[error("directory {directory:?} names {inode:?}, which does not exist")]
+    #[error("directory {directory} names {inode}, which does not exist")]
     UnknownInode {
         /// The directory.
         directory: InodeId,
@@ -29,7 +29,7 @@ pub enum LayoutError {
         inode: InodeId,
     },
     /// A name is empty, too long, `.`, `..`, or holds `/` or NUL.
-    #[error("directory {directory:?} holds the unusable name {:?}", name.escape_ascii().to_string())]
+    #[error("directory {directory} holds the unusable name {:?}", name.escape_ascii().to_string())]
     Name {
         /// The directory.
         directory: InodeId,
@@ -37,7 +37,7 @@ pub enum LayoutError {
         name: Vec<u8>,
     },
     /// Entries are not in ascending order of their bytes, or a name comes twice.
-    #[error("directory {directory:?} is not sorted at {:?}", name.escape_ascii().to_string())]
+    #[error("directory {directory} is not sorted at {:?}", name.escape_ascii().to_string())]
     NameOrder {
         /// The directory.
         directory: InodeId,
@@ -45,13 +45,13 @@ pub enum LayoutError {
         name: Vec<u8>,
     },
     /// A directory has more than one name, or contains itself.
-    #[error("directory {inode:?} has more than one name")]
+    #[error("directory {inode} has more than one name")]
     DirectoryLinkedTwice {
         /// The directory.
         inode: InodeId,
     },
     /// More names than ext4 can count.
-    #[error("inode {inode:?} has {links} names, ext4 allows 65000: replace hard links by copies")]
+    #[error("inode {inode} has {links} names, ext4 allows 65000: replace hard links by copies")]
     TooManyLinks {
         /// The inode.
         inode: InodeId,
@@ -59,7 +59,7 @@ pub enum LayoutError {
         links: u32,
     },
     /// The tree's own count of names is wrong.
-    #[error("inode {inode:?} claims {claimed} names but has {found}")]
+    #[error("inode {inode} claims {claimed} names but has {found}")]
     LinkCount {
         /// The inode.
         inode: InodeId,
@@ -69,13 +69,13 @@ pub enum LayoutError {
         found: u32,
     },
     /// `/lost+found` exists and is no directory.
-    #[error("/lost+found must be a directory, {inode:?} is not: rename or remove it")]
+    #[error("/lost+found must be a directory, {inode} is not: rename or remove it")]
     LostFoundNotDirectory {
         /// What has that name.
         inode: InodeId,
     },
     /// More names than an htree of two levels can index.
-    #[error("directory {inode:?} with {entries} entries is larger than ext4 can index")]
+    #[error("directory {inode} with {entries} entries is larger than ext4 can index")]
     DirectoryTooLarge {
         /// The directory.
         inode: InodeId,
@@ -83,7 +83,7 @@ pub enum LayoutError {
         entries: usize,
     },
     /// A file longer than 2^32 - 1 blocks.
-    #[error("file {inode:?} of {size_bytes} bytes is longer than ext4 allows")]
+    #[error("file {inode} of {size_bytes} bytes is longer than ext4 allows")]
     FileTooLarge {
         /// The file.
         inode: InodeId,
@@ -91,7 +91,7 @@ pub enum LayoutError {
         size_bytes: u64,
     },
     /// A symlink's target is empty, longer than 4095 bytes or holds a NUL.
-    #[error("symlink {inode:?} has an unusable target of {length} bytes")]
+    #[error("symlink {inode} has an unusable target of {length} bytes")]
     SymlinkTarget {
         /// The link.
         inode: InodeId,
@@ -99,7 +99,7 @@ pub enum LayoutError {
         length: usize,
     },
     /// A device number outside of 12 bits major, 20 bits minor.
-    #[error("device {inode:?} has the number {major}:{minor}, Linux allows 4095:1048575")]
+    #[error("device {inode} has the number {major}:{minor}, Linux allows 4095:1048575")]
     Device {
         /// The device.
         inode: InodeId,
@@ -109,7 +109,7 @@ pub enum LayoutError {
         minor: u32,
     },
     /// A run is empty, out of order, or outside of its file or region.
-    #[error("file {inode:?} has an unusable run at its block {file_block}: {problem}")]
+    #[error("file {inode} has an unusable run at its block {file_block}: {problem}")]
     Run {
         /// The file.
         inode: InodeId,
@@ -119,7 +119,7 @@ pub enum LayoutError {
         problem: &'static str,
     },
     /// Extended attributes that ext4 cannot hold.
-    #[error("attributes {set:?} of inode {inode:?} cannot be stored")]
+    #[error("attributes {set} of inode {inode} cannot be stored")]
     Xattr {
         /// An inode that has them.
         inode: InodeId,
@@ -217,7 +217,7 @@ pub enum WriteError {
         source: io::Error,
     },
     /// The tree is not the one the layout was planned for.
-    #[error("the tree differs from the one that was planned, at inode {inode:?}")]
+    #[error("the tree differs from the one that was planned, at inode {inode}")]
     TreeChanged {
         /// The first inode that differs.
         inode: InodeId,

@@ -7,6 +7,8 @@
 //! every run lies in the image, and the caller moves the bytes there
 //! (see `Layout::moves`).
 
+use std::fmt;
+
 /// Names one inode of a [`Tree`]: `0..tree.inode_count()`; `0` is the root directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InodeId(pub u32);
@@ -137,4 +139,16 @@ pub trait Tree {
 
     /// Where the contents of `file` lie, ascending by `file_block`, disjoint.
     fn runs(&self, file: InodeId) -> impl Iterator<Item = Run>;
+}
+
+impl fmt::Display for InodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "inode {}", self.0)
+    }
+}
+
+impl fmt::Display for XattrSetId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "set {}", self.0)
+    }
 }

@@ -91,6 +91,14 @@ pub enum BuildError {
         /// Why.
         source: WriteError,
     },
+    /// A file to write cannot be one.
+    #[error("{} cannot be written: {problem}", path.display())]
+    OutputName {
+        /// The name.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
     /// The output could not be written.
     #[error("cannot {action} {}", path.display())]
     Output {
@@ -142,9 +150,11 @@ impl BuildError {
         match self {
             Self::Pull { blame, .. } => *blame,
             Self::Pack { source: PackError::Write { .. }, .. } => Blame::Ours,
-            Self::Pack { .. } | Self::DiffId { .. } | Self::Flatten(_) | Self::Layout { .. } => {
-                Blame::Yours
-            }
+            Self::Pack { .. }
+            | Self::OutputName { .. }
+            | Self::DiffId { .. }
+            | Self::Flatten(_)
+            | Self::Layout { .. } => Blame::Yours,
             Self::Cache(_)
             | Self::PackUnread { .. }
             | Self::Write { .. }
@@ -174,6 +184,7 @@ impl BuildError {
             Self::WorkerLost { .. } => Some("please report this as a bug of builderd".to_owned()),
             Self::Pack { .. }
             | Self::PackUnread { .. }
+            | Self::OutputName { .. }
             | Self::Cache(_)
             | Self::Flatten(_)
             | Self::Layout { .. }

@@ -62,7 +62,10 @@ pub(super) async fn fetch(
     observer: &dyn Observer,
 ) -> Result<LayerPacks, BuildError> {
     let slabs = match spec.packs {
-        PackStorage::Temporary => stage_slabs(spec)?,
+        PackStorage::Temporary if slab_bytes(image) >= spec.layer_limits.data_bytes_max => {
+            stage_slabs(spec)?
+        }
+        PackStorage::Temporary => None,
         PackStorage::Cache { .. } => None,
     };
     let job = Job {
@@ -92,6 +95,11 @@ pub(super) async fn fetch(
     })
 }
 
+/// The stretch of each layer.
+fn slab_bytes(image: &Image) -> u64 {
+    SLABS_BYTES / image.layers.len().max(1) as u64 / BLOCK_SIZE * BLOCK_SIZE
+}
+
 fn stage(spec: &BuildSpec) -> Result<Staged, BuildError> {
     let directory = spec.output_directory();
     Staged::create_in(directory).map_err(|source| BuildError::Output {
@@ -104,7 +112,7 @@ fn stage(spec: &BuildSpec) -> Result<Staged, BuildError> {
 /// A file for all packs, where the file system can later shift them to their places.
 fn stage_slabs(spec: &BuildSpec) -> Result<Option<Staged>, BuildError> {
     let staged = stage(spec)?;
-    Ok(output::can_shift(staged.file()).then_some(staged))
+    Ok(output::can_shift(staged.file(), SLABS_BYTES).then_some(staged))
 }
 
 impl Job<'_> {
@@ -125,7 +133,7 @@ impl Job<'_> {
 
     async fn temporary(&self, index: usize, layer: &Layer) -> Result<OpenPack, BuildError> {
         if let Some(slabs) = self.slabs {
-            let slab = SLABS_BYTES / self.image.layers.len() as u64 / BLOCK_SIZE * BLOCK_SIZE;
+            let slab = slab_bytes(self.image);
             let base = index as u64 * slab;
             let summary = self.fetch_and_pack(index, layer, slabs, base..base + slab).await?;
             return open_pack(index, layer, slabs, base, summary.pack_bytes);

@@ -5,6 +5,7 @@
 //! here depends on when, where or by whom the image was built.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use oci::Image;
 use serde::Serialize;
@@ -174,13 +175,18 @@ pub(super) fn checksum_line(sha256: &str, name: &str) -> String {
     format!("{sha256}  {name}\n")
 }
 
+/// The directory a file lies in.
+pub(super) fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
 impl BuildSpec {
     /// The directory the output goes to.
-    pub(super) fn output_directory(&self) -> &std::path::Path {
-        match self.output.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => std::path::Path::new("."),
-        }
+    pub(super) fn output_directory(&self) -> &Path {
+        directory_of(&self.output)
     }
 }
 

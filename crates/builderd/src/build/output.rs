@@ -61,8 +61,7 @@ pub(super) fn write_data(
     let job = Job { packs, image, disk, observer, total_bytes: layout.summary().data_bytes };
     let mut in_place = data_is_in_place;
     if !in_place && can_share(image) {
-        job.share(layout)?;
-        in_place = true;
+        in_place = job.share(layout)?;
     }
     if hash {
         return job.copy_and_hash(layout, in_place).map(Some);
@@ -73,18 +72,23 @@ pub(super) fn write_data(
     Ok(None)
 }
 
-/// Whether [`shift`] works on this file system.
-pub(super) fn can_shift(file: &File) -> bool {
+/// Whether [`shift`] works on this file system, and files may span `bytes` there.
+pub(super) fn can_shift(file: &File, bytes: u64) -> bool {
     /// `EXT4_SUPER_MAGIC` of linux/magic.h.
     const SHIFTING: u64 = 0xef53;
+    // Beyond the limit a write is not an error but a signal that kills.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
     magic(file) == Some(SHIFTING)
+        && limit.is_none_or(|limit| limit >= bytes)
+        && file.set_len(bytes).and_then(|()| file.set_len(0)).is_ok()
 }
 
 /// Turns the file in which all packs lie, each at its base, into the image's data: what lies
 /// between the live runs is cut out, and room is made where the image has something else
 /// (fallocate(2), `FALLOC_FL_COLLAPSE_RANGE` and `FALLOC_FL_INSERT_RANGE`). No byte is moved.
 ///
-/// Returns false, with the live runs still where they were, if the file system refuses.
+/// Returns false if the file system refuses: the live runs are still where they were, all else of
+/// the packs (dead blocks, the last table of contents) may be gone.
 pub(super) fn shift(layout: &Layout, packs: &[OpenPack], file: &File) -> io::Result<bool> {
     // From the end to the front, so that what is still to do has not moved yet.
     let mut runs = Vec::new();
@@ -248,7 +252,9 @@ impl Job<'_> {
         self.observer.event(&BuildEvent::WriteProgress { bytes, total_bytes });
     }
 
-    fn share(&self, layout: &Layout) -> io::Result<()> {
+    /// Returns false if the file system refuses, as it does when a pack lies on another one; then
+    /// all is to be copied.
+    fn share(&self, layout: &Layout) -> io::Result<bool> {
         for whole in layout.moves() {
             let pack = self.pack(whole.region)?;
             let mut source = pack.base + whole.region_block * BLOCK_SIZE;
@@ -256,13 +262,21 @@ impl Job<'_> {
             let end = source + whole.blocks * BLOCK_SIZE;
             while source < end {
                 let want = usize::try_from(end - source).unwrap_or(usize::MAX);
-                let count = rustix::fs::copy_file_range(
+                let result = rustix::fs::copy_file_range(
                     &pack.file,
                     Some(&mut source),
                     self.image,
                     Some(&mut target),
                     want,
-                )?;
+                );
+                let count = match result {
+                    Err(
+                        rustix::io::Errno::XDEV
+                        | rustix::io::Errno::OPNOTSUPP
+                        | rustix::io::Errno::INVAL,
+                    ) => return Ok(false),
+                    other => other?,
+                };
                 if count == 0 {
                     return Err(io::Error::new(
                         io::ErrorKind::UnexpectedEof,
@@ -271,7 +285,7 @@ impl Job<'_> {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Several threads, each reading and writing: a disk likes to have more than one thing to do.

@@ -1,7 +1,7 @@
 //! The build, top to bottom: resolve → layers → flatten → layout → write → publish.
 
-use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +14,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::disk::Disk;
 use super::layers::{self, LayerPacks};
-use super::metadata::{ArtifactMetadata, ENGINE, FilesystemMetadata, ImageMetadata, checksum_line};
+use super::metadata::{
+    ArtifactMetadata, ENGINE, FilesystemMetadata, ImageMetadata, checksum_line, directory_of,
+};
 use super::output::{self, ImageFile};
 use super::{
     BuildError, BuildEvent, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, Observer,
@@ -29,12 +31,14 @@ const BOOT_AREA_BYTES: usize = 1024;
 
 /// Builds the image that `spec` describes.
 ///
-/// On an error nothing has appeared under the output names, and what stood there stands.
+/// On an error before the publishing nothing has appeared under the output names, and what stood
+/// there stands; files get their names in the last step, whole, the image last.
 ///
 /// # Errors
 /// [`BuildError`], with the step, the cause and a remedy.
 pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, BuildError> {
     let started = Instant::now();
+    check_names(spec)?;
     let mut phases = Phases { observer, secs: Vec::new() };
     let disk = Arc::new(Disk::default());
     let (image, mut packs) = pull(spec, &disk, &mut phases)?;
@@ -286,49 +290,70 @@ pub(crate) fn format_uuid(uuid: &[u8; 16]) -> String {
     parts.join("-")
 }
 
-/// Names the finished files, the image last: who sees it finds the others beside it.
+/// Refuses names that cannot become the files of a build, before any work is done.
+fn check_names(spec: &BuildSpec) -> Result<(), BuildError> {
+    let names = [&spec.output, &spec.metadata_file, &sibling(&spec.output, ".sha256")];
+    for (index, path) in names.into_iter().enumerate() {
+        let wrong = |problem| BuildError::OutputName { path: path.clone(), problem };
+        // A trailing slash or dot means a directory to everybody else.
+        let plain = path
+            .file_name()
+            .is_some_and(|name| path.as_os_str().as_bytes().ends_with(name.as_bytes()));
+        if !plain {
+            return Err(wrong("it does not name a file"));
+        }
+        match std::fs::metadata(path) {
+            Ok(there) if !there.is_file() => {
+                return Err(wrong("what has that name is not a regular file"));
+            }
+            _ => {}
+        }
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        if names[..index].iter().any(|other| absolute(other) == absolute(path)) {
+            return Err(wrong("another file of this build has the same name"));
+        }
+    }
+    Ok(())
+}
+
+/// Names the finished files, the image last: who sees it finds the others beside it. All are
+/// whole before the first gets its name.
 fn publish(spec: &BuildSpec, image: Staged, metadata: &ImageMetadata) -> Result<(), BuildError> {
+    let failed = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| BuildError::Output { action, path, source }
+    };
+    let stage = |path: &Path, bytes: &[u8]| {
+        Staged::create_in(directory_of(path))
+            .and_then(|staged| {
+                staged.file().write_all(bytes)?;
+                Ok(staged)
+            })
+            .map_err(failed("write", path))
+    };
     let mut json = serde_json::to_vec_pretty(metadata).unwrap_or_default();
     json.push(b'\n');
-    publish_small(&spec.metadata_file, &json)?;
-    let sum_file = sibling(&spec.output, ".sha256");
-    match &metadata.artifact.sha256 {
+    let metadata_file = stage(&spec.metadata_file, &json)?;
+    let sum_path = sibling(&spec.output, ".sha256");
+    let sum_file = match &metadata.artifact.sha256 {
         Some(sha256) => {
             let name = spec.output.file_name().unwrap_or_default().to_string_lossy();
-            publish_small(&sum_file, checksum_line(sha256, &name).as_bytes())?;
+            Some(stage(&sum_path, checksum_line(sha256, &name).as_bytes())?)
         }
+        None => None,
+    };
+    metadata_file.publish(&spec.metadata_file).map_err(failed("publish", &spec.metadata_file))?;
+    match sum_file {
+        Some(sum_file) => drop(sum_file.publish(&sum_path).map_err(failed("publish", &sum_path))?),
         // An old sum beside a new image would lie.
-        None => match std::fs::remove_file(&sum_file) {
+        None => match std::fs::remove_file(&sum_path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(BuildError::Output {
-                    action: "remove the old",
-                    path: sum_file,
-                    source,
-                });
+                return Err(failed("remove the old", &sum_path)(source));
             }
             _ => {}
         },
     }
-    let published: io::Result<File> = image.publish(&spec.output);
-    published.map(drop).map_err(|source| BuildError::Output {
-        action: "publish",
-        path: spec.output.clone(),
-        source,
-    })
-}
-
-fn publish_small(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    Staged::create_in(directory)
-        .and_then(|staged| {
-            staged.file().write_all(bytes)?;
-            staged.publish(path)
-        })
-        .map(drop)
-        .map_err(|source| BuildError::Output { action: "write", path: path.to_owned(), source })
+    image.publish(&spec.output).map(drop).map_err(failed("publish", &spec.output))
 }
 
 /// The path with `suffix` appended to its file name.

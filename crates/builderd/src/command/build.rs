@@ -44,6 +44,12 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
         None => Platform::of_this_machine(),
     };
     let size = match (args.size, args.free_space) {
+        (Some(bytes), _) if !bytes.is_multiple_of(ext4::BLOCK_SIZE) => {
+            let next = bytes.next_multiple_of(ext4::BLOCK_SIZE);
+            let message =
+                format!("--size must be a multiple of {}, such as {next}", ext4::BLOCK_SIZE);
+            return Err(Failure::usage(message));
+        }
         (Some(bytes), _) => ext4::Size::Exact { bytes },
         (None, free) => ext4::Size::FreeSpace { bytes: free.unwrap_or(DEFAULT_FREE_SPACE_BYTES) },
     };
@@ -133,7 +139,7 @@ fn leave_on_signals() {
         if let Ok(runtime) = runtime
             && runtime.block_on(listen).is_ok()
         {
-            eprintln!("\ninterrupted: no output was written");
+            tell!("\ninterrupted: no output was written");
             std::process::exit(130);
         }
     });
@@ -144,16 +150,16 @@ fn leave_on_signals() {
 fn print_summary(report: &BuildReport) {
     let (metadata, filesystem) = (&report.metadata, &report.metadata.filesystem);
     let layers = report.layers_cached + report.layers_packed;
-    eprintln!();
-    eprintln!("image       {} ({})", text::printable(&metadata.original_image), metadata.platform);
-    eprintln!("digest      {}", metadata.image_digest);
-    eprintln!(
+    tell!();
+    tell!("image       {} ({})", text::printable(&metadata.original_image), metadata.platform);
+    tell!("digest      {}", metadata.image_digest);
+    tell!(
         "layers      {layers}, {} from the cache, {} fetched ({})",
         report.layers_cached,
         report.layers_packed,
         text::bytes(report.fetched_bytes)
     );
-    eprintln!(
+    tell!(
         "filesystem  ext4, {} ({} of data in {} inodes, {} free)",
         text::bytes(filesystem.size_bytes),
         text::bytes(filesystem.data_bytes),
@@ -162,21 +168,21 @@ fn print_summary(report: &BuildReport) {
     );
     if metadata.artifact.compression != "none" {
         let size = text::bytes(metadata.artifact.size_bytes);
-        eprintln!("stored as   {size}, {}", metadata.artifact.compression);
+        tell!("stored as   {size}, {}", metadata.artifact.compression);
     }
     if let Some(sha256) = &metadata.artifact.sha256 {
-        eprintln!("sha256      {sha256}");
+        tell!("sha256      {sha256}");
     }
     for (index, (path, bytes, files)) in report.biggest_directories.iter().enumerate() {
         let title = if index == 0 { "biggest" } else { "" };
         let path = text::printable(path);
-        eprintln!("{title:<11} {:>11}  {files:>7} files  {path}", text::bytes(*bytes));
+        tell!("{title:<11} {:>11}  {files:>7} files  {path}", text::bytes(*bytes));
     }
     let phases: Vec<String> = report
         .phase_secs
         .iter()
         .map(|(phase, secs)| format!("{} {}", phase.as_str(), text::seconds(*secs)))
         .collect();
-    eprintln!("time        {} ({})", text::seconds(report.total_secs), phases.join(", "));
-    eprintln!("written     {}", report.output.display());
+    tell!("time        {} ({})", text::seconds(report.total_secs), phases.join(", "));
+    tell!("written     {}", report.output.display());
 }

@@ -28,7 +28,7 @@ pub(super) fn run(args: &CacheArgs) -> Result<(), Failure> {
         CacheCommand::Prune { all } => {
             let limit = if all { 0 } else { args.location.cache_limit };
             let pruned = cache.prune(limit).map_err(Failure::ours)?;
-            println!("removed {} packs, {}", pruned.packs, text::bytes(pruned.bytes));
+            put!("removed {} packs, {}", pruned.packs, text::bytes(pruned.bytes));
         }
         CacheCommand::Verify => verify(&cache)?,
     }
@@ -48,15 +48,15 @@ fn list(entries: &[CacheEntry], json: bool) {
                 })
             })
             .collect();
-        println!("{}", serde_json::Value::from(entries));
+        put!("{}", serde_json::Value::from(entries));
         return;
     }
     for entry in entries {
         let (domain, digest) = (entry.key.domain.as_str(), &entry.key.digest);
-        println!("{:>12}  {domain}  {digest}", text::bytes(entry.size_bytes));
+        put!("{:>12}  {domain}  {digest}", text::bytes(entry.size_bytes));
     }
     let total = entries.iter().map(|entry| entry.size_bytes).sum();
-    println!("{} packs, {}", entries.len(), text::bytes(total));
+    put!("{} packs, {}", entries.len(), text::bytes(total));
 }
 
 fn verify(cache: &PackCache) -> Result<(), Failure> {
@@ -68,11 +68,11 @@ fn verify(cache: &PackCache) -> Result<(), Failure> {
             Lookup::Miss => {}
             Lookup::Damaged(error) => {
                 damaged += 1;
-                println!("damaged, removed: {}: {error}", entry.key.digest);
+                put!("damaged, removed: {}: {error}", entry.key.digest);
             }
         }
     }
-    println!("{good} packs good, {damaged} damaged");
+    put!("{good} packs good, {damaged} damaged");
     if damaged == 0 {
         return Ok(());
     }

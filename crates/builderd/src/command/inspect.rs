@@ -66,7 +66,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
             "verified: {} inodes, {} directories, {} names, {} blocks in use; every checksum is right",
             found.inodes, found.directories, found.names, found.blocks
         );
-        eprintln!("{words}");
+        tell!("{words}");
     }
     Ok(())
 }

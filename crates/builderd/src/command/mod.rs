@@ -1,13 +1,16 @@
 //! The command line: arguments → what they mean → the engine → what the user sees.
 
+#[macro_use]
+mod text;
+
 mod args;
 mod build;
 mod cache;
 mod inspect;
 mod progress;
-mod text;
 
 use std::error::Error;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
@@ -57,12 +60,9 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Args::command(),
-                "builderd",
-                &mut std::io::stdout(),
-            );
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "builderd", &mut script);
+            text::given(std::io::stdout().write_all(&script));
             Ok(())
         }
     };
@@ -78,13 +78,13 @@ pub fn main() -> ExitCode {
 
 /// The error, its causes and the remedy, on standard error.
 fn report(failure: &Failure) {
-    eprintln!("error: {}", text::printable(&failure.error.to_string()));
+    tell!("error: {}", text::printable(&failure.error.to_string()));
     let mut cause = failure.error.source();
     while let Some(error) = cause {
-        eprintln!("  caused by: {}", text::printable(&error.to_string()));
+        tell!("  caused by: {}", text::printable(&error.to_string()));
         cause = error.source();
     }
     if let Some(hint) = &failure.hint {
-        eprintln!("hint: {}", text::printable(hint));
+        tell!("hint: {}", text::printable(hint));
     }
 }

@@ -52,7 +52,7 @@ impl Observer for Progress {
             Self::Bars(bars) => bars.event(event),
             Self::Plain => {
                 if let Some(line) = plain_line(event) {
-                    eprintln!("{line}");
+                    tell!("{line}");
                 }
             }
             Self::RawJson => print_json(event),

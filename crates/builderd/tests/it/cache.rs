@@ -60,6 +60,37 @@ fn damage_anywhere_in_a_pack_is_found_and_the_pack_made_anew() {
 }
 
 #[test]
+fn something_else_under_a_packs_name_is_put_aside() {
+    let workshop = Workshop::with(&image());
+    workshop.build_well("out", &[]);
+    let pack = workshop.packs().remove(0);
+    let others: [&dyn Fn(); 3] = [
+        &|| assert!(std::process::Command::new("mkfifo").arg(&pack).status().unwrap().success()),
+        &|| std::fs::create_dir_all(pack.join("below")).unwrap(),
+        &|| std::os::unix::fs::symlink("/etc/passwd", &pack).unwrap(),
+    ];
+    for other in others {
+        std::fs::remove_file(&pack).unwrap();
+        other();
+        let text = workshop.build_well("out", &[]);
+        assert!(text.contains("was damaged and is made anew"), "{text}");
+    }
+}
+
+#[test]
+fn a_write_that_hides_its_time_is_noticed() {
+    let workshop = Workshop::with(&image());
+    workshop.build_well("out", &[]);
+    let expected = sha256(&workshop.read("out"));
+    let pack = workshop.packs().remove(0);
+    let modified = std::fs::metadata(&pack).unwrap().modified().unwrap();
+    overwrite(&pack, SeekFrom::Start(10), b"!!");
+    std::fs::File::options().write(true).open(&pack).unwrap().set_modified(modified).unwrap();
+    assert!(workshop.build_well("out", &[]).contains("was damaged"));
+    assert_eq!(sha256(&workshop.read("out")), expected);
+}
+
+#[test]
 fn verify_finds_damage_that_hides_behind_a_good_stamp() {
     let workshop = Workshop::with(&image());
     workshop.build_well("out", &[]);

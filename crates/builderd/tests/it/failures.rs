@@ -1,5 +1,7 @@
 //! Builds that must fail: with the right code and words, and without a trace.
 
+use std::process::Command;
+
 use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
 
 fn image() -> TestImage {
@@ -67,7 +69,7 @@ fn a_truncated_layer_is_named() {
 fn an_image_that_does_not_fit_says_what_it_needs() {
     let workshop = Workshop::with(&image());
     fails(&workshop, &["--size", "1M"], 3, &["cannot be laid out"]);
-    fails(&workshop, &["--size", "1000"], 3, &["cannot be laid out"]);
+    fails(&workshop, &["--size", "1000"], 2, &["--size", "4096"]);
 }
 
 #[test]
@@ -85,6 +87,51 @@ fn an_output_directory_that_does_not_exist_is_named() {
     let result = workshop.build("nowhere/out", &[]);
     assert_eq!(result.status.code(), Some(1), "{}", stderr(&result));
     assert!(stderr(&result).contains("nowhere"), "{}", stderr(&result));
+}
+
+#[test]
+fn names_that_cannot_be_files_are_refused_before_any_work() {
+    let workshop = Workshop::with(&image());
+    std::fs::create_dir(workshop.path("directory")).unwrap();
+    let fifo = Command::new("mkfifo").arg(workshop.path("fifo")).status().unwrap();
+    assert!(fifo.success());
+    let before = workshop.names("");
+    for output in ["directory", "directory/", "fifo", ".", "..", "/", "new/."] {
+        let result = workshop.build(output, &[]);
+        assert_eq!(result.status.code(), Some(3), "{output}: {}", stderr(&result));
+    }
+    for metadata in ["out", "./out", "out.sha256", "fifo"] {
+        fails(&workshop, &["--metadata-file", metadata], 3, &["cannot be written"]);
+    }
+    let mut after = workshop.names("");
+    after.retain(|name| name != "cache");
+    assert_eq!(after, before);
+}
+
+#[test]
+fn a_reader_that_went_away_does_not_make_a_build_fail() {
+    let workshop = Workshop::with(&image());
+    for progress in ["plain", "tty", "rawjson"] {
+        let (closed, pipe) = std::io::pipe().unwrap();
+        drop(closed);
+        let status = workshop
+            .command(&["build", "oci:image", "-o", "out", "--progress", progress])
+            .stdout(pipe.try_clone().unwrap())
+            .stderr(pipe)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{progress}: {status}");
+    }
+    for arguments in [&["cache", "ls"][..], &["completions", "bash"], &["inspect", "out", "--tree"]]
+    {
+        let (closed, pipe) = std::io::pipe().unwrap();
+        drop(closed);
+        let status = workshop.command(arguments).stdout(pipe).status().unwrap();
+        assert!(status.success(), "{arguments:?}: {status}");
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let status = workshop.command(arguments).stdout(full).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{arguments:?}");
+    }
 }
 
 #[test]
