@@ -208,7 +208,9 @@ impl Job<'_> {
         let (chunks, blob) = mpsc::channel(CHUNKS_IN_FLIGHT);
         let file = file.try_clone().map_err(reopening)?;
         let limits = self.spec.layer_limits.clone();
-        let liking = if self.slabs.is_some() { Liking::Direct } else { Liking::Faster };
+        // Blocks that are to be shared or shifted must be on the disk first.
+        let stays = self.slabs.is_some() || output::can_share(&file);
+        let liking = if stays { Liking::Direct } else { Liking::Faster };
         let worker = spawn_packer(index, blob, file, part, liking, Arc::clone(self.disk), limits)?;
         let fed = self.feed(index, layer, chunks).await;
         let packed = worker.await.map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })?;

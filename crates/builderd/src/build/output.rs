@@ -134,7 +134,7 @@ pub(super) fn shift(layout: &Layout, packs: &[OpenPack], file: &File) -> io::Res
 }
 
 /// Whether copy_file_range(2) shares blocks on this file system instead of copying them.
-fn can_share(file: &File) -> bool {
+pub(super) fn can_share(file: &File) -> bool {
     /// `XFS_SUPER_MAGIC` and `BTRFS_SUPER_MAGIC` of linux/magic.h.
     const SHARING: [u64; 2] = [0x5846_5342, 0x9123_683e];
     magic(file).is_some_and(|magic| SHARING.contains(&magic))
