@@ -29,10 +29,9 @@ pub(crate) const STORIES: &[Need] = &[
     ("time", "time"),
     ("zstd", "zstd"),
     ("gzip", "gzip"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
 ];
-
-/// For the benchmark, beside the stories'.
-pub(crate) const BENCH: &[Need] = &[("mkfs.xfs", "xfsprogs"), ("mkfs.btrfs", "btrfs-progs")];
 
 /// Makes sure that every program is there: installs as root, else says what to run.
 pub(crate) fn require(needs: &[&[Need]]) -> Result<()> {
@@ -68,8 +67,10 @@ fn there(program: &str) -> bool {
     match program {
         "time" => std::path::Path::new("/usr/bin/time").exists(),
         "busybox" => {
-            let ldd = Program::shell("ldd /bin/busybox 2>&1; [ -x /bin/busybox ]").outcome();
-            ldd.is_ok_and(|o| o.status.success() && o.said().contains("not a dynamic"))
+            let ldd = Program::shell("ldd /bin/busybox 2>&1 || [ -x /bin/busybox ]").outcome();
+            let is_static =
+                |said: String| said.contains("not a dynamic") || said.contains("statically linked");
+            ldd.is_ok_and(|outcome| outcome.status.success() && is_static(outcome.said()))
         }
         // Tools of the system administrator may not be on a user's path.
         other => {

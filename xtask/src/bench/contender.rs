@@ -26,6 +26,7 @@ pub(crate) struct Course<'a> {
 pub(crate) enum Contender {
     Floor,
     NoCache,
+    NoCacheNoChecksum,
     Cold,
     ColdNoChecksum,
     Warm,
@@ -46,6 +47,7 @@ impl Contender {
         match self {
             Self::Floor => "floor (download, inflate, hash twice, write once)",
             Self::NoCache => "builderd --no-cache",
+            Self::NoCacheNoChecksum => "builderd --no-cache, --checksum none",
             Self::Cold => "builderd, empty cache",
             Self::ColdNoChecksum => "builderd, empty cache, --checksum none",
             Self::Warm => "builderd, layers known",
@@ -77,6 +79,10 @@ impl Contender {
                 .arg(&course.reference)
                 .arg(fresh.join("bytes")),
             Self::NoCache => self.builderd(course, &fresh, &course.reference, &["--no-cache"]),
+            Self::NoCacheNoChecksum => {
+                let options = ["--no-cache", "--checksum", "none"];
+                self.builderd(course, &fresh, &course.reference, &options)
+            }
             Self::Cold | Self::ColdNoChecksum => {
                 self.builderd(course, &fresh, &course.reference, self.options())
             }
@@ -124,6 +130,7 @@ impl Contender {
             }
             Self::Floor
             | Self::NoCache
+            | Self::NoCacheNoChecksum
             | Self::Cold
             | Self::Warm
             | Self::ChangedTop

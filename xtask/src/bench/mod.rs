@@ -60,7 +60,7 @@ impl Plan {
 /// [--no-series] [--reflink xfs|btrfs|none] [--binary FILE]`
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let plan = Plan::read(arguments)?;
-    machine::require(&[machine::DEMO, machine::STORIES, machine::BENCH])?;
+    machine::require(&[machine::DEMO, machine::STORIES])?;
     let builderd = match &plan.binary {
         Some(path) => Path::new(path).canonicalize()?,
         None => workspace::release_binary("builderd")?,
@@ -100,6 +100,7 @@ fn one_image(plan: &Plan, course: &Course<'_>, work: &Path) -> Result<()> {
     let ours = [
         Contender::Floor,
         Contender::NoCache,
+        Contender::NoCacheNoChecksum,
         Contender::Cold,
         Contender::ColdNoChecksum,
         Contender::Warm,
@@ -162,6 +163,7 @@ fn on_reflinks(plan: &Plan, course: &Course<'_>, work: &Path, kind: &str) -> Res
         let list = [
             Contender::Floor,
             Contender::NoCache,
+            Contender::NoCacheNoChecksum,
             Contender::Cold,
             Contender::ColdNoChecksum,
             Contender::Warm,

@@ -42,6 +42,41 @@ pub(super) fn a_full_disk_leaves_no_output(lab: &Lab) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
+/// Data is shared, shifted or copied, depending on the file systems; nobody may see which.
+pub(super) fn wherever_packs_and_image_lie_the_bytes_are_the_same(lab: &Lab) -> Result<Verdict> {
+    /// mke2fs gives small file systems blocks of 1 KiB: files end early there.
+    const DISKS: [(&str, u64); 4] = [("ext4", 420), ("ext4", 2048), ("xfs", 2048), ("btrfs", 2048)];
+    if let Some(reason) = root_needed() {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let source = lab.pushed("small")?;
+    let corner = lab.corner()?;
+    let expected = corner.output("rootfs.ext4");
+    corner.build(&source, &expected, &[])?;
+    let mut disks = Vec::new();
+    for (index, (kind, mebibytes)) in DISKS.into_iter().enumerate() {
+        let file = corner.path(&format!("disk{index}"));
+        disks.push((kind, mount::fresh(&file, kind, mebibytes << 20)?));
+    }
+    for (kind, disk) in &disks {
+        let output = disk.path().join("rootfs.ext4");
+        corner.build(&source, &output, &["--no-cache"])?;
+        same_bytes(&expected, &output).with_context(|| format!("--no-cache on {kind}"))?;
+        std::fs::remove_file(&output)?;
+    }
+    for (packs_on, packs) in &disks[1..] {
+        let cache = packs.path().join("cache").display().to_string();
+        for (image_on, disk) in &disks[1..] {
+            let output = disk.path().join("rootfs.ext4");
+            corner.build(&source, &output, &["--cache-dir", &cache])?;
+            let place = || format!("packs on {packs_on}, image on {image_on}");
+            same_bytes(&expected, &output).with_context(place)?;
+            std::fs::remove_file(&output)?;
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
 /// Stops builds at several moments; `after` looks at what is left.
 fn stop_at_every_moment(
     lab: &Lab,

@@ -86,6 +86,7 @@ fn all() -> Vec<Story> {
         cache::two_processes_share_one_cache,
         cache::prune_and_no_cache_leave_nothing,
         disk::a_full_disk_leaves_no_output,
+        disk::wherever_packs_and_image_lie_the_bytes_are_the_same,
         disk::a_killed_build_leaves_no_file,
         disk::an_interrupted_build_leaves_no_file,
         disk::an_earlier_image_survives_a_failed_build,
