@@ -61,6 +61,7 @@ pub(crate) fn fresh(file: &Path, kind: &str, size_bytes: u64) -> Result<Mount> {
     std::fs::File::create(file)?.set_len(size_bytes)?;
     let make = match kind {
         "ext4" => Program::new("mkfs.ext4").args(["-q", "-F"]),
+        "ext4 of 1 KiB blocks" => Program::new("mkfs.ext4").args(["-q", "-F", "-b", "1024"]),
         "xfs" => Program::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]),
         "btrfs" => Program::new("mkfs.btrfs").arg("-q"),
         other => bail!("no recipe for a {other} file system"),
