@@ -173,10 +173,16 @@ fn umoci_script(course: &Course<'_>, dir: &Path, inodes_given: bool) -> String {
     )
 }
 
-/// What Unkey's builderd did, with podman in the place of docker.
+/// What Unkey's builderd did, with podman in the place of docker. Its guess of the size (the bytes
+/// of the files and a fifth) is too small for many small files, with any number of inodes: where
+/// inodes are given, so is enough room.
 fn podman_script(course: &Course<'_>, dir: &Path, inodes_given: bool) -> String {
     let reference = &course.reference;
     let inodes = inodes_option(course, inodes_given);
+    let size = match inodes_given {
+        true => "$(du -s -k rootfs | cut -f1) * 3 / 2",
+        false => "$(du -s -k --apparent-size rootfs | cut -f1) * 6 / 5 + 20480",
+    };
     format!(
         "cd {}; mkdir rootfs
          p() {{ podman --root \"$PWD/storage\" --runroot {PODMAN_RUN} --storage-driver overlay \
@@ -184,7 +190,7 @@ fn podman_script(course: &Course<'_>, dir: &Path, inodes_given: bool) -> String 
          p pull -q --tls-verify=false {reference} >/dev/null
          id=$(p create --network none {reference} /bin/true)
          p export \"$id\" | tar -x -C rootfs
-         size=$(($(du -s -k --apparent-size rootfs | cut -f1) * 6 / 5 + 20480))
+         size=$(({size}))
          mkfs.ext4 -q -F {inodes} -d rootfs rootfs.ext4 ${{size}}k",
         dir.display()
     )

@@ -12,6 +12,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -215,34 +216,89 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Buffers of a [`DiskWriter`] that wait for the disk while the next one is filled.
+const WRITES_WAITING: usize = 2;
+
 /// Writes a part of a file from front to back in large aligned pieces; [`Write::flush`] ends it.
-pub(super) struct DiskWriter<'a> {
-    file: DiskFile<'a>,
+///
+/// A thread of its own waits for the disk, so that who writes can go on meanwhile.
+pub(super) struct DiskWriter {
     buffer: AlignedBuffer,
     filled: usize,
-    offset: u64,
-    end: u64,
+    /// What the part still has room for.
+    room_bytes: u64,
+    to_disk: SyncSender<(AlignedBuffer, usize)>,
+    from_disk: Receiver<io::Result<AlignedBuffer>>,
+    /// How many buffers are at the disk.
+    away: usize,
 }
 
-impl<'a> DiskWriter<'a> {
-    /// Writes the bytes of `part` and no others.
-    pub(super) fn new(file: DiskFile<'a>, part: Range<u64>) -> Self {
-        let buffer = AlignedBuffer::new(WRITE_BYTES);
-        Self { file, buffer, filled: 0, offset: part.start, end: part.end }
+impl DiskWriter {
+    /// Lets `work` write the bytes of `part` and no others.
+    pub(super) fn run<T>(
+        mut file: DiskFile<'_>,
+        part: Range<u64>,
+        work: impl FnOnce(&mut Self) -> T,
+    ) -> T {
+        let (to_disk, to_write) = sync_channel::<(AlignedBuffer, usize)>(WRITES_WAITING);
+        let (written, from_disk) = channel();
+        let mut offset = part.start;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                while let Ok((buffer, filled)) = to_write.recv() {
+                    let result = file.write(&buffer.bytes()[..filled], offset);
+                    offset += filled as u64;
+                    let failed = result.is_err();
+                    // Nobody waits for the answer of a writer that gave up.
+                    let _ = written.send(result.map(|()| buffer));
+                    if failed {
+                        return;
+                    }
+                }
+            });
+            let mut writer = Self {
+                buffer: AlignedBuffer::new(WRITE_BYTES),
+                filled: 0,
+                room_bytes: part.end - part.start,
+                to_disk,
+                from_disk,
+                away: 0,
+            };
+            work(&mut writer)
+        })
+    }
+
+    /// Waits for the oldest write.
+    fn written(&mut self) -> io::Result<AlignedBuffer> {
+        let stopped = || io::Error::other("a write to this file failed before");
+        let buffer = self.from_disk.recv().map_err(|_| stopped())??;
+        self.away -= 1;
+        Ok(buffer)
     }
 
     fn put(&mut self) -> io::Result<()> {
         let filled = std::mem::take(&mut self.filled);
-        if self.end - self.offset < filled as u64 {
-            return Err(io::ErrorKind::FileTooLarge.into());
+        self.room_bytes = self
+            .room_bytes
+            .checked_sub(filled as u64)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        let empty = match self.away > WRITES_WAITING {
+            true => self.written()?,
+            false => AlignedBuffer::new(WRITE_BYTES),
+        };
+        let full = std::mem::replace(&mut self.buffer, empty);
+        if self.to_disk.send((full, filled)).is_ok() {
+            self.away += 1;
+            return Ok(());
         }
-        self.file.write(&self.buffer.bytes()[..filled], self.offset)?;
-        self.offset += filled as u64;
-        Ok(())
+        // The thread ends early only after it has said why.
+        loop {
+            self.written()?;
+        }
     }
 }
 
-impl Write for DiskWriter<'_> {
+impl Write for DiskWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = bytes.len().min(WRITE_BYTES - self.filled);
         self.buffer.bytes_mut()[self.filled..self.filled + count].copy_from_slice(&bytes[..count]);
@@ -254,7 +310,11 @@ impl Write for DiskWriter<'_> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.put()
+        self.put()?;
+        while self.away > 0 {
+            self.written()?;
+        }
+        Ok(())
     }
 }
 
@@ -271,18 +331,36 @@ mod tests {
                 File::options().create(true).truncate(true).read(true).write(true).open(&path);
             let (file, disk) = (file.unwrap(), Disk::default());
             let bytes: Vec<u8> = (0..251u8).cycle().take(length).collect();
-            let mut writer = DiskWriter::new(disk.attach(&file, Liking::Direct), 0..u64::MAX);
-            for part in bytes.chunks(100_000) {
-                writer.write_all(part).unwrap();
-            }
-            writer.flush().unwrap();
-            drop(writer);
+            DiskWriter::run(disk.attach(&file, Liking::Direct), 0..u64::MAX, |writer| {
+                for part in bytes.chunks(100_000) {
+                    writer.write_all(part).unwrap();
+                }
+                writer.flush().unwrap();
+            });
             assert!(std::fs::read(&path).unwrap() == bytes, "{length}");
             let mut reader = disk.attach(&file, Liking::Direct);
             let mut buffer = AlignedBuffer::new(length.next_multiple_of(ALIGNMENT));
             reader.read(&mut buffer.bytes_mut()[..length], 0).unwrap();
             assert!(buffer.bytes()[..length] == bytes, "{length}");
         }
+    }
+
+    #[test]
+    fn a_write_that_fails_is_told_and_nothing_is_written_beyond_the_part() {
+        let file = File::open("/dev/null").unwrap();
+        let disk = Disk::default();
+        let piece = vec![1; WRITE_BYTES];
+        let error = DiskWriter::run(disk.attach(&file, Liking::Faster), 0..u64::MAX, |writer| {
+            (0..16).try_for_each(|_| writer.write_all(&piece)).and_then(|()| writer.flush())
+        });
+        assert_eq!(error.unwrap_err().raw_os_error(), Some(9), "EBADF: opened for reading");
+        let file = tempfile::tempfile_in(".").unwrap();
+        let part = 4096..WRITE_BYTES as u64;
+        let error = DiskWriter::run(disk.attach(&file, Liking::Faster), part, |writer| {
+            writer.write_all(&piece).and_then(|()| writer.flush())
+        });
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(file.metadata().unwrap().len(), 0);
     }
 
     #[test]

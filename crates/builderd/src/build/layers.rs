@@ -303,8 +303,9 @@ fn spawn_packer(
         .name(format!("layer-{index}"))
         .spawn(move || {
             let blob = BlobReader { chunks: blob, current: Bytes::new() };
-            let mut out = DiskWriter::new(disk.attach(&file, liking), part);
-            let summary = rootfs::make_pack(blob, &mut out, &limits);
+            let summary = DiskWriter::run(disk.attach(&file, liking), part, |out| {
+                rootfs::make_pack(blob, out, &limits)
+            });
             // The build may have given up meanwhile; then nobody wants the answer.
             let _ = answer.send(summary);
         })
