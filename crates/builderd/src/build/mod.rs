@@ -12,6 +12,9 @@ mod layers;
 mod metadata;
 mod output;
 mod pipeline;
+pub mod record;
+pub mod service;
+pub mod state;
 
 use std::path::PathBuf;
 
