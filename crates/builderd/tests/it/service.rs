@@ -202,10 +202,11 @@ impl Stage {
         self.workshop.names("rootfs/staging")
     }
 
-    /// The next layers come to a standstill after some bytes.
+    /// The large layer comes to a standstill after some bytes, so many times.
     fn stall(&self, times: usize) {
+        let layer = crate::support::sha256(&self.image.blobs[0]);
         for _ in 0..times {
-            self.registry.fault("/blobs/", Fault::StallAfter(1000));
+            self.registry.fault(&layer, Fault::StallAfter(1000));
         }
     }
 
@@ -271,7 +272,7 @@ fn the_same_image_under_another_tag_is_not_built_again() {
 fn what_was_pulled_with_credentials_is_not_shared_and_the_password_is_nowhere() {
     let stage = Stage::new();
     let canary = "canary-7f3a91";
-    stage.registry.set_access(Access::Basic { username: "me".into(), password: canary.into() });
+    stage.registry.set_access(Access::Basic("me".into(), canary.into()));
     let server = stage.serve(&[]);
     let mut with_password = order(&stage.reference("latest"));
     with_password["config"]["source"]["docker_image"]["registry_auth"] =
