@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use sqlx::sqlite::{SqliteConnection, SqliteJournalMode};
+use sqlx::sqlite::SqliteJournalMode;
 use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
 use super::engine::{Query, Row, Tx, Value, sql};
@@ -265,7 +265,7 @@ impl Table {
     }
 
     fn values(&self, row: &Row) -> Result<Vec<Value>, StoreError> {
-        let value = |(name, kind): &(&str, Kind)| {
+        let value = |(name, kind): &(&str, Kind)| -> Result<Value, StoreError> {
             Ok(match kind {
                 Int => Value::Int(row.maybe_int(name)?),
                 Text => Value::Text(row.maybe_text(name)?),
@@ -441,7 +441,7 @@ const RULES: &[(&str, &str)] = &[
 pub async fn check(store: &Store) -> Result<Vec<Violation>, StoreError> {
     let mut tx = store.rows.engine.snapshot().await?;
     let mut violations = Vec::new();
-    for (rule, query) in RULES {
+    for &(rule, query) in RULES {
         for row in tx.all(sql(query)).await? {
             let (tenant, subject) = (row.text("tenant_id")?, row.text("subject")?);
             let subject = match tenant == subject {
@@ -519,11 +519,6 @@ fn refuse_existing(file: &Path) -> Result<(), AdminError> {
     }
 }
 
-async fn connect(file: &Path) -> Result<SqliteConnection, AdminError> {
-    let options = sqlite_options(file).journal_mode(SqliteJournalMode::Delete);
-    Ok(options.connect().await.map_err(StoreError::from)?)
-}
-
 /// Writes a copy of the SQLite database in `data_dir` to `file`, as it is at one moment; a
 /// server may be using it. Registry credentials of builds that wait are left out: restored,
 /// such a build fails and says that it needs them.
@@ -544,8 +539,9 @@ pub async fn backup(data_dir: &Path, file: &Path) -> Result<(), AdminError> {
         source.close().await
     };
     written.await.map_err(StoreError::from)?;
-    let mut copy = connect(&partial).await?;
     let erased = async {
+        let options = sqlite_options(&partial).journal_mode(SqliteJournalMode::Delete);
+        let mut copy = options.connect().await?;
         sqlx::query("UPDATE build SET sealed_credentials = NULL").execute(&mut copy).await?;
         // What was erased must not lie in pages that nobody uses.
         sqlx::query("VACUUM").execute(&mut copy).await?;
@@ -570,17 +566,30 @@ pub async fn restore(file: &Path, data_dir: &Path) -> Result<(), AdminError> {
     }
     let partial = partial(&target);
     fs::copy(file, &partial).map_err(|error| file_error(&partial, error))?;
-    let mut copy = connect(&partial).await?;
-    let said = sqlx::query("PRAGMA integrity_check").fetch_one(&mut copy).await;
-    let said: String = said.and_then(|row| row.try_get(0)).map_err(StoreError::from)?;
-    let tables = sqlx::query("SELECT COUNT(*) FROM build").fetch_one(&mut copy).await;
-    copy.close().await.map_err(StoreError::from)?;
-    if said != "ok" || tables.is_err() {
-        remove_if_there(&partial)?;
-        let problem = format!("it is damaged, or no backup of this service: {said}");
-        return Err(file_error(file, problem));
+    match inspect(&partial).await {
+        Ok(()) => publish(&partial, &target),
+        Err(problem) => {
+            remove_if_there(&partial)?;
+            Err(file_error(file, format!("it is damaged, or no backup of a store: {problem}")))
+        }
     }
-    publish(&partial, &target)
+}
+
+/// Whether a file is a whole database with our tables; else why not.
+async fn inspect(file: &Path) -> Result<(), String> {
+    let said = async {
+        let options = sqlite_options(file).journal_mode(SqliteJournalMode::Delete);
+        let mut copy = options.connect().await?;
+        let said = sqlx::query("PRAGMA integrity_check").fetch_one(&mut copy).await?;
+        sqlx::query("SELECT COUNT(*) FROM build").fetch_one(&mut copy).await?;
+        copy.close().await?;
+        said.try_get::<String, _>(0)
+    };
+    match said.await {
+        Ok(said) if said == "ok" => Ok(()),
+        Ok(said) => Err(said),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 #[cfg(test)]

@@ -67,9 +67,14 @@ impl Store {
 
     async fn sqlite(data_dir: &Path, lock: Option<DirectoryLock>) -> Result<Self, StoreError> {
         let options = sqlite_options(&data_dir.join(DATABASE_FILE));
-        let pool = || SqlitePoolOptions::new().acquire_timeout(SQLITE_ACQUIRE_TIMEOUT);
-        // A file needs no ping.
-        let pool = || pool().test_before_acquire(false).max_lifetime(None).idle_timeout(None);
+        let pool = || {
+            SqlitePoolOptions::new()
+                .acquire_timeout(SQLITE_ACQUIRE_TIMEOUT)
+                // A file needs no ping, and its connections do not grow stale.
+                .test_before_acquire(false)
+                .max_lifetime(None::<Duration>)
+                .idle_timeout(None::<Duration>)
+        };
         let write: SqlitePool =
             pool().max_connections(1).connect_with(options.clone().create_if_missing(true)).await?;
         migrator().run(&write).await?;

@@ -7,4 +7,5 @@ mod cache;
 mod failures;
 mod registry;
 mod service;
+mod store;
 mod support;

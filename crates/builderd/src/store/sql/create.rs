@@ -141,13 +141,13 @@ async fn used_up(
         ("storage", standing.storage_bytes, limits.storage_bytes, None),
         ("queued_builds", standing.queued, queued_max, None),
     ];
-    let quotas = quotas.into_iter().map(|(quota_type, current, limit, reset_at)| QuotaExceeded {
+    let mut quotas = quotas.into_iter().map(|(quota_type, current, limit, reset_at)| QuotaExceeded {
         quota_type,
         current,
         limit,
         reset_at,
     });
-    Ok(quotas.into_iter().find(|quota| quota.current >= quota.limit))
+    Ok(quotas.find(|quota| quota.current >= quota.limit))
 }
 
 async fn insert(

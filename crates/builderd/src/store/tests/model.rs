@@ -184,8 +184,9 @@ impl Model {
         let answer = t.ask(TENANTS[owner], &limits, &build).await;
         let known = self.builds.iter();
         let known = known.filter(|_| key.is_some()).find(|b| (b.tenant, b.key) == (owner, key));
+        let known = known.map(|build| build.id.clone());
         match (known, answer) {
-            (Some(known), Accepted::Known(found)) => prop_assert_eq!(&known.id, &found.id),
+            (Some(known), Accepted::Known(found)) => prop_assert_eq!(known, found.id),
             (None, Accepted::Quota(quota)) => {
                 prop_assert_eq!(quota.quota_type, "daily_builds");
                 prop_assert_eq!(self.accepted[owner], DAILY_MAX);

@@ -72,7 +72,7 @@ pub(super) async fn shares_follow_the_weights(t: &TestStore) {
             assert!(off <= 1.0, "{name} is {off} off after {claims}: {all:?}");
         }
     }
-    assert_eq!(all, [("enterprise", 30), ("free", 3), ("pro", 9)].map(owned).into());
+    assert_eq!(all, BTreeMap::from([("enterprise", 30), ("free", 3), ("pro", 9)].map(owned)));
 }
 
 fn owned((name, count): (&str, u32)) -> (String, u32) {
@@ -90,7 +90,7 @@ pub(super) async fn an_idle_tenant_saves_nothing_up(t: &TestStore) {
         t.create("late").await;
     }
     let starts = starts(t, 10).await;
-    assert_eq!(starts, [("busy", 5), ("late", 5)].map(owned).into());
+    assert_eq!(starts, BTreeMap::from([("busy", 5), ("late", 5)].map(owned)));
 }
 
 pub(super) async fn who_worked_alone_owes_nothing(t: &TestStore) {
@@ -107,7 +107,7 @@ pub(super) async fn who_worked_alone_owes_nothing(t: &TestStore) {
         t.create("alone").await;
     }
     let starts = starts(t, 10).await;
-    assert_eq!(starts, [("alone", 5), ("other", 5)].map(owned).into());
+    assert_eq!(starts, BTreeMap::from([("alone", 5), ("other", 5)].map(owned)));
 }
 
 pub(super) async fn a_tenant_never_runs_more_than_it_may(t: &TestStore) {
