@@ -19,4 +19,5 @@ pub mod packs;
 mod seal;
 mod staged;
 pub mod store;
+mod telemetry;
 pub mod tenant;

@@ -5,9 +5,17 @@ mod text;
 
 mod args;
 mod build;
+mod builds;
 mod cache;
+mod client;
+mod config;
+mod download;
 mod inspect;
 mod progress;
+mod quotas;
+mod serve;
+mod service_args;
+mod token;
 
 use std::error::Error;
 use std::io::Write as _;
@@ -59,6 +67,13 @@ pub fn main() -> ExitCode {
         Command::Build(args) => build::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Cache(args) => cache::run(&args),
+        Command::Serve(args) => serve::run(&args),
+        Command::Config(args) => config::run(&args),
+        Command::Builds(args) => builds::run(&args),
+        Command::Quotas(args) => quotas::quotas(&args),
+        Command::Stats(args) => quotas::stats(&args),
+        Command::Token(args) => token::tokens(&args),
+        Command::Tenant(args) => token::tenants(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "builderd", &mut script);

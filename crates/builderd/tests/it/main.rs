@@ -4,6 +4,8 @@
 
 mod builds;
 mod cache;
+mod command_builds;
+mod config;
 mod failures;
 mod registry;
 mod support;
