@@ -8,4 +8,5 @@ mod command_builds;
 mod config;
 mod failures;
 mod registry;
+mod service;
 mod support;
