@@ -338,7 +338,7 @@ impl BuildService {
         let permit = who.permit(Right::BuildDelete)?;
         let (store, build) = (self.store.tenant(&permit), known(id)?);
         loop {
-            match store.delete(&build, self.clock.now()).await? {
+            match store.delete(&build).await? {
                 None => return Err(ServiceError::NotFound(id.to_owned())),
                 Some(Delete::Done) => return Ok(()),
                 Some(Delete::Running(state)) if !force => {
