@@ -15,7 +15,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::Checked;
+use super::{ApiRules, Checked};
 use super::error::Answer;
 use super::limits::{Rate, RateLimits};
 use crate::build::hex;
@@ -141,21 +141,13 @@ pub(crate) struct Auth {
     store: Store,
     clock: Arc<dyn Clock>,
     limits: RateLimits,
-    mode: Mode,
-    /// The tier of tenants of which nothing is known.
-    default_tier: Tier,
+    rules: ApiRules,
 }
 
 impl Auth {
     /// Checks against `store`.
-    pub(crate) fn new(
-        store: Store,
-        clock: Arc<dyn Clock>,
-        limits: RateLimits,
-        mode: Mode,
-        default_tier: Tier,
-    ) -> Self {
-        Self { store, clock, limits, mode, default_tier }
+    pub(crate) fn new(store: Store, clock: Arc<dyn Clock>, rules: ApiRules) -> Self {
+        Self { store, clock, limits: RateLimits::new(rules.health_per_sec), rules }
     }
 
     /// How often things may be asked.
@@ -171,7 +163,7 @@ impl Auth {
     ) -> Result<Caller, Refusal> {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("");
         let (tenant, customer) = (text(TENANT_HEADER), text(CUSTOMER_HEADER));
-        let credential = match self.mode {
+        let credential = match self.rules.mode {
             Mode::Development => Credential::Believed(match tenant.is_empty() {
                 true => None,
                 false => Some(tenant.parse()?),
@@ -214,7 +206,7 @@ impl Auth {
             return Ok(None);
         }
         let tenant = system.tenant(&row.tenant).await?;
-        let tier = tenant.map_or(self.default_tier, |tenant| tenant.tier);
+        let tier = tenant.map_or(self.rules.default_tier, |tenant| tenant.tier);
         // A right that this version does not know is no right.
         let rights = row.rights.iter().filter_map(|right| right.parse().ok()).collect();
         Ok(Some(Principal::new(Checked(()), row.tenant, row.customer, tier, rights)))
@@ -289,7 +281,7 @@ impl Auth {
         let row = system.tenant(tenant).await?;
         let known = row.as_ref().map(|row| row.tier);
         let Some(tier) = claimed.filter(|tier| known != Some(*tier)) else {
-            return Ok(known.unwrap_or(self.default_tier));
+            return Ok(known.unwrap_or(self.rules.default_tier));
         };
         let limits = row.and_then(|row| row.limits);
         system.put_tenant(&TenantRow { id: tenant.clone(), tier, limits }).await?;

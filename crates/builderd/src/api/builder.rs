@@ -12,7 +12,7 @@ use super::auth::{Caller, Claim};
 use super::convert;
 use super::error::Answer;
 use super::follow::{Wish, follow};
-use super::{ApiState, Answered};
+use super::{Answered, ApiState};
 use crate::build::record::{Build, Micros};
 use crate::build::service::ServiceError;
 use crate::store::Cancel;
@@ -225,7 +225,7 @@ impl v1::BuilderService for Door {
                 heartbeat: (silence >= HEARTBEAT_SECS_MIN).then(|| Duration::from_secs(silence)),
             };
             let service = Arc::clone(&self.state.service);
-            Ok(follow(service, who, wish, self.state.shutdown.clone()).await?)
+            Ok(follow(service, who, wish, self.state.stopped.clone()).await?)
         });
         Response::stream_ok(lines.await?)
     }

@@ -112,3 +112,64 @@ impl<D: Dispatcher> Dispatcher for Guard<D> {
         self.streaming(path, self.inner.call_bidi_streaming(path, context, requests, format))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    use api::v1;
+    use connectrpc::{ConnectRpcService, Router, ServiceStream, handler_fn, streaming_handler_fn};
+    use http::{Request, StatusCode};
+    use http_body_util::{BodyExt as _, Full};
+    use tower::ServiceExt as _;
+
+    type Seen = Arc<Mutex<Vec<(String, String)>>>;
+
+    async fn panics(
+        _: RequestContext,
+        _: v1::GetBuildRequest,
+    ) -> connectrpc::ServiceResult<v1::GetBuildResponse> {
+        panic!("a defect")
+    }
+
+    async fn breaks(
+        _: RequestContext,
+        _: v1::StreamBuildLogsRequest,
+    ) -> connectrpc::ServiceResult<ServiceStream<v1::StreamBuildLogsResponse>> {
+        let first = v1::StreamBuildLogsResponse { message: "first".into(), ..Default::default() };
+        let broken = stream::once(async { panic!("a defect") });
+        Response::stream_ok(stream::once(async { Ok(first) }).chain(broken))
+    }
+
+    async fn post(path: &str, content_type: &str, body: &[u8]) -> (StatusCode, String, Seen) {
+        let seen = Seen::default();
+        let observe: Observe = Arc::new({
+            let seen = Arc::clone(&seen);
+            move |path, code, _| seen.lock().unwrap().push((path.to_owned(), code.to_owned()))
+        });
+        let router = Router::new()
+            .route("s", "Panics", handler_fn(panics))
+            .route_server_stream("s", "Breaks", streaming_handler_fn(breaks));
+        let service = ConnectRpcService::new(Guard::new(router, observe));
+        let request = Request::post(path).header("content-type", content_type);
+        let request = request.body(Full::new(Bytes::copy_from_slice(body))).unwrap();
+        let response = service.oneshot(request).await.unwrap();
+        let status = response.status();
+        let bytes = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8_lossy(&bytes).into_owned(), seen)
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_and_tells_nothing() {
+        let (status, body, seen) = post("/s/Panics", "application/json", b"{}").await;
+        assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(body.contains("\"internal\"") && !body.contains("a defect"), "{body}");
+        assert_eq!(*seen.lock().unwrap(), [("s/Panics".to_owned(), "internal".to_owned())]);
+
+        let body = [0, 0, 0, 0, 2, b'{', b'}'];
+        let (_, body, seen) = post("/s/Breaks", "application/connect+json", &body).await;
+        assert!(body.contains("\"first\"") && body.contains("\"internal\""), "{body}");
+        assert_eq!(*seen.lock().unwrap(), [("s/Breaks".to_owned(), "ok".to_owned())]);
+    }
+}

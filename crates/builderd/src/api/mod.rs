@@ -24,28 +24,30 @@ use std::time::{Duration, Instant};
 
 use api::v1::BuilderServiceExt as _;
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::handler::Handler as _;
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{any, get};
 use connectrpc::{ConnectRpcBody, ConnectRpcService, DeadlinePolicy, Limits, Protocol};
 use connectrpc_health::{HealthExt as _, HealthService};
-use connectrpc_reflection::{ReflectionError, Reflector};
+use connectrpc_reflection::Reflector;
 use futures_util::FutureExt as _;
 use http::Method;
 use http_body_util::{BodyExt as _, Limited};
 use tokio::sync::watch;
 use tower::ServiceExt as _;
 
-pub(crate) use auth::{Auth, Mode, new_token};
+pub(crate) use auth::{Mode, new_token};
+use auth::Auth;
 pub(crate) use guard::Observe;
-pub(crate) use limits::RateLimits;
 pub(crate) use server::serve;
 
 use crate::build::record::Micros;
 use crate::build::service::BuildService;
 use crate::clock::Clock;
+use crate::store::Store;
+use crate::tenant::Tier;
 use error::Answer;
 use guard::Guard;
 use spelling::Form;
@@ -63,25 +65,51 @@ pub struct Checked(());
 /// What a handler of a plain route returns.
 type Answered<T> = Result<T, Answer>;
 
-/// What the doors need.
-pub(crate) struct ApiState {
-    /// Behind them.
-    pub(crate) service: Arc<BuildService>,
-    /// Who may come in.
-    pub(crate) auth: Auth,
-    /// The service's clock.
-    pub(crate) clock: Arc<dyn Clock>,
-    /// When the service was started.
-    pub(crate) started_at: Micros,
-    /// The text of `/metrics`.
-    pub(crate) metrics: Arc<dyn Fn() -> String + Send + Sync>,
+/// Settings of the doors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ApiRules {
+    /// How callers prove who they are.
+    pub(crate) mode: Mode,
+    /// The tier of tenants of which nothing is known.
+    pub(crate) default_tier: Tier,
+    /// How often `/health` answers in a second; 0 for always.
+    pub(crate) health_per_sec: u32,
+}
+
+/// What the doors tell whoever measures.
+pub(crate) struct Meters {
+    /// Gives the text of `/metrics`.
+    pub(crate) render: Box<dyn Fn() -> String + Send + Sync>,
     /// Told of each call.
     pub(crate) observe: Observe,
+}
+
+/// What the doors need.
+pub(crate) struct ApiState {
+    service: Arc<BuildService>,
+    auth: Auth,
+    clock: Arc<dyn Clock>,
+    started_at: Micros,
+    meters: Meters,
     /// True once the service stops: ends streams, and makes `/health` say so.
-    pub(crate) shutdown: watch::Receiver<bool>,
+    stopped: watch::Receiver<bool>,
 }
 
 impl ApiState {
+    /// The doors to `service`, whose tokens and tenants are in `store`.
+    pub(crate) fn new(
+        service: Arc<BuildService>,
+        store: Store,
+        clock: Arc<dyn Clock>,
+        meters: Meters,
+        rules: ApiRules,
+        stopped: watch::Receiver<bool>,
+    ) -> Self {
+        let started_at = clock.now();
+        let auth = Auth::new(store, Arc::clone(&clock), rules);
+        Self { service, auth, clock, started_at, meters, stopped }
+    }
+
     fn uptime_secs(&self) -> i64 {
         (self.clock.now().0 - self.started_at.0) / Micros::SECOND
     }
@@ -91,10 +119,7 @@ impl ApiState {
 type Rpc = ConnectRpcService<Guard<connectrpc::Router>>;
 
 /// Every way in.
-///
-/// # Errors
-/// If the descriptors that were compiled in cannot be read.
-pub(crate) fn router(state: ApiState) -> Result<axum::Router, ReflectionError> {
+pub(crate) fn router(state: ApiState) -> axum::Router {
     let state = Arc::new(state);
     let at = |route: &str| format!("/{}/{route}", api::SERVICE);
     let door = Arc::new(builder::Door::new(Arc::clone(&state)));
@@ -111,9 +136,9 @@ pub(crate) fn router(state: ApiState) -> Result<axum::Router, ReflectionError> {
         .route(&at("{method}"), call_any)
         .layer(from_fn(spelling::answer_in_both))
         .layer(from_fn_with_state(Arc::clone(&state), gate));
-    let open = open_services(&state)?;
+    let open = open_services(&state);
     let call_open = any(move |request| call(open.clone(), request));
-    Ok(axum::Router::new()
+    axum::Router::new()
         .merge(builds)
         .route("/grpc.health.v1.Health/{method}", call_open.clone())
         .route("/grpc.reflection.v1.ServerReflection/{method}", call_open.clone())
@@ -124,25 +149,30 @@ pub(crate) fn router(state: ApiState) -> Result<axum::Router, ReflectionError> {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn(catch_panics))
-        .with_state(state))
+        .with_state(state)
 }
 
 /// Health and reflection, which anybody may ask.
-fn open_services(state: &ApiState) -> Result<Rpc, ReflectionError> {
-    let (service, shutdown) = (Arc::clone(&state.service), state.shutdown.clone());
-    let health = Arc::new(HealthService::new(health::Health::new(service, shutdown)));
+fn open_services(state: &ApiState) -> Rpc {
+    let (service, stopped) = (Arc::clone(&state.service), state.stopped.clone());
+    let health = Arc::new(HealthService::new(health::Health::new(service, stopped)));
     let router = health.register(connectrpc::Router::new());
     let limits = connectrpc_health::request_limits();
     let router = connectrpc_health::apply_request_limits(router, limits);
-    let reflector = Reflector::from_descriptor_set_bytes(api::FILE_DESCRIPTOR_SET)?;
-    Ok(rpc(state, connectrpc_reflection::install(router, reflector)))
+    match Reflector::from_descriptor_set_bytes(api::FILE_DESCRIPTOR_SET) {
+        Ok(reflector) => rpc(state, connectrpc_reflection::install(router, reflector)),
+        Err(error) => {
+            tracing::error!(%error, "the descriptors cannot be read: there is no reflection");
+            rpc(state, router)
+        }
+    }
 }
 
 fn rpc(state: &ApiState, router: connectrpc::Router) -> Rpc {
     let limits = Limits::default()
         .with_max_request_body_size(MESSAGE_BYTES_MAX)
         .with_max_message_size(MESSAGE_BYTES_MAX);
-    ConnectRpcService::new(Guard::new(router, Arc::clone(&state.observe)))
+    ConnectRpcService::new(Guard::new(router, Arc::clone(&state.meters.observe)))
         .with_limits(limits)
         .with_deadline_policy(DeadlinePolicy::new().with_enforce_on_streams(true))
 }
@@ -193,19 +223,21 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
     let caller = match admitted {
         Ok(caller) => caller,
         Err((answer, rate)) => {
-            (state.observe)("refused", answer.code().as_str(), start.elapsed());
+            (state.meters.observe)("refused", answer.code().as_str(), start.elapsed());
             swallow(body).await;
             let mut response = spelling::refuse(answer, form, &head.headers);
             rate.inspect(|rate| rate.write(response.headers_mut()));
             return response;
         }
     };
-    let route = head.uri.path().split('/').nth(2).unwrap_or_default().to_owned();
+    // The route as it was declared: whoever makes up paths must not make up names of metrics.
+    let matched = head.extensions.get::<MatchedPath>().map(MatchedPath::as_str);
+    let route = matched.and_then(|path| path.split('/').nth(2)).unwrap_or_default().to_owned();
     head.extensions.insert(caller.clone());
     let mut response = next.run(Request::from_parts(head, body)).await;
     if form == Form::Plain {
         let route = format!("{}/{route}", api::SERVICE);
-        (state.observe)(&route, response.status().as_str(), start.elapsed());
+        (state.meters.observe)(&route, response.status().as_str(), start.elapsed());
     }
     if let Some(rate) = caller.rate() {
         rate.write(response.headers_mut());

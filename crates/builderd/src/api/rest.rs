@@ -162,7 +162,7 @@ pub(super) async fn health(State(state): State<Arc<ApiState>>) -> Response {
     if let Err(rate) = state.auth.limits().health() {
         return too_often(rate);
     }
-    let is_up = !*state.shutdown.borrow() && state.service.ping().await.is_ok();
+    let is_up = !*state.stopped.borrow() && state.service.ping().await.is_ok();
     let (status, word) = match is_up {
         true => (StatusCode::OK, "ok"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
@@ -205,5 +205,5 @@ pub(super) async fn stats(State(state): State<Arc<ApiState>>) -> Answered<Respon
 /// `GET /metrics`
 pub(super) async fn metrics(State(state): State<Arc<ApiState>>) -> Response {
     const PROMETHEUS: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
-    ([(CONTENT_TYPE, PROMETHEUS)], (state.metrics)()).into_response()
+    ([(CONTENT_TYPE, PROMETHEUS)], (state.meters.render)()).into_response()
 }

@@ -37,12 +37,15 @@ pub(crate) struct Peer(pub(crate) SocketAddr);
 
 /// Serves until `shutdown` says true, then takes no new connections and gives requests that run
 /// `drain` to end.
+///
+/// # Errors
+/// If the listener itself is broken.
 pub(crate) async fn serve(
     listener: TcpListener,
     router: axum::Router,
     mut shutdown: watch::Receiver<bool>,
     drain: Duration,
-) {
+) -> io::Result<()> {
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let builder = builder();
@@ -64,10 +67,11 @@ pub(crate) async fn serve(
                     }
                 });
             }
-            Err(error) => {
+            Err(error) if is_passing(&error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 sleep(ACCEPT_PAUSE).await;
             }
+            Err(error) => return Err(error),
         }
     }
     drop(listener);
@@ -75,6 +79,22 @@ pub(crate) async fn serve(
         tracing::warn!(connections = connections.len(), "connections were cut at shutdown");
     }
     connections.shutdown().await;
+    Ok(())
+}
+
+/// Whether accepting may work again: the client is gone already, or the machine is out of
+/// something (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM).
+fn is_passing(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let short = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    let is_short = Errno::from_io_error(error).is_some_and(|errno| short.contains(&errno));
+    let kinds = [
+        io::ErrorKind::ConnectionAborted,
+        io::ErrorKind::ConnectionReset,
+        io::ErrorKind::ConnectionRefused,
+        io::ErrorKind::Interrupted,
+    ];
+    is_short || kinds.contains(&error.kind())
 }
 
 fn builder() -> auto::Builder<TokioExecutor> {
@@ -102,7 +122,7 @@ fn connection(
         let answer = router.clone().oneshot(request.map(Body::new));
         async move { answer.await.map_err(|never: Infallible| match never {}) as Result<_, Infallible> }
     });
-    let io = TokioIo::new(PromptIo::new(stream));
+    let io = TokioIo::new(PromptIo::new(stream, HEAD_TIMEOUT));
     builder.serve_connection(io, service).into_owned()
 }
 
@@ -115,8 +135,8 @@ struct PromptIo<S> {
 }
 
 impl<S> PromptIo<S> {
-    fn new(inner: S) -> Self {
-        Self { inner, deadline: Some(Box::pin(sleep(HEAD_TIMEOUT))), read_bytes: 0 }
+    fn new(inner: S, timeout: Duration) -> Self {
+        Self { inner, deadline: Some(Box::pin(sleep(timeout))), read_bytes: 0 }
     }
 }
 
@@ -169,5 +189,38 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for PromptIo<S> {
 
     fn is_write_vectored(&self) -> bool {
         self.inner.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    async fn read_after(sent: &[u8]) -> io::Result<usize> {
+        let (mut client, server) = tokio::io::duplex(64);
+        let mut server = PromptIo::new(server, Duration::from_millis(50));
+        let mut buffer = [0; 64];
+        if !sent.is_empty() {
+            client.write_all(sent).await?;
+            let read = server.read(&mut buffer).await?;
+            assert_eq!(read, sent.len());
+        }
+        let waited = tokio::time::timeout(Duration::from_millis(500), server.read(&mut buffer));
+        match waited.await {
+            Ok(read) => read,
+            Err(_) => Ok(usize::MAX),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_begin_is_cut_off() {
+        for silent in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n"] {
+            let error = read_after(silent).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{silent:?}");
+        }
+        for begun in [&b"GET / HTTP/1.1\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+            assert_eq!(read_after(begun).await.unwrap(), usize::MAX, "hyper's clock runs now");
+        }
     }
 }

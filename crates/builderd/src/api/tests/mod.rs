@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::{ApiState, Auth, Mode, RateLimits, new_token};
+use super::{ApiRules, ApiState, Meters, Mode, new_token};
 use crate::artifact::{ArtifactStore as _, LocalArtifacts};
 use crate::build::record::{BuildMetrics, BuildResult, LogLine, Micros};
 use crate::build::service::{BuildService, ServiceRules};
@@ -40,7 +40,7 @@ pub(super) struct Server {
     artifacts: Arc<LocalArtifacts>,
     client: reqwest::Client,
     shutdown: watch::Sender<bool>,
-    task: JoinHandle<()>,
+    task: JoinHandle<std::io::Result<()>>,
     _directory: TempDir,
 }
 
@@ -85,26 +85,23 @@ impl Server {
             limits: Tier::ALL.map(Tier::limits),
             registry_auth: true,
             allowed_registries: Vec::new(),
-            cache_enabled: true,
             build_secs_max: 900,
         };
         let key = MasterKey::load_or_create(&directory.path().join("master.key")).unwrap();
         let service =
-            BuildService::new(store.clone(), artifacts.clone(), key, Arc::clone(&clock), rules);
+            BuildService::new(store.clone(), artifacts.clone(), Arc::new(key), Arc::clone(&clock), rules);
         let (shutdown, stopping) = watch::channel(false);
-        let limits = RateLimits::new(100);
-        let state = ApiState {
-            service: Arc::new(service),
-            auth: Auth::new(store.clone(), Arc::clone(&clock), limits, mode, default_tier),
-            started_at: clock.now(),
-            clock,
-            metrics: Arc::new(|| "builderd_up 1\n".to_owned()),
+        let meters = Meters {
+            render: Box::new(|| "builderd_up 1\n".to_owned()),
             observe: Arc::new(|_, _, _| ()),
-            shutdown: stopping.clone(),
         };
+        let rules = ApiRules { mode, default_tier, health_per_sec: 100 };
+        let service = Arc::new(service);
+        let state =
+            ApiState::new(service, store.clone(), clock, meters, rules, stopping.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let router = super::router(state).unwrap();
+        let router = super::router(state);
         let task = tokio::spawn(super::serve(listener, router, stopping, DRAIN));
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         Self { address, store, artifacts, client, shutdown, task, _directory: directory }
@@ -114,7 +111,8 @@ impl Server {
     pub(super) async fn stop(self) {
         drop(self.client);
         self.shutdown.send(true).unwrap();
-        tokio::time::timeout(2 * DRAIN, self.task).await.expect("the server ends").unwrap();
+        let ended = tokio::time::timeout(2 * DRAIN, self.task).await.expect("the server ends");
+        ended.unwrap().unwrap();
     }
 
     pub(super) fn begin_stop(&self) {
