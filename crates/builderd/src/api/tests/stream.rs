@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
-use futures_util::stream::BoxStream;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -14,7 +12,7 @@ use crate::store::Outcome;
 
 /// A follower that speaks Connect's streaming JSON.
 struct Follower {
-    bytes: BoxStream<'static, reqwest::Result<axum::body::Bytes>>,
+    response: reqwest::Response,
     buffer: Vec<u8>,
 }
 
@@ -32,7 +30,7 @@ impl Follower {
             .await
             .unwrap();
         assert_eq!(response.status(), 200);
-        Self { bytes: response.bytes_stream().boxed(), buffer: Vec::new() }
+        Self { response, buffer: Vec::new() }
     }
 
     /// The next frame: its flags and its message.
@@ -47,7 +45,7 @@ impl Follower {
                         return frame;
                     }
                 }
-                let more = self.bytes.next().await.expect("the stream goes on").unwrap();
+                let more = self.response.chunk().await.unwrap().expect("the stream goes on");
                 self.buffer.extend_from_slice(&more);
             }
         };
