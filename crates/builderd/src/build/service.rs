@@ -171,9 +171,6 @@ pub(crate) struct ServiceRules {
     pub(crate) registry_auth: bool,
     /// Registries images may come from, for every tenant; all when empty.
     pub(crate) allowed_registries: Vec<String>,
-    /// The registry that stands in for Docker Hub; images from there are allowed where
-    /// `docker.io` is.
-    pub(crate) cache_enabled: bool,
     /// The longest any build may take, in seconds.
     pub(crate) build_secs_max: u64,
 }
@@ -193,7 +190,7 @@ impl ServiceRules {
 pub struct BuildService {
     store: Store,
     artifacts: Arc<dyn ArtifactStore>,
-    key: MasterKey,
+    key: Arc<MasterKey>,
     clock: Arc<dyn Clock>,
     rules: ServiceRules,
 }
@@ -202,7 +199,7 @@ impl BuildService {
     pub(crate) fn new(
         store: Store,
         artifacts: Arc<dyn ArtifactStore>,
-        key: MasterKey,
+        key: Arc<MasterKey>,
         clock: Arc<dyn Clock>,
         rules: ServiceRules,
     ) -> Self {
