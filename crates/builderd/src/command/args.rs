@@ -57,6 +57,9 @@ pub(super) enum Command {
     Token(TokenArgs),
     /// Set up and list tenants, in the server's database
     Tenant(TenantArgs),
+    /// One build of the service, in a process of its own
+    #[command(hide = true)]
+    BuildChild,
     /// Print a completion script for a shell
     Completions {
         /// The shell

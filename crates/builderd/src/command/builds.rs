@@ -29,11 +29,11 @@ pub(super) fn run(args: &BuildsArgs) -> Result<(), Failure> {
 }
 
 /// Runs what waits for a server, until it is done or the user has had enough.
-pub(super) fn block_on<T>(
-    work: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::ours)?;
+pub(super) fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::ours)?;
     runtime.block_on(async {
         tokio::select! {
             result = work => result,
@@ -235,8 +235,12 @@ pub(super) async fn log(
         let before = next;
         let error = match log_once(client, id, &mut next, follow, &mut show).await {
             // A server that stops may end a stream early without a word.
-            Ok(()) if !follow || has_ended(client, id).await? => return Ok(()),
-            Ok(()) => CallError::Cut { server: client.server().to_owned() },
+            Ok(()) => {
+                if !follow || has_ended(client, id).await? {
+                    return Ok(());
+                }
+                CallError::Cut { server: client.server().to_owned() }
+            }
             Err(error) if error.may_pass() => error,
             Err(error) => return Err(error),
         };
@@ -272,9 +276,10 @@ async fn log_once(
 
 async fn has_ended(client: &Client, id: &str) -> Result<bool, CallError> {
     match client.call("GetBuild", &json!({"buildId": id})).await {
-        Ok(answer) => {
-            Ok(matches!(state(&answer["build"]).as_str(), "completed" | "failed" | "cancelled" | "timeout"))
-        }
+        Ok(answer) => Ok(matches!(
+            state(&answer["build"]).as_str(),
+            "completed" | "failed" | "cancelled" | "timeout"
+        )),
         // The stream will say what is wrong.
         Err(error) if error.may_pass() => Ok(false),
         Err(error) => Err(error),
@@ -293,7 +298,9 @@ fn ended(build: &Value) -> Result<(), Failure> {
             tell!("fetch it with: builderd builds download {id} -o rootfs.ext4");
             Ok(())
         }
-        "cancelled" => Err(Failure { code: 1, error: "the build was cancelled".into(), hint: None }),
+        "cancelled" => {
+            Err(Failure { code: 1, error: "the build was cancelled".into(), hint: None })
+        }
         other => {
             let code = match (failure["code"].as_str(), failure["blame"].as_str()) {
                 (Some("STORAGE_FULL"), _) => 5,
@@ -325,10 +332,8 @@ async fn list(
         let size = (limit - builds.len()).min(usize::try_from(PAGE).unwrap_or(1));
         let request = json!({"stateFilter": filter, "pageSize": size, "pageToken": page});
         let mut answer = client.call("ListBuilds", &request).await?;
-        match answer["builds"].take() {
-            Value::Array(more) if !more.is_empty() => builds.extend(more),
-            _ => break,
-        }
+        let Value::Array(more) = answer["builds"].take() else { break };
+        builds.extend(more);
         match answer["nextPageToken"].as_str() {
             Some(token) if !token.is_empty() => page = token.to_owned(),
             _ => break,
@@ -349,7 +354,11 @@ async fn list(
         let created = build["createdAt"].as_str().unwrap_or_default();
         let created = text::printable(created.get(..19).unwrap_or(created));
         let image = word(&build["config"]["source"]["dockerImage"]["imageUri"]);
-        put!("{:<32} {:<11} {created:<20} {size:>11}  {image}", word(&build["buildId"]), state(build));
+        put!(
+            "{:<32} {:<11} {created:<20} {size:>11}  {image}",
+            word(&build["buildId"]),
+            state(build)
+        );
     }
     Ok(())
 }
@@ -381,10 +390,11 @@ pub(super) fn state(build: &Value) -> String {
 
 /// A 64-bit number, which proto3's JSON writes as a string and leaves out when it is 0.
 pub(super) fn number(value: &Value) -> u64 {
-    match value {
-        Value::String(text) => text.parse().unwrap_or(0),
-        other => other.as_u64().unwrap_or(0),
-    }
+    let number = match value.as_str() {
+        Some(text) => text.parse().ok(),
+        None => value.as_u64(),
+    };
+    number.unwrap_or(0)
 }
 
 fn line_text(line: &Value) -> String {
@@ -408,7 +418,8 @@ fn show(build: &Value) {
     let percent = build["progressPercent"].as_u64().unwrap_or(0);
     row("state", &format!("{}, {percent} %", state(build)));
     row("step", &word(&build["currentStep"]));
-    for (name, key) in [("created", "createdAt"), ("started", "startedAt"), ("ended", "completedAt")]
+    for (name, key) in
+        [("created", "createdAt"), ("started", "startedAt"), ("ended", "completedAt")]
     {
         row(name, &word(&build[key]));
     }
@@ -436,9 +447,8 @@ async fn retry(
     let build = answer["build"].take();
     let mut config = build["config"].clone();
     let image = &mut config["source"]["dockerImage"];
-    let brought = |image: &Value| {
-        ["auth", "registryAuth"].iter().any(|name| image[*name].is_object())
-    };
+    let brought =
+        |image: &Value| ["auth", "registryAuth"].iter().any(|name| image[*name].is_object());
     let refused = build["failure"]["code"] == "AUTHENTICATION_FAILED";
     let given = credentials(args)?;
     if given.is_none() && (brought(image) || refused) {

@@ -67,12 +67,19 @@ impl From<CallError> for Failure {
             CallError::Cut { .. } => (4, hint("try again")),
             CallError::Foreign { .. } => (1, hint("see --server, UNKEY_BUILDERD_SERVER_ADDRESS")),
             CallError::Refused { code, .. } => match code.as_str() {
-                "unauthenticated" => {
-                    (3, hint("set UNKEY_BUILDERD_TOKEN; in development mode, name a tenant: --tenant"))
-                }
-                "invalid_argument" | "not_found" | "already_exists" | "permission_denied"
-                | "resource_exhausted" | "failed_precondition" | "out_of_range"
-                | "unimplemented" | "canceled" => (3, None),
+                "unauthenticated" => (
+                    3,
+                    hint("set UNKEY_BUILDERD_TOKEN; in development mode, name a tenant: --tenant"),
+                ),
+                "invalid_argument"
+                | "not_found"
+                | "already_exists"
+                | "permission_denied"
+                | "resource_exhausted"
+                | "failed_precondition"
+                | "out_of_range"
+                | "unimplemented"
+                | "canceled" => (3, None),
                 "unavailable" | "deadline_exceeded" | "aborted" => (4, hint("try again")),
                 // unknown, internal, data_loss, and what nobody knows
                 _ => (1, None),
@@ -98,9 +105,9 @@ pub(super) fn settings(args: &ServerArgs) -> Result<Settings, Failure> {
         ("--tenant", "TENANT_ID", &args.tenant),
         ("--customer", "CUSTOMER_ID", &args.customer),
     ];
-    let flags = flags.into_iter().filter_map(|(flag, name, value)| {
-        value.clone().map(|value| (flag, name, value))
-    });
+    let flags = flags
+        .into_iter()
+        .filter_map(|(flag, name, value)| value.clone().map(|value| (flag, name, value)));
     super::config::resolved(Settings::of_client(flags.collect()))
 }
 
@@ -113,7 +120,8 @@ impl Client {
             false => format!("http://{}", address.trim_end_matches('/')),
         };
         if reqwest::Url::parse(&base).is_err() {
-            let message = format!("the server's address `{base}` is no URL ({PREFIX}SERVER_ADDRESS)");
+            let message =
+                format!("the server's address `{base}` is no URL ({PREFIX}SERVER_ADDRESS)");
             return Err(Failure::usage(message));
         }
         let mut headers = HeaderMap::new();
@@ -198,9 +206,9 @@ impl Client {
         }
         let answer: Value = serde_json::from_slice(&bytes).unwrap_or_default();
         // The plain routes have codes of their own; the status says the same.
-        let said = match &answer["error"] {
-            Value::Object(said) => (Some(code_of(status)), said.get("message")),
-            _ => (answer["code"].as_str(), answer.get("message")),
+        let said = match answer["error"].as_object() {
+            Some(said) => (Some(code_of(status)), said.get("message")),
+            None => (answer["code"].as_str(), answer.get("message")),
         };
         let message = said.1.and_then(Value::as_str).unwrap_or("the server gives no reason");
         match (said.0, message) {
@@ -356,9 +364,10 @@ impl LogStream<'_> {
         let error = &message["error"];
         match error["code"].as_str() {
             None => Ok(None),
-            Some(code) => {
-                Err(refused(code, error["message"].as_str().unwrap_or("the server gives no reason")))
-            }
+            Some(code) => Err(refused(
+                code,
+                error["message"].as_str().unwrap_or("the server gives no reason"),
+            )),
         }
     }
 

@@ -46,9 +46,10 @@ impl From<DownloadError> for Failure {
             }
             DownloadError::File { .. } | DownloadError::NoSum => (1, None),
             DownloadError::Running { .. } => (1, Some("wait for it")),
-            DownloadError::Damaged { .. } => {
-                (4, Some("what came was thrown away; try again, and tell the operator if it repeats"))
-            }
+            DownloadError::Damaged { .. } => (
+                4,
+                Some("what came was thrown away; try again, and tell the operator if it repeats"),
+            ),
         };
         Self { code, error: Box::new(error), hint: hint.map(str::to_owned) }
     }
@@ -84,7 +85,8 @@ pub(super) async fn run(client: &Client, id: &str, output: &Path) -> Result<(), 
 }
 
 fn bar(bytes: u64) -> ProgressBar {
-    const STYLE: &str = "{bar:30} {binary_bytes:>11}/{binary_total_bytes:<11} {binary_bytes_per_sec:>13}";
+    const STYLE: &str =
+        "{bar:30} {binary_bytes:>11}/{binary_total_bytes:<11} {binary_bytes_per_sec:>13}";
     let style = ProgressStyle::with_template(STYLE);
     ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -74,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Stats(args) => quotas::stats(&args),
         Command::Token(args) => token::tokens(&args),
         Command::Tenant(args) => token::tenants(&args),
+        Command::BuildChild => crate::build::child::main().map_err(Failure::ours),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "builderd", &mut script);

@@ -26,7 +26,15 @@ impl From<StoreError> for Failure {
             StoreError::Unavailable(_) => {
                 (4, Some("is it running? see `builderd config | grep DATABASE`".to_owned()))
             }
-            _ => (1, Some("is it the right one? see `builderd config | grep DATABASE`".to_owned())),
+            StoreError::DataDirectory { .. } => {
+                (1, Some("set UNKEY_BUILDERD_DATABASE_DATA_DIR, as for the server".to_owned()))
+            }
+            StoreError::Corrupt(_)
+            | StoreError::Illegal(_)
+            | StoreError::Database(_)
+            | StoreError::Migrate(_) => {
+                (1, Some("is it the right one? see `builderd config | grep DATABASE`".to_owned()))
+            }
         };
         Self { code, error: Box::new(error), hint }
     }
@@ -261,7 +269,14 @@ fn list_tenants(tenants: &[TenantRow], config: &Config, as_json: bool) {
         put!("{}", value.collect::<Value>());
         return;
     }
-    put!("{:<24} {:<11} {:>8} {:>8} {:>11} LIMITS", "TENANT", "TIER", "PARALLEL", "DAILY", "STORAGE");
+    put!(
+        "{:<24} {:<11} {:>8} {:>8} {:>11} LIMITS",
+        "TENANT",
+        "TIER",
+        "PARALLEL",
+        "DAILY",
+        "STORAGE"
+    );
     for row in tenants {
         let limits = row.limits.clone().unwrap_or_else(|| of_tier(config, row.tier));
         put!(

@@ -423,16 +423,12 @@ fn changed(own: TenantLimits, settings: &Settings) -> TenantLimits {
     }
 }
 
-fn database(
-    settings: &Settings,
-    data_dir: &Path,
-    problems: &mut Vec<String>,
-) -> DatabaseConfig {
+fn database(settings: &Settings, data_dir: &Path, problems: &mut Vec<String>) -> DatabaseConfig {
     let max_connections = settings.number("DATABASE_MAX_CONNECTIONS").unwrap_or_default();
     let url = settings.secret("DATABASE_URL");
     let given = url.as_ref().map(|url| url.expose_secret());
-    let names_postgres = given
-        .is_some_and(|url| url.starts_with("postgres://") || url.starts_with("postgresql://"));
+    let names_postgres =
+        given.is_some_and(|url| url.starts_with("postgres://") || url.starts_with("postgresql://"));
     let is_sqlite = match settings.text("DATABASE_TYPE").as_deref() {
         // The URL says it as well.
         _ if names_postgres && !settings.is_set("DATABASE_TYPE") => false,
@@ -528,9 +524,8 @@ fn endpoint(settings: &Settings, problems: &mut Vec<String>) -> Option<String> {
     };
     let name = settings.written("OTEL_ENDPOINT");
     match Url::parse(&url) {
-        Ok(parsed) if parsed.scheme() == "http" && !is_insecure => problems.push(format!(
-            "{name} is `{text}`: plain HTTP, but {PREFIX}OTEL_INSECURE is false"
-        )),
+        Ok(parsed) if parsed.scheme() == "http" && !is_insecure => problems
+            .push(format!("{name} is `{text}`: plain HTTP, but {PREFIX}OTEL_INSECURE is false")),
         Ok(parsed) if matches!(parsed.scheme(), "http" | "https") && parsed.has_host() => {}
         Ok(_) | Err(_) => problems.push(format!(
             "{name} is `{text}`, expected `host:port` or a URL that begins with http:// or https://"
@@ -612,11 +607,11 @@ mod tests {
         }
         let unread: Vec<&str> = unread.unwrap().into_iter().collect();
         let elsewhere: Vec<&str> = {
-            let others = table::all().filter(|setting| {
-                setting.is_refused() || setting.reader != table::Reader::Server
-            });
+            let others = table::all()
+                .filter(|setting| setting.is_refused() || setting.reader != table::Reader::Server);
             // Read by the command that reads the file.
-            let mut names: Vec<&str> = others.map(|setting| setting.name).chain(["CONFIG"]).collect();
+            let mut names: Vec<&str> =
+                others.map(|setting| setting.name).chain(["CONFIG"]).collect();
             names.sort_unstable();
             names
         };

@@ -32,9 +32,16 @@ pub(crate) fn explain(word: &str) -> String {
             if index == 0 {
                 let _ = writeln!(text, "{group}\n");
             }
-            let names: Vec<String> = setting.names().map(|name| format!("{PREFIX}{name}")).collect();
+            let names: Vec<String> =
+                setting.names().map(|name| format!("{PREFIX}{name}")).collect();
             let _ = writeln!(text, "  {}", names.join(", "));
-            let _ = writeln!(text, "      {} ({}{})\n", setting.meaning, kind(setting), shown_default(setting));
+            let _ = writeln!(
+                text,
+                "      {} ({}{})\n",
+                setting.meaning,
+                kind(setting),
+                shown_default(setting)
+            );
         }
     }
     text

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use secrecy::SecretString;
@@ -269,7 +269,7 @@ fn environment_words(sources: &Sources) -> Vec<Word> {
 }
 
 /// The file's words: `port = 8082`, or a table `[storage]` with `backend = "s3"`.
-fn file_words(path: &PathBuf, text: &str, problems: &mut Vec<String>) -> Vec<Word> {
+fn file_words(path: &Path, text: &str, problems: &mut Vec<String>) -> Vec<Word> {
     let table: toml::Table = match text.parse() {
         Ok(table) => table,
         Err(error) => {
@@ -283,35 +283,40 @@ fn file_words(path: &PathBuf, text: &str, problems: &mut Vec<String>) -> Vec<Wor
     while let Some((above, table)) = tables.pop() {
         for (key, value) in table {
             let key = format!("{above}{key}");
-            let text = match value {
-                toml::Value::Table(inner) => {
-                    tables.push((format!("{key}_"), inner));
-                    continue;
-                }
-                toml::Value::String(text) => text,
-                toml::Value::Array(items) => {
-                    let plain = items.iter().map(|item| match item.as_str() {
-                        Some(text) => text.to_owned(),
-                        None => item.to_string(),
-                    });
-                    plain.collect::<Vec<_>>().join(",")
-                }
-                toml::Value::Integer(_)
-                | toml::Value::Float(_)
-                | toml::Value::Boolean(_)
-                | toml::Value::Datetime(_) => value.to_string(),
-            };
-            let name = key.to_ascii_uppercase();
-            let name = name.strip_prefix(PREFIX).unwrap_or(&name).to_owned();
-            let origin = Origin::File { path: path.clone(), key };
-            if name == "CONFIG" {
-                problems.push(format!("{origin}: a file cannot name the file to read"));
+            if let toml::Value::Table(inner) = value {
+                tables.push((format!("{key}_"), inner));
                 continue;
             }
-            words.push(Word { name, text, origin });
+            let text = plain_text(&value);
+            let name = key.to_ascii_uppercase();
+            let name = name.strip_prefix(PREFIX).unwrap_or(&name).to_owned();
+            let origin = Origin::File { path: path.to_owned(), key };
+            match text {
+                _ if name == "CONFIG" => {
+                    problems.push(format!("{origin}: a file cannot name the file to read"));
+                }
+                None => problems.push(format!("{origin}: expected a value or a list of values")),
+                Some(text) => words.push(Word { name, text, origin }),
+            }
         }
     }
     words
+}
+
+/// A value as it would stand in the environment; none if it cannot.
+fn plain_text(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::String(text) => Some(text.clone()),
+        toml::Value::Integer(number) => Some(number.to_string()),
+        toml::Value::Float(number) => Some(format!("{number:?}")),
+        toml::Value::Boolean(flag) => Some(flag.to_string()),
+        toml::Value::Datetime(moment) => Some(moment.to_string()),
+        toml::Value::Array(items) => {
+            let texts: Option<Vec<String>> = items.iter().map(plain_text).collect();
+            texts.map(|texts| texts.join(","))
+        }
+        toml::Value::Table(_) => None,
+    }
 }
 
 /// What one source says, setting by setting.
@@ -462,7 +467,8 @@ mod tests {
     #[test]
     fn a_file_may_have_tables_and_lists() {
         let file = "[storage]\nbackend = \"minio\"\nmax_size_gb = 7\n[otel]\nenabled = true\n\
-                    sampling_rate = 0.5\n[docker]\nallowed_registries = [\"ghcr.io\", \"quay.io\"]\n";
+                    sampling_rate = 0.5\n[docker]\n\
+                    allowed_registries = [\"ghcr.io\", \"quay.io\"]\n";
         let file = Some(("x.toml".into(), file.to_owned()));
         let settings = Settings::resolve(&Sources { file, ..Sources::default() }).unwrap();
         assert_eq!(settings.text("STORAGE_BACKEND").unwrap(), "minio");

@@ -106,7 +106,7 @@ fn fixed(text: &str, accepts: &[&str]) -> Option<Value> {
         (Some(one), Some(two)) => one == two,
         _ => word.eq_ignore_ascii_case(text),
     };
-    accepts.iter().any(|word| same(&word)).then(|| Value::Text(text.to_owned()))
+    accepts.iter().any(same).then(|| Value::Text(text.to_owned()))
 }
 
 fn flag(text: &str) -> Option<bool> {

@@ -56,29 +56,55 @@ pub(crate) struct Metrics {
     registry: Registry,
     levels: Arc<Levels>,
     with_tenant: bool,
-    builds: Counter<u64>,
-    build_errors: Counter<u64>,
-    build_cancellations: Counter<u64>,
-    build_secs: Histogram<f64>,
-    builds_secs: Histogram<f64>,
+    builds: Builds,
+    phases: Phases,
+    sizes: Sizes,
+    quotas: Quotas,
+    requests: Requests,
+}
+
+/// Builds, from their acceptance to their end.
+struct Builds {
+    accepted: Counter<u64>,
+    started: Counter<u64>,
+    ended: Counter<u64>,
+    failed: Counter<u64>,
+    cancelled: Counter<u64>,
+    secs: Histogram<f64>,
+    /// The same under its other name.
+    secs_too: Histogram<f64>,
+}
+
+/// The steps of builds.
+struct Phases {
+    steps: Counter<u64>,
+    errors: Counter<u64>,
+    secs: Histogram<f64>,
     pull_secs: Histogram<f64>,
     extract_secs: Histogram<f64>,
     optimize_secs: Histogram<f64>,
+}
+
+/// What builds make and need.
+struct Sizes {
     image_bytes: Histogram<f64>,
     rootfs_bytes: Histogram<f64>,
     compression_ratio: Histogram<f64>,
     memory_bytes: Histogram<f64>,
     disk_bytes: Histogram<f64>,
     cpu_cores: Histogram<f64>,
-    steps: Counter<u64>,
-    step_errors: Counter<u64>,
-    step_secs: Histogram<f64>,
-    tenant_builds: Counter<u64>,
-    tenant_quota_violations: Counter<u64>,
-    quota_violations: Counter<u64>,
-    builds_started: Counter<u64>,
-    requests: Counter<u64>,
-    request_secs: Histogram<f64>,
+}
+
+/// Requests that a quota refused.
+struct Quotas {
+    all: Counter<u64>,
+    by_tenant: Counter<u64>,
+}
+
+/// Requests.
+struct Requests {
+    all: Counter<u64>,
+    secs: Histogram<f64>,
     panics: Counter<u64>,
 }
 
@@ -109,67 +135,91 @@ fn bytes(meter: &Meter, name: &'static str, what: &'static str) -> Histogram<f64
     histogram(meter, (name, what, "By"), &BYTES)
 }
 
-impl Metrics {
-    pub(super) fn new(provider: &SdkMeterProvider, registry: Registry, with_tenant: bool) -> Self {
-        let m = &provider.meter("builderd");
-        let levels = Arc::<Levels>::default();
-        observe(m, &levels);
+impl Builds {
+    fn new(m: &Meter) -> Self {
         Self {
-            registry,
-            levels,
-            with_tenant,
-            builds: counter(m, "builderd_builds_total", "Builds that ended"),
-            build_errors: counter(m, "builderd_build_errors_total", "Builds that failed"),
-            build_cancellations: counter(
+            accepted: counter(m, "builderd_tenant_builds_total", "Builds that were accepted"),
+            started: counter(m, "builderd_builds_started_total", "Tries that were started"),
+            ended: counter(m, "builderd_builds_total", "Builds that ended"),
+            failed: counter(m, "builderd_build_errors_total", "Builds that failed"),
+            cancelled: counter(
                 m,
                 "builderd_build_cancellations_total",
                 "Builds that were cancelled",
             ),
-            build_secs: secs(m, "builderd_build_duration_seconds", "Time from start to end"),
-            builds_secs: secs(
+            secs: secs(m, "builderd_build_duration_seconds", "Time from start to end"),
+            secs_too: secs(
                 m,
                 "builderd_builds_duration_seconds",
                 "The same as builderd_build_duration_seconds, under its other documented name",
             ),
+        }
+    }
+}
+
+impl Phases {
+    fn new(m: &Meter) -> Self {
+        Self {
+            steps: counter(m, "builderd_build_steps_total", "Steps that ended"),
+            errors: counter(m, "builderd_build_step_errors_total", "Steps that failed"),
+            secs: secs(m, "builderd_build_step_duration_seconds", "Time of a step"),
             pull_secs: secs(m, "builderd_pull_duration_seconds", "Resolving the image"),
             extract_secs: secs(m, "builderd_extract_duration_seconds", "Fetching layers"),
             optimize_secs: secs(m, "builderd_optimize_duration_seconds", "Compressing the image"),
+        }
+    }
+}
+
+impl Sizes {
+    fn new(m: &Meter) -> Self {
+        let ratio = ("builderd_compression_ratio", "Size of the artifact over the image's", "1");
+        let what = "CPU time of a build over its wall time";
+        let cores = ("builderd_build_cpu_usage_cores", what, "1");
+        Self {
             image_bytes: bytes(m, "builderd_image_size_bytes", "Size of the uncompressed image"),
             rootfs_bytes: bytes(m, "builderd_rootfs_size_bytes", "Size of the stored artifact"),
-            compression_ratio: histogram(
-                m,
-                ("builderd_compression_ratio", "Size of the artifact over the image's", "1"),
-                &RATIOS,
-            ),
+            compression_ratio: histogram(m, ratio, &RATIOS),
             memory_bytes: bytes(m, "builderd_build_memory_usage_bytes", "Most memory of a build"),
             disk_bytes: bytes(m, "builderd_build_disk_usage_bytes", "Disk of a build"),
-            cpu_cores: histogram(
-                m,
-                ("builderd_build_cpu_usage_cores", "CPU time of a build over its wall time", "1"),
-                &CORES,
-            ),
-            steps: counter(m, "builderd_build_steps_total", "Steps that ended"),
-            step_errors: counter(m, "builderd_build_step_errors_total", "Steps that failed"),
-            step_secs: secs(m, "builderd_build_step_duration_seconds", "Time of a step"),
-            tenant_builds: counter(m, "builderd_tenant_builds_total", "Builds that were accepted"),
-            tenant_quota_violations: counter(
-                m,
-                "builderd_tenant_quota_violations_total",
-                "Requests refused by a quota",
-            ),
-            quota_violations: counter(
-                m,
-                "builderd_quota_violations_total",
-                "Requests refused by a quota, of all tenants",
-            ),
-            builds_started: counter(m, "builderd_builds_started_total", "Tries that were started"),
-            requests: counter(m, "rpc_server_requests_total", "Requests answered"),
-            request_secs: histogram(
-                m,
-                ("rpc_server_request_duration_seconds", "Time to answer a request", "s"),
-                &REQUEST_SECS,
-            ),
+            cpu_cores: histogram(m, cores, &CORES),
+        }
+    }
+}
+
+impl Quotas {
+    fn new(m: &Meter) -> Self {
+        let (all, what) = ("builderd_quota_violations_total", "Requests refused by a quota");
+        let by_tenant = "builderd_tenant_quota_violations_total";
+        Self { all: counter(m, all, what), by_tenant: counter(m, by_tenant, what) }
+    }
+}
+
+impl Requests {
+    fn new(m: &Meter) -> Self {
+        let what = "Time to answer a request";
+        let secs = ("rpc_server_request_duration_seconds", what, "s");
+        Self {
+            all: counter(m, "rpc_server_requests_total", "Requests answered"),
+            secs: histogram(m, secs, &REQUEST_SECS),
             panics: counter(m, "rpc_server_panics_total", "Requests that panicked"),
+        }
+    }
+}
+
+impl Metrics {
+    pub(super) fn new(provider: &SdkMeterProvider, registry: Registry, with_tenant: bool) -> Self {
+        let meter = &provider.meter("builderd");
+        let levels = Arc::<Levels>::default();
+        observe(meter, &levels);
+        Self {
+            registry,
+            levels,
+            with_tenant,
+            builds: Builds::new(meter),
+            phases: Phases::new(meter),
+            sizes: Sizes::new(meter),
+            quotas: Quotas::new(meter),
+            requests: Requests::new(meter),
         }
     }
 
@@ -190,26 +240,26 @@ impl Metrics {
     pub(crate) fn build_created(&self, tenant: &TenantId, tier: Tier) {
         let mut labels = vec![KeyValue::new("tier", tier.as_str())];
         labels.extend(self.tenant(tenant));
-        self.tenant_builds.add(1, &labels);
+        self.builds.accepted.add(1, &labels);
     }
 
     /// A worker took a build.
     pub(crate) fn build_started(&self, tier: Tier) {
-        self.builds_started.add(1, &[KeyValue::new("tier", tier.as_str())]);
+        self.builds.started.add(1, &[KeyValue::new("tier", tier.as_str())]);
     }
 
     /// A build ended.
     pub(crate) fn build_ended(&self, tier: Tier, state: BuildState, secs: f64) {
         let tier = KeyValue::new("tier", tier.as_str());
         let labels = [tier.clone(), KeyValue::new("status", state.as_str())];
-        self.builds.add(1, &labels);
-        self.build_secs.record(secs, &labels);
-        self.builds_secs.record(secs, &labels);
+        self.builds.ended.add(1, &labels);
+        self.builds.secs.record(secs, &labels);
+        self.builds.secs_too.record(secs, &labels);
         match state {
             BuildState::Failed | BuildState::Timeout => {
-                self.build_errors.add(1, &[tier, KeyValue::new("error_type", state.as_str())]);
+                self.builds.failed.add(1, &[tier, KeyValue::new("error_type", state.as_str())]);
             }
-            BuildState::Cancelled => self.build_cancellations.add(1, &[tier]),
+            BuildState::Cancelled => self.builds.cancelled.add(1, &[tier]),
             BuildState::Completed
             | BuildState::Queued
             | BuildState::Preparing
@@ -223,16 +273,16 @@ impl Metrics {
     /// A step of a build ended; `name` is the state's, or the engine's phase.
     pub(crate) fn step(&self, name: &'static str, secs: f64, failed: bool) {
         let labels = [KeyValue::new("step", name)];
-        self.steps.add(1, &labels);
-        self.step_secs.record(secs, &labels);
+        self.phases.steps.add(1, &labels);
+        self.phases.secs.record(secs, &labels);
         if failed {
-            self.step_errors.add(1, &labels);
+            self.phases.errors.add(1, &labels);
             return;
         }
         match name {
-            "preparing" | "resolve" => self.pull_secs.record(secs, &[]),
-            "downloading" | "layers" => self.extract_secs.record(secs, &[]),
-            "optimizing" | "compress" => self.optimize_secs.record(secs, &[]),
+            "preparing" | "resolve" => self.phases.pull_secs.record(secs, &[]),
+            "downloading" | "layers" => self.phases.extract_secs.record(secs, &[]),
+            "optimizing" | "compress" => self.phases.optimize_secs.record(secs, &[]),
             _ => {}
         }
     }
@@ -240,29 +290,29 @@ impl Metrics {
     /// A build made an image of `image_bytes`, stored in `rootfs_bytes`.
     pub(crate) fn sizes(&self, image_bytes: u64, rootfs_bytes: u64) {
         let (image, rootfs) = (approximate(image_bytes), approximate(rootfs_bytes));
-        self.image_bytes.record(image, &[]);
-        self.rootfs_bytes.record(rootfs, &[]);
+        self.sizes.image_bytes.record(image, &[]);
+        self.sizes.rootfs_bytes.record(rootfs, &[]);
         if image_bytes > 0 {
-            self.compression_ratio.record(rootfs / image, &[]);
+            self.sizes.compression_ratio.record(rootfs / image, &[]);
         }
     }
 
     /// What a build needed.
     pub(crate) fn cost(&self, cost: &BuildMetrics) {
-        self.memory_bytes.record(approximate(cost.memory_peak_bytes), &[]);
-        self.disk_bytes.record(approximate(cost.disk_bytes), &[]);
+        self.sizes.memory_bytes.record(approximate(cost.memory_peak_bytes), &[]);
+        self.sizes.disk_bytes.record(approximate(cost.disk_bytes), &[]);
         if cost.total_ms > 0 {
-            self.cpu_cores.record(approximate(cost.cpu_ms) / approximate(cost.total_ms), &[]);
+            self.sizes.cpu_cores.record(approximate(cost.cpu_ms) / approximate(cost.total_ms), &[]);
         }
     }
 
     /// A quota refused a request.
     pub(crate) fn quota_violation(&self, tenant: &TenantId, kind: &'static str) {
         let kind = KeyValue::new("quota_type", kind);
-        self.quota_violations.add(1, std::slice::from_ref(&kind));
+        self.quotas.all.add(1, std::slice::from_ref(&kind));
         let mut labels = vec![kind];
         labels.extend(self.tenant(tenant));
-        self.tenant_quota_violations.add(1, &labels);
+        self.quotas.by_tenant.add(1, &labels);
     }
 
     /// A request begins; it is active until what is returned is dropped.
@@ -275,13 +325,13 @@ impl Metrics {
     pub(crate) fn rpc(&self, method: &str, code: &str, secs: f64) {
         let code = KeyValue::new("code", code.to_owned());
         let labels = [KeyValue::new("method", known(method)), code];
-        self.requests.add(1, &labels);
-        self.request_secs.record(secs, &labels[..1]);
+        self.requests.all.add(1, &labels);
+        self.requests.secs.record(secs, &labels[..1]);
     }
 
     /// A request panicked.
     pub(crate) fn rpc_panicked(&self, method: &str) {
-        self.panics.add(1, &[KeyValue::new("method", known(method))]);
+        self.requests.panics.add(1, &[KeyValue::new("method", known(method))]);
     }
 
     /// How many builds wait and run.

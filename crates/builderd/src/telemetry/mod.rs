@@ -13,7 +13,6 @@ mod metrics;
 use std::collections::HashMap;
 use std::future::Future;
 use std::io::{self, IsTerminal as _};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -195,7 +194,7 @@ pub(crate) async fn bind_metrics(config: &TelemetryConfig) -> io::Result<Option<
         let what = "UNKEY_BUILDERD_OTEL_PROMETHEUS_PORT";
         io::Error::new(error.kind(), format!("cannot listen on {address} ({what}): {error}"))
     };
-    TcpListener::bind::<SocketAddr>(address).await.map(Some).map_err(named)
+    TcpListener::bind(address).await.map(Some).map_err(named)
 }
 
 /// Serves `/metrics` alone, until `stop`.

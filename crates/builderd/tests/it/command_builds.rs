@@ -203,7 +203,8 @@ fn a_log_that_is_cut_goes_on_behind_its_last_line() {
         ("StreamBuildLogs", _) => {
             let heartbeat = json!({"heartbeat": true});
             let lines = [line(2), line(3), heartbeat, line(4)];
-            let messages: Vec<_> = lines.iter().map(|line| message(0, line)).chain([end()]).collect();
+            let messages: Vec<_> =
+                lines.iter().map(|line| message(0, line)).chain([end()]).collect();
             stream(&messages, false)
         }
         ("GetBuild", _) => json_reply(&build("COMPLETED")),
@@ -315,9 +316,28 @@ fn what_is_asked_for_is_what_is_sent() {
     let mut command = fake.command(
         &workshop,
         &[
-            "builds", "create", "ghcr.io/a/b:1", "--compression", "zstd", "--label", "a=b=c",
-            "--label", "x=", "--name", "mine", "--idempotency-key", "k1", "--tier", "pro",
-            "--size-limit", "2G", "--username", "me", "--password-stdin", "-o", "json",
+            "builds",
+            "create",
+            "ghcr.io/a/b:1",
+            "--compression",
+            "zstd",
+            "--label",
+            "a=b=c",
+            "--label",
+            "x=",
+            "--name",
+            "mine",
+            "--idempotency-key",
+            "k1",
+            "--tier",
+            "pro",
+            "--size-limit",
+            "2G",
+            "--username",
+            "me",
+            "--password-stdin",
+            "-o",
+            "json",
         ],
     );
     command.env("UNKEY_BUILDERD_TOKEN", "bld_canary").env("UNKEY_BUILDERD_TENANT_ID", "t1");
@@ -407,8 +427,10 @@ fn a_list_is_read_page_by_page() {
     assert_eq!(stdout(&output).lines().count(), 451, "a heading and the builds");
     assert!(stdout(&output).contains("completed   2024-01-15T10:30:00"), "{}", stdout(&output));
     let asked: Vec<Value> = fake.asked("ListBuilds").iter().map(Asked::json).collect();
-    let pages: Vec<_> = asked.iter().map(|asked| (&asked["pageSize"], &asked["pageToken"])).collect();
-    let expected = [(json!(200), json!("")), (json!(200), json!("after-0")), (json!(50), json!("after-1"))];
+    let pages: Vec<_> =
+        asked.iter().map(|asked| (&asked["pageSize"], &asked["pageToken"])).collect();
+    let expected =
+        [(json!(200), json!("")), (json!(200), json!("after-0")), (json!(50), json!("after-1"))];
     assert_eq!(pages, expected.iter().map(|(size, token)| (size, token)).collect::<Vec<_>>());
     assert_eq!(asked[0]["stateFilter"].as_array().unwrap().len(), 5);
 }

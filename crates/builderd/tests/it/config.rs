@@ -25,7 +25,8 @@ fn line(output: &Output, name: &str) -> String {
 #[test]
 fn each_value_says_where_it_comes_from() {
     let workshop = Workshop::new();
-    std::fs::write(workshop.path("b.toml"), "port = 1\nrate_limit = 7\nlog_level = 'warn'\n").unwrap();
+    std::fs::write(workshop.path("b.toml"), "port = 1\nrate_limit = 7\nlog_level = 'warn'\n")
+        .unwrap();
     let variables = [("RATE_LIMIT", "8"), ("DEFAULT_TENANT_TIER", "pro")];
     let output = config(&workshop, &["--config", "b.toml", "--origin"], &variables);
     assert!(line(&output, "PORT").ends_with("# b.toml: port"));

@@ -5,6 +5,7 @@
 mod builds;
 mod cache;
 mod command_builds;
+mod command_service;
 mod config;
 mod failures;
 mod registry;
