@@ -11,22 +11,19 @@ use secrecy::SecretString;
 use sha2::{Digest as _, Sha256};
 
 use super::hex;
-use super::record::{
-    Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage,
-};
+use super::record::{Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage};
 use super::state::BuildState;
 use crate::artifact::{ArtifactStore, OpenArtifact};
 use crate::clock::Clock;
 use crate::seal::{MasterKey, SealError};
 use crate::store::{
-    Accepted, Cancel, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store, StoreError,
+    Accepted, Cancel, Changes, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store,
+    StoreError,
 };
 use crate::tenant::{Denied, Principal, Right, TenantLimits, Tier};
 
 /// Most lines of one read of a log.
 pub const LOG_LINES_MAX: u32 = 1000;
-/// How often somebody who follows a log looks even if nobody said that something changed.
-const FOLLOW_SECS: u64 = 2;
 
 /// Why the service did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -212,9 +209,7 @@ impl BuildService {
     /// [`ServiceError::Store`]
     pub async fn limits(&self, who: &Principal) -> Result<TenantLimits, ServiceError> {
         let row = self.store.system().tenant(who.tenant()).await?;
-        Ok(row
-            .and_then(|row| row.limits)
-            .unwrap_or_else(|| self.rules.limits(who.tier()).clone()))
+        Ok(row.and_then(|row| row.limits).unwrap_or_else(|| self.rules.limits(who.tier()).clone()))
     }
 
     /// Accepts a build. When this returns, the build is in the database.
@@ -329,12 +324,7 @@ impl BuildService {
     ///
     /// # Errors
     /// [`ServiceError::NotEnded`] without `force`.
-    pub async fn delete(
-        &self,
-        who: &Principal,
-        id: &str,
-        force: bool,
-    ) -> Result<(), ServiceError> {
+    pub async fn delete(&self, who: &Principal, id: &str, force: bool) -> Result<(), ServiceError> {
         let permit = who.permit(Right::BuildDelete)?;
         let (store, build) = (self.store.tenant(&permit), known(id)?);
         loop {
@@ -391,9 +381,9 @@ impl BuildService {
         Ok(self.store.tenant(&permit).log_tail(&known(id)?, lines).await?)
     }
 
-    /// Waits until a log may have grown; the caller looks again.
-    pub async fn wait_for_log(&self) {
-        self.store.system().wait_for_change(Duration::from_secs(FOLLOW_SECS)).await;
+    /// Sees from now on when a log may have grown; whoever follows one looks again.
+    pub fn changes(&self) -> Changes {
+        self.store.system().changes()
     }
 
     /// What the tenant may use, and uses.
