@@ -16,7 +16,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use super::auth::Caller;
 use super::error::Answer;
 use super::rest::{Asked, TenantQuery, admitted, asked};
-use super::{ApiState, Answered};
+use super::{Answered, ApiState};
 use crate::artifact::OpenArtifact;
 use crate::build::record::BuildResult;
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::auth::{Caller, Claim};
 use super::error::Answer;
-use super::{ApiState, Answered, convert, spelling};
+use super::{Answered, ApiState, convert, spelling};
 use crate::build::record::Build;
 use crate::build::service::LOG_LINES_MAX;
 use crate::store::Filter;

@@ -113,7 +113,8 @@ fn connection(
     stream: TcpStream,
     peer: SocketAddr,
     router: axum::Router,
-) -> impl hyper_util::server::graceful::GracefulConnection<Error: std::fmt::Display> + Send + use<> {
+) -> impl hyper_util::server::graceful::GracefulConnection<Error: std::fmt::Display> + Send + use<>
+{
     // Small answers go at once; a socket that refuses that still works.
     let _ = stream.set_nodelay(true);
     let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
