@@ -42,7 +42,8 @@ pub(super) async fn artifact(
     headers: HeaderMap,
 ) -> Answered<Response> {
     let tenant = asked(query)?.tenant_id;
-    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
+    let state = &*state;
+    admitted(state, &caller, &tenant, |who| async move {
         let (id, is_checksum) = match id.strip_suffix(CHECKSUM_SUFFIX) {
             Some(id) => (id, true),
             None => (id.as_str(), false),

@@ -82,9 +82,10 @@ pub(super) async fn status(
     query: Asked<TenantQuery>,
 ) -> Answered<Json<Value>> {
     let tenant = asked(query)?.tenant_id;
-    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
+    let state = &*state;
+    admitted(state, &caller, &tenant, |who| async move {
         let build = state.service.get(&who, &id).await?;
-        Ok(Json(job(&state, &build)))
+        Ok(Json(job(state, &build)))
     })
     .await
 }
@@ -104,7 +105,8 @@ pub(super) async fn list(
 ) -> Answered<Json<Value>> {
     let query = asked(query)?;
     let tenant = query.tenant_id.clone();
-    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
+    let state = &*state;
+    admitted(state, &caller, &tenant, |who| async move {
         let limit = convert::page_limit("limit", query.limit)?;
         let mut filter = Filter { offset: query.offset, limit, ..Filter::default() };
         if !query.status.is_empty() {
@@ -115,7 +117,7 @@ pub(super) async fn list(
             }
         }
         let page = state.service.list(&who, &filter).await?;
-        let builds: Vec<Value> = page.builds.iter().map(|build| job(&state, build)).collect();
+        let builds: Vec<Value> = page.builds.iter().map(|build| job(state, build)).collect();
         Ok(Json(json!({
             "builds": builds,
             "total_count": page.total,
@@ -141,7 +143,8 @@ pub(super) async fn logs(
 ) -> Answered<Json<Value>> {
     let query = asked(query)?;
     let tenant = query.tenant_id.clone();
-    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
+    let state = &*state;
+    admitted(state, &caller, &tenant, |who| async move {
         let limit = query.limit.unwrap_or(LOG_LINES).min(LOG_LINES_MAX);
         let page = state.service.log(&who, &id, query.offset, limit).await?;
         let lines: Vec<Value> = page.lines.iter().map(convert::log_value).collect();

@@ -1,7 +1,6 @@
 //! The accept loop: HTTP/1.1 and HTTP/2 without TLS on one port, each side of a connection held
 //! to a deadline, and an end that lets requests finish.
 
-use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -120,8 +119,7 @@ fn connection(
     let _ = stream.set_nodelay(true);
     let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
         request.extensions_mut().insert(Peer(peer));
-        let answer = router.clone().oneshot(request.map(Body::new));
-        async move { answer.await.map_err(|never: Infallible| -> Infallible { match never {} }) }
+        router.clone().oneshot(request.map(Body::new))
     });
     let io = TokioIo::new(PromptIo::new(stream, HEAD_TIMEOUT));
     builder.serve_connection(io, service).into_owned()

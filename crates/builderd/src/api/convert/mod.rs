@@ -12,9 +12,7 @@ use crate::tenant::Tier;
 use api::v1;
 
 pub(super) use order::{filter, order, page_limit, states_of_status};
-pub(super) use shown::{
-    job, limits_message, log_message, log_value, quotas, state, stats, status, tenant_context,
-};
+pub(super) use shown::{job, log_message, log_value, quotas, state, stats, status, tenant_context};
 #[cfg(test)]
 pub(super) use unimplemented::UNIMPLEMENTED;
 

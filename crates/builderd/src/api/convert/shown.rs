@@ -132,7 +132,7 @@ pub(in super::super) fn tenant_context(build: &Build) -> v1::TenantContext {
 }
 
 /// A tenant's limits.
-pub(in super::super) fn limits_message(limits: &TenantLimits) -> v1::TenantResourceLimits {
+fn limits_message(limits: &TenantLimits) -> v1::TenantResourceLimits {
     v1::TenantResourceLimits {
         max_memory_bytes: signed(limits.memory_bytes),
         max_cpu_cores: small(limits.cpu_cores.into()),
