@@ -107,6 +107,7 @@ impl Answer {
                 StoreError::Corrupt(_)
                 | StoreError::Illegal(_)
                 | StoreError::Database(_)
+                | StoreError::DataDirectory { .. }
                 | StoreError::Migrate(_),
             )
             | E::Artifact(_)

@@ -17,10 +17,13 @@ use super::convert;
 use super::error::Answer;
 use crate::build::record::LogLine;
 use crate::build::service::{BuildService, LogPage, ServiceError};
+use crate::store::Changes;
 use crate::tenant::Principal;
 
 /// Lines read at once.
 const PAGE_LINES: u32 = 200;
+/// How often a follower looks even if nobody said that something changed.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// What a follower wants.
 #[derive(Clone, Debug)]
@@ -41,6 +44,7 @@ struct Follower {
     /// Whether nothing follows `lines`.
     is_end: bool,
     last_sent: Instant,
+    changes: Changes,
     shutdown: watch::Receiver<bool>,
 }
 
@@ -62,6 +66,8 @@ pub(super) async fn follow(
     ServiceError,
 > {
     let mut follower = Follower {
+        // Before the first look, so that nothing falls between.
+        changes: service.changes(),
         service,
         who,
         wish,
@@ -133,7 +139,7 @@ impl Follower {
             // A sender that is gone means that the service goes, too.
             _ = self.shutdown.changed() => Woken::Stopping,
             () = silent => Woken::Silent,
-            () = self.service.wait_for_log() => Woken::Changed,
+            () = self.changes.wait(LOOK_EVERY) => Woken::Changed,
         }
     }
 

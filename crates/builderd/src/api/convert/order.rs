@@ -231,8 +231,9 @@ fn echo(mut config: v1::BuildConfig) -> String {
         image.auth.take();
         image.registry_auth.take();
     }
-    // A message of plain data serialises.
-    serde_json::to_string(&config).unwrap_or_default()
+    // By way of a value: the same maps must give the same text, for a request's hash is taken
+    // over it. A message of plain data serialises.
+    serde_json::to_value(&config).unwrap_or_default().to_string()
 }
 
 /// Which builds [`v1::ListBuildsRequest`] asks for; none if its states are those of no build.
@@ -356,6 +357,16 @@ mod tests {
         });
         let echo = ordered(config).unwrap().request.echo;
         assert!(echo.contains("nginx:alpine") && !echo.contains("canary") && !echo.contains("me\""));
+    }
+
+    #[test]
+    fn the_same_request_is_the_same_text() {
+        let config = whole(|config| {
+            config["labels"] = (0..20).map(|n| (format!("l{n}"), json!("x"))).collect();
+        });
+        let echo = || ordered(config.clone()).unwrap().request.echo;
+        let first = echo();
+        assert!((0..20).all(|_| echo() == first));
     }
 
     #[test]
