@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use super::service_args::{
-    BuildsArgs, ConfigArgs, QuotasArgs, ServeArgs, StatsArgs, TenantArgs, TokenArgs,
+    AdminArgs, BuildsArgs, ConfigArgs, QuotasArgs, ServeArgs, StatsArgs, TenantArgs, TokenArgs,
 };
 use super::text::parse_size;
 
@@ -57,6 +57,8 @@ pub(super) enum Command {
     Token(TokenArgs),
     /// Set up and list tenants, in the server's database
     Tenant(TenantArgs),
+    /// Check, back up, restore or move the server's database
+    Admin(AdminArgs),
     /// One build of the service, in a process of its own
     #[command(hide = true)]
     BuildChild,

@@ -3,6 +3,7 @@
 #[macro_use]
 mod text;
 
+mod admin;
 mod args;
 mod build;
 mod builds;
@@ -73,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Quotas(args) => quotas::quotas(&args),
         Command::Stats(args) => quotas::stats(&args),
         Command::Token(args) => token::tokens(&args),
+        Command::Admin(args) => admin::run(&args),
         Command::Tenant(args) => token::tenants(&args),
         Command::BuildChild => crate::build::child::main().map_err(Failure::ours),
         Command::Completions { shell } => {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use secrecy::SecretString;
 
 use super::args::CompressionArg;
 use crate::config::parse_duration;
@@ -290,6 +291,40 @@ pub(super) struct StatsArgs {
 
     #[command(flatten)]
     pub(super) format: FormatArgs,
+}
+
+#[derive(Debug, Parser)]
+pub(super) struct AdminArgs {
+    #[command(flatten)]
+    pub(super) settings: SettingsArgs,
+
+    #[command(subcommand)]
+    pub(super) command: AdminCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum AdminCommand {
+    /// Check the rules that the database must always obey
+    Check,
+    /// Copy the SQLite database to a file, also while the server runs
+    Backup {
+        /// The file to write; it must not exist
+        file: PathBuf,
+    },
+    /// Bring a copy back, into an empty data directory
+    Restore {
+        /// What `backup` wrote
+        file: PathBuf,
+    },
+    /// Copy everything from SQLite to an empty PostgreSQL database
+    MigrateStore {
+        /// The data directory with the SQLite database; its server must not run
+        #[arg(long, value_name = "DIR")]
+        from: PathBuf,
+        /// postgres://user:password@host/name
+        #[arg(long, value_name = "URL")]
+        to: SecretString,
+    },
 }
 
 #[derive(Debug, Parser)]
