@@ -207,8 +207,7 @@ fn a_log_that_is_cut_goes_on_behind_its_last_line() {
         ("StreamBuildLogs", _) => {
             let heartbeat = json!({"heartbeat": true});
             let lines = [line(2), line(3), heartbeat, line(4)];
-            let messages: Vec<_> =
-                lines.iter().map(|line| message(0, line)).chain([end()]).collect();
+            let sent: Vec<_> = lines.iter().map(|line| message(0, line)).chain([end()]).collect();
             messages(&sent, false)
         }
         ("GetBuild", _) => json_reply(&build("COMPLETED")),
