@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::response::Response;
+use futures_util::{StreamExt as _, stream};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
@@ -76,7 +77,7 @@ fn line(offset: u64) -> Value {
     line
 }
 
-fn stream(messages: &[Vec<u8>], is_cut: bool) -> Reply {
+fn messages(messages: &[Vec<u8>], is_cut: bool) -> Reply {
     Reply { status: 200, headers: vec![], pieces: messages.to_vec(), is_cut }
 }
 
@@ -164,12 +165,15 @@ async fn respond(
     for (name, value) in reply.headers {
         builder = builder.header(name, value);
     }
-    let mut pieces: Vec<Result<Bytes, std::io::Error>> =
-        reply.pieces.into_iter().map(|piece| Ok(piece.into())).collect();
-    if reply.is_cut {
-        pieces.push(Err(std::io::Error::other("cut")));
-    }
-    builder.body(Body::from_stream(futures_util::stream::iter(pieces))).unwrap()
+    let pieces = stream::iter(reply.pieces).map(|piece| Ok(Bytes::from(piece)));
+    let end = stream::iter(reply.is_cut.then_some(())).then(|()| async {
+        // What was said before is sent when there is nothing to say for a moment.
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        Err(std::io::Error::other("cut"))
+    });
+    builder.body(Body::from_stream(pieces.chain(end))).unwrap()
 }
 
 fn build(state: &str) -> Value {
@@ -188,24 +192,23 @@ fn stdout(output: &Output) -> String {
 #[test]
 fn a_log_that_is_cut_goes_on_behind_its_last_line() {
     let fake = Fake::new(|asked| match (asked.method.as_str(), asked.before) {
-        ("StreamBuildLogs", 0) => stream(&[message(0, &line(0)), message(0, &line(1))], true),
+        ("StreamBuildLogs", 0) => messages(&[message(0, &line(0)), message(0, &line(1))], true),
         // A stopping server says so.
         ("StreamBuildLogs", 1) => {
             let unavailable = json!({"error": {"code": "unavailable", "message": "stopping"}});
-            stream(&[message(0, &line(2)), message(2, &unavailable)], false)
+            messages(&[message(0, &line(2)), message(2, &unavailable)], false)
         }
         ("StreamBuildLogs", 2) => Reply { status: 503, ..refusal(503, "unavailable", "starting") },
         // One that dies may not, and half a message is none.
         ("StreamBuildLogs", 3) => {
-            stream(&[message(0, &line(3)), message(0, &line(4))[..9].to_vec()], true)
+            messages(&[message(0, &line(3)), message(0, &line(4))[..9].to_vec()], true)
         }
         // Lines that were seen come again, and a sign of life.
         ("StreamBuildLogs", _) => {
             let heartbeat = json!({"heartbeat": true});
             let lines = [line(2), line(3), heartbeat, line(4)];
-            let messages: Vec<_> =
-                lines.iter().map(|line| message(0, line)).chain([end()]).collect();
-            stream(&messages, false)
+            let sent: Vec<_> = lines.iter().map(|line| message(0, line)).chain([end()]).collect();
+            messages(&sent, false)
         }
         ("GetBuild", _) => json_reply(&build("COMPLETED")),
         _ => refusal(404, "not_found", "?"),
@@ -233,8 +236,8 @@ fn a_log_that_is_cut_goes_on_behind_its_last_line() {
 #[test]
 fn a_stream_that_ends_before_the_build_is_taken_up_again() {
     let fake = Fake::new(|asked| match (asked.method.as_str(), asked.before) {
-        ("StreamBuildLogs", 0) => stream(&[message(0, &line(0)), end()], false),
-        ("StreamBuildLogs", _) => stream(&[message(0, &line(1)), end()], false),
+        ("StreamBuildLogs", 0) => messages(&[message(0, &line(0)), end()], false),
+        ("StreamBuildLogs", _) => messages(&[message(0, &line(1)), end()], false),
         ("GetBuild", 0) => json_reply(&build("BUILDING")),
         _ => json_reply(&build("COMPLETED")),
     });
@@ -254,7 +257,7 @@ fn a_stream_that_ends_before_the_build_is_taken_up_again() {
 fn an_error_in_the_stream_is_the_commands() {
     let fake = Fake::new(|_| {
         let error = json!({"error": {"code": "not_found", "message": "build not found: x"}});
-        stream(&[message(2, &error)], false)
+        messages(&[message(2, &error)], false)
     });
     let workshop = Workshop::new();
     let output = fake.run(&workshop, &["builds", "logs", "-f", "x"]);
@@ -267,7 +270,7 @@ fn an_error_in_the_stream_is_the_commands() {
 fn ending(ended: Value) -> Fake {
     Fake::new(move |asked| match asked.method.as_str() {
         "CreateBuild" => json_reply(&json!({"buildId": ID, "state": "BUILD_STATE_PENDING"})),
-        "StreamBuildLogs" => stream(&[message(0, &line(0)), end()], false),
+        "StreamBuildLogs" => messages(&[message(0, &line(0)), end()], false),
         _ => {
             let mut answer = build("FAILED");
             answer["build"].as_object_mut().unwrap().extend(ended.as_object().unwrap().clone());
