@@ -1,5 +1,6 @@
 //! The project's chores: `cargo xtask <chore>`.
 
+mod apidoc;
 mod arguments;
 mod bench;
 mod boot;
@@ -34,6 +35,7 @@ usage: cargo xtask CHORE
                        [--no-failing-peers] [--no-series] [--reflink xfs|btrfs|none]
                        [--binary FILE]
   bench --service      the service's figures; [--binary FILE]
+  docs                 write docs/api.md from the proto file
   fuzz [TARGET...]     every parser of foreign bytes; [--seconds N]
   stories [WORDS]      stories whose sentence contains WORDS; [--full] [--binary FILE] [--seed N]
   images [NAME...]     make the test images
@@ -62,6 +64,7 @@ fn run() -> Result<()> {
         "test" => check::test(arguments),
         "soak" => check::soak(arguments),
         "bench" => bench::run(arguments),
+        "docs" => arguments.end().and_then(|()| apidoc::run()),
         "fuzz" => fuzz::run(arguments),
         "stories" => stories(arguments),
         "images" => images::run(arguments.rest()?),

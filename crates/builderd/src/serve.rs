@@ -252,7 +252,7 @@ fn worker_rules(config: &Config) -> Result<WorkerRules, ServeError> {
     Ok(WorkerRules {
         concurrent_max: config.max_concurrent_builds,
         registry: RegistrySpec {
-            mirror: config.docker.mirror.clone(),
+            mirrors: config.docker.mirrors.clone(),
             insecure: config.docker.insecure_registries.clone(),
             image_bytes_max: config.docker.image_bytes_max,
             credentials: None,

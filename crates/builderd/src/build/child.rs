@@ -5,7 +5,6 @@
 //! nameless until it is done. Secrets come by standard input, never by argument or environment.
 //! The child knows no database, no tenant and no other build.
 
-use std::collections::BTreeMap;
 use std::io::{self, Read as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -30,8 +29,8 @@ pub(super) const LINE_BYTES_MAX: usize = 1 << 20;
 /// How registries are reached: the part of the settings that a child needs.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct RegistrySpec {
-    /// Asked before Docker Hub.
-    pub(crate) mirror: Option<String>,
+    /// Asked before the registry itself, each `[HOST=]MIRROR`.
+    pub(crate) mirrors: Vec<String>,
     /// Reached over plain HTTP.
     pub(crate) insecure: Vec<String>,
     /// Largest image, compressed.
@@ -73,9 +72,7 @@ impl RegistrySpec {
         options.limits.image_bytes_max = self.image_bytes_max;
         options.limits.layer_bytes_max = self.image_bytes_max;
         options.plain_http.extend(self.insecure.iter().cloned());
-        if let Some(mirror) = &self.mirror {
-            options.mirrors = BTreeMap::from([("docker.io".to_owned(), vec![mirror.clone()])]);
-        }
+        self.mirrors.iter().for_each(|mirror| options.add_mirror(mirror));
         if let Some(sent) = &self.credentials {
             let secret = SecretString::from(sent.secret.clone());
             let credentials = match sent.username.is_empty() {

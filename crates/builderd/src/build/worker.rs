@@ -20,6 +20,7 @@ use tokio::process::{Child, ChildStdout, Command};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tracing::Instrument as _;
 
 use super::child::{ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec};
 use super::disk::lock;
@@ -150,15 +151,13 @@ impl Workers {
             tenant = build.tenant.as_str(),
             attempt = build.attempt,
         );
-        let _entered = tracing::Instrument::instrument(
-            async {
-                self.metrics.build_started(build.tier);
-                let started = self.clock.now();
-                let end = Running::new(self, &claimed, give_up).to_the_end().await;
-                self.conclude(&lease, &build, started, end).await;
-            },
-            span,
-        )
+        async {
+            self.metrics.build_started(build.tier);
+            let started = self.clock.now();
+            let end = Running::new(self, &claimed, give_up).to_the_end().await;
+            self.conclude(&lease, &build, started, end).await;
+        }
+        .instrument(span)
         .await;
     }
 
@@ -383,7 +382,7 @@ impl<'a> Running<'a> {
         self.journal.say("info", "puller", format!("resolving {}", request.image));
         self.journal.enter(BuildState::Preparing, 1, "Resolving the image").await;
         let registry = self.registry()?;
-        let image = self.resolve(&registry).await?;
+        let image = self.resolve(&registry).instrument(tracing::info_span!("resolve")).await?;
         let pull_ms = millis(started);
         self.journal.say("info", "puller", described(&image));
         let name = self.artifact_name(&image);
@@ -400,8 +399,10 @@ impl<'a> Running<'a> {
                 BuildMetrics { pull_ms, total_ms, source_bytes, ..BuildMetrics::default() };
             return Ok((name, result));
         }
-        let report = self.run_child(&image, registry).await?;
-        let result = self.publish(&name, &image, report, pull_ms, started).await?;
+        let running = tracing::info_span!("run");
+        let report = self.run_child(&image, registry).instrument(running).await?;
+        let publish = self.publish(&name, &image, report, pull_ms, started);
+        let result = publish.instrument(tracing::info_span!("publish")).await?;
         Ok((name, result))
     }
 

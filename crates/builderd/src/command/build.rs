@@ -108,8 +108,7 @@ fn client_options(args: &BuildArgs, environment: &Environment) -> Result<ClientO
     };
     options.plain_http.extend(registry.plain_http.iter().cloned());
     for mirror in &registry.mirror {
-        let (host, mirror) = mirror.split_once('=').unwrap_or(("docker.io", mirror));
-        options.mirrors.entry(host.to_owned()).or_default().push(mirror.to_owned());
+        options.add_mirror(mirror);
     }
     for path in &registry.ca_file {
         let pem = std::fs::read(path).map_err(|error| {

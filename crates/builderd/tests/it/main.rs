@@ -6,4 +6,5 @@ mod builds;
 mod cache;
 mod failures;
 mod registry;
+mod service;
 mod support;
