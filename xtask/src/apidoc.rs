@@ -103,7 +103,9 @@ mod tests {
     #[test]
     fn comments_become_the_last_column() {
         let page = render("// What.\nmessage A {\n  // Why.\n  map<string, B> c = 7;\n}\n");
-        assert!(page.ends_with("## A\n\nWhat.\n\n| field | number | type | |\n|---|---:|---|---|\n\
-             | `c` | 7 | map<string, B> | Why. |\n"));
+        assert!(page.ends_with(
+            "## A\n\nWhat.\n\n| field | number | type | |\n|---|---:|---|---|\n\
+             | `c` | 7 | map<string, B> | Why. |\n"
+        ));
     }
 }

@@ -120,9 +120,12 @@ impl Bench {
         let api = Api::new(server.address(), "big", "DEDICATED");
         for (what, message) in [
             ("the first page", json!({"pageSize": 50})),
-            ("failed ones, of which there are none", json!({
-                "pageSize": 50, "stateFilter": ["BUILD_STATE_FAILED"],
-            })),
+            (
+                "failed ones, of which there are none",
+                json!({
+                    "pageSize": 50, "stateFilter": ["BUILD_STATE_FAILED"],
+                }),
+            ),
         ] {
             let time = median_of(&api, "ListBuilds", &message)?;
             row(&format!("ListBuilds, {what}, {builds} builds"), &milliseconds(time));
@@ -160,7 +163,8 @@ impl Bench {
         for (table, key) in tables {
             let columns = sql(&format!("SELECT name FROM pragma_table_info('{table}')"))?;
             let copied = |big: bool| {
-                let tenant = if big { "'big'".into() } else { format!("'other-' || (n.i % {OTHERS})") };
+                let tenant =
+                    if big { "'big'".into() } else { format!("'other-' || (n.i % {OTHERS})") };
                 let value = |column: &str| match column {
                     "tenant_id" => tenant.clone(),
                     "idempotency_key" => "NULL".into(),
@@ -250,7 +254,9 @@ fn other(number: u64) -> String {
 /// The statements that copy the tenant `template` and its artifact.
 fn clone_tenant(sql: &impl Fn(&str) -> Result<String>, tenant: &str) -> Result<String> {
     let mut script = String::new();
-    for (table, key) in [("tenant", "id"), ("tenant_day", "tenant_id"), ("tenant_artifact", "tenant_id")] {
+    for (table, key) in
+        [("tenant", "id"), ("tenant_day", "tenant_id"), ("tenant_artifact", "tenant_id")]
+    {
         let columns = sql(&format!("SELECT name FROM pragma_table_info('{table}')"))?;
         let value =
             |column: &str| if column == key { format!("'{tenant}'") } else { column.to_owned() };
@@ -271,8 +277,7 @@ fn median_of(api: &Api, method: &str, message: &serde_json::Value) -> Result<Dur
         ("X-Tenant-ID", api.tenant.as_str()),
     ];
     let body = message.to_string();
-    let request =
-        Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
+    let request = Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
     let mut connection = Connection::open(&api.address)?;
     let mut times = Vec::new();
     for _ in 0..CALLS {
@@ -316,7 +321,7 @@ fn get_builds(server: &Server, builds_each: u64) -> Result<()> {
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(ask)).collect();
-        let ended = threads.into_iter().map(|thread| thread.join());
-        ended.map(|result| result.unwrap_or_else(|_| bail!("a caller panicked"))).collect()
+        let mut ended = threads.into_iter().map(|thread| thread.join());
+        ended.try_for_each(|result| result.unwrap_or_else(|_| bail!("a caller panicked")))
     })
 }

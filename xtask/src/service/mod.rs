@@ -119,7 +119,9 @@ impl Place {
             ["\"WARN\"", "\"ERROR\"", "panicked"].iter().any(|word| line.contains(word))
         };
         let mut lines: Vec<String> = texts
-            .flat_map(|text| text.lines().filter(|line| complains(line)).map(str::to_owned).collect::<Vec<_>>())
+            .flat_map(|text| {
+                text.lines().filter(|line| complains(line)).map(str::to_owned).collect::<Vec<_>>()
+            })
             .collect();
         lines.truncate(30);
         lines.join("\n")

@@ -27,8 +27,7 @@ impl Postgres {
     pub(crate) fn start() -> Result<Self> {
         // Not below `target`: the user postgres may not reach a home directory.
         let dir = tempfile::Builder::new().prefix("builderd-postgres-").tempdir()?;
-        let mut postgres =
-            Self { programs: programs()?, dir, port: free_port()?, server: None };
+        let mut postgres = Self { programs: programs()?, dir, port: free_port()?, server: None };
         if process::is_root() {
             Program::new("chown").arg("postgres:").arg(postgres.dir.path()).run()?;
         }
@@ -53,7 +52,8 @@ impl Postgres {
             .background(&self.log())?;
         self.server = Some(server);
         until("PostgreSQL accepts connections", START, || {
-            if let Some(status) = self.server.as_mut().map(Background::finished).transpose()?.flatten()
+            if let Some(status) =
+                self.server.as_mut().map(Background::finished).transpose()?.flatten()
             {
                 let said = std::fs::read_to_string(self.log()).unwrap_or_default();
                 bail!("PostgreSQL ended with {status}:\n{said}");

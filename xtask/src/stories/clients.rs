@@ -50,8 +50,7 @@ pub(super) fn connect_node_lives_a_builds_life_on_every_transport(lab: &Lab) -> 
     let dir = clients::node()?;
     with_service(lab, |server, image, slow| {
         let url = format!("http://{}", server.address());
-        let said =
-            Program::new("node").args(["client.mjs", &url, image, slow]).dir(&dir).text()?;
+        let said = Program::new("node").args(["client.mjs", &url, image, slow]).dir(&dir).text()?;
         let count = passed(&said);
         if count != NODE_TRANSPORTS {
             bail!("{count} of {NODE_TRANSPORTS} transports passed:\n{said}");
@@ -108,7 +107,8 @@ pub(super) fn plain_curl_lives_a_builds_life(lab: &Lab) -> Result<Verdict> {
     with_service(lab, |server, image, slow| {
         for version in ["--http1.1", "--http2-prior-knowledge"] {
             let tenant = format!("curl{version}").replace(".", "");
-            let call = |method: &str, message: &Value| curl(server, &tenant, version, method, message);
+            let call =
+                |method: &str, message: &Value| curl(server, &tenant, version, method, message);
             one_life(&call, &tenant, image, slow).with_context(|| version.to_owned())?;
             println!("      ok curl {version}");
         }
@@ -148,10 +148,8 @@ fn curl(
         let status = route(&format!("GetBuildStatus/{id}"))?;
         Ok((status["status"] == "BUILD_STATUS_COMPLETED").then_some(()))
     })?;
-    match route(&format!("GetBuildLogs/{id}?offset=0&limit=1000"))?["logs"].take() {
-        Value::Array(lines) => Ok(lines),
-        other => bail!("GetBuildLogs gave no lines but {other}"),
-    }
+    let page = route(&format!("GetBuildLogs/{id}?offset=0&limit=1000"))?;
+    page["logs"].as_array().cloned().context("GetBuildLogs gave no lines")
 }
 
 fn one_life(call: &Caller<'_>, tenant: &str, image: &str, slow: &str) -> Result<()> {
@@ -208,10 +206,7 @@ fn one_life(call: &Caller<'_>, tenant: &str, image: &str, slow: &str) -> Result<
     Ok(())
 }
 
-fn cancel_another(
-    one: &dyn Fn(&str, Value) -> Result<Value>,
-    order: &Value,
-) -> Result<Value> {
+fn cancel_another(one: &dyn Fn(&str, Value) -> Result<Value>, order: &Value) -> Result<Value> {
     let id = one("CreateBuild", order.clone())?["buildId"].take();
     let reaches = |state: &str| {
         until(state, Duration::from_secs(30), || {

@@ -336,8 +336,7 @@ fn at_once(api: &Api, message: &Value, callers: usize) -> Result<Vec<u16>> {
         ("X-Tenant-ID", api.tenant.as_str()),
     ];
     let body = message.to_string();
-    let request =
-        Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
+    let request = Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
     let barrier = Barrier::new(callers);
     std::thread::scope(|scope| {
         let call = || {
