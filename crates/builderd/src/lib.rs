@@ -17,6 +17,8 @@ pub mod command;
 mod config;
 pub mod packs;
 mod seal;
+mod serve;
 mod staged;
 pub mod store;
+mod telemetry;
 pub mod tenant;

@@ -12,7 +12,7 @@ use secrecy::ExposeSecret as _;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::api::{self, ApiRules};
+use crate::api::{self, ApiRules, Meters, Mode};
 use crate::artifact::{ArtifactStore, LocalArtifacts, ObjectArtifacts};
 use crate::build::child::RegistrySpec;
 use crate::build::janitor::{Janitor, JanitorRules};
@@ -84,6 +84,12 @@ pub(crate) fn run(config: Config) -> Result<(), ServeError> {
         let listener = TcpListener::bind(config.listen)
             .await
             .map_err(|source| ServeError::Listen { address, source })?;
+        let listening = |source| ServeError::Listen { address: "/metrics".into(), source };
+        if let Some(port) = telemetry::bind_metrics(&config.telemetry).await.map_err(listening)? {
+            let mut stopped = stopped.clone();
+            let until = async move { drop(stopped.wait_for(|stopping| *stopping).await) };
+            tokio::spawn(telemetry::serve_metrics(port, telemetry.metrics(), until));
+        }
         let served = serve(config, listener, telemetry.metrics(), stopped).await;
         telemetry.finish().await;
         served
@@ -149,17 +155,17 @@ pub(crate) async fn serve(
     let janitor = Janitor::new(
         store.clone(),
         Arc::clone(&artifacts),
-        clock,
+        Arc::clone(&clock),
         Arc::clone(&metrics),
         janitor_rules(&config, packs),
     );
-    let state = api::ApiState::new(service, store, metrics, ApiRules::from(&config));
+    let (meters, rules) = (meters(&metrics), api_rules(&config));
+    let state = api::ApiState::new(service, store, clock, meters, rules, stopped.clone());
     let address = listener.local_addr().map_err(ServeError::Runtime)?;
     tracing::info!(%address, dev = config.dev, "listening");
     let work = tokio::spawn(Arc::clone(&workers).run(stopped.clone()));
     let tidy = tokio::spawn(janitor.run(stopped.clone()));
-    let answered =
-        api::serve(listener, api::router(state), stopped, config.shutdown_timeout).await;
+    let answered = api::serve(listener, api::router(state), stopped, config.shutdown_timeout).await;
     let ended = tokio::join!(work, tidy);
     answered.map_err(ServeError::Runtime)?;
     ended.0.and(ended.1).map_err(|error| ServeError::Runtime(io::Error::other(error)))
@@ -207,7 +213,15 @@ fn open_artifacts(config: &Config) -> Result<Arc<dyn ArtifactStore>, ServeError>
         StorageBackend::Local => {
             return Ok(Arc::new(LocalArtifacts::open(root).map_err(failed)?));
         }
-        StorageBackend::S3 { bucket, region, endpoint, access_key_id, secret, prefix, allow_http } => {
+        StorageBackend::S3 {
+            bucket,
+            region,
+            endpoint,
+            access_key_id,
+            secret,
+            prefix,
+            allow_http,
+        } => {
             let mut builder = AmazonS3Builder::new()
                 .with_bucket_name(bucket)
                 .with_region(region)
@@ -216,9 +230,8 @@ fn open_artifacts(config: &Config) -> Result<Arc<dyn ArtifactStore>, ServeError>
                 builder = builder.with_endpoint(endpoint);
             }
             if let (Some(id), Some(secret)) = (access_key_id, secret) {
-                builder = builder
-                    .with_access_key_id(id)
-                    .with_secret_access_key(secret.expose_secret());
+                builder =
+                    builder.with_access_key_id(id).with_secret_access_key(secret.expose_secret());
             }
             let store = builder.build().map_err(ServeError::Objects)?;
             (Arc::new(store), format!("s3://{bucket}"), prefix)
@@ -234,6 +247,22 @@ fn open_artifacts(config: &Config) -> Result<Arc<dyn ArtifactStore>, ServeError>
     };
     let (store, url, prefix) = objects;
     Ok(Arc::new(ObjectArtifacts::open(store, &url, prefix, root).map_err(failed)?))
+}
+
+fn api_rules(config: &Config) -> ApiRules {
+    ApiRules {
+        mode: if config.dev { Mode::Development } else { Mode::Tokens },
+        default_tier: config.tenants.default_tier,
+        health_per_sec: config.health_rate_per_sec,
+    }
+}
+
+fn meters(metrics: &Arc<telemetry::Metrics>) -> Meters {
+    let (shown, told) = (Arc::clone(metrics), Arc::clone(metrics));
+    Meters {
+        render: Box::new(move || shown.render()),
+        observe: Arc::new(move |method, code, time| told.rpc(method, code, time.as_secs_f64())),
+    }
 }
 
 fn service_rules(config: &Config) -> ServiceRules {
@@ -258,9 +287,7 @@ fn worker_rules(config: &Config) -> Result<WorkerRules, ServeError> {
             credentials: None,
         },
         pull_timeout: config.docker.pull_timeout,
-        packs: storage
-            .cache_enabled
-            .then(|| (storage.cache_dir.clone(), storage.cache_max_bytes)),
+        packs: storage.cache_enabled.then(|| (storage.cache_dir.clone(), storage.cache_max_bytes)),
         cache_enabled: storage.cache_enabled,
         program,
         shutdown_timeout: config.shutdown_timeout,

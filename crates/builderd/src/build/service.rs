@@ -19,14 +19,12 @@ use crate::artifact::{ArtifactStore, OpenArtifact};
 use crate::clock::Clock;
 use crate::seal::{MasterKey, SealError};
 use crate::store::{
-    Accepted, Cancel, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store, StoreError,
+    Accepted, Cancel, Changes, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store, StoreError,
 };
 use crate::tenant::{Denied, Principal, Right, TenantLimits, Tier};
 
 /// Most lines of one read of a log.
 pub const LOG_LINES_MAX: u32 = 1000;
-/// How often somebody who follows a log looks even if nobody said that something changed.
-const FOLLOW_SECS: u64 = 2;
 
 /// Why the service did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -338,7 +336,7 @@ impl BuildService {
         let permit = who.permit(Right::BuildDelete)?;
         let (store, build) = (self.store.tenant(&permit), known(id)?);
         loop {
-            match store.delete(&build, self.clock.now()).await? {
+            match store.delete(&build).await? {
                 None => return Err(ServiceError::NotFound(id.to_owned())),
                 Some(Delete::Done) => return Ok(()),
                 Some(Delete::Running(state)) if !force => {
@@ -391,9 +389,9 @@ impl BuildService {
         Ok(self.store.tenant(&permit).log_tail(&known(id)?, lines).await?)
     }
 
-    /// Waits until a log may have grown; the caller looks again.
-    pub async fn wait_for_log(&self) {
-        self.store.system().wait_for_change(Duration::from_secs(FOLLOW_SECS)).await;
+    /// Sees from now on when a log may have grown; whoever follows one looks again.
+    pub fn changes(&self) -> Changes {
+        self.store.system().changes()
     }
 
     /// What the tenant may use, and uses.

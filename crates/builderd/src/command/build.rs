@@ -48,7 +48,9 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
             return Err(Failure::usage(message));
         }
         (Some(bytes), _) => ext4::Size::Exact { bytes },
-        (None, free) => ext4::Size::FreeSpace { bytes: free.unwrap_or(build::DEFAULT_FREE_SPACE_BYTES) },
+        (None, free) => {
+            ext4::Size::FreeSpace { bytes: free.unwrap_or(build::DEFAULT_FREE_SPACE_BYTES) }
+        }
     };
     let packs = if args.no_cache {
         PackStorage::Temporary

@@ -1,16 +1,26 @@
 //! What outlives the process: builds, their logs, tenants, tokens and artifacts, in SQL.
 //!
-//! One body for two engines, SQLite and PostgreSQL (`sql.rs`), one schema (`migrations/`), one
-//! conformance suite (`tests/it/store.rs`). A tenant's rows are reached with a [`Permit`]
+//! One body (`sql/`) for two engines (`engine.rs`), SQLite and PostgreSQL, one schema
+//! (`migrations/`), one conformance suite that runs on both (`tests/`). A tenant's rows are reached with a [`Permit`]
 //! through [`TenantStore`], a running build's with its [`Lease`] through [`LeaseStore`]; what
 //! belongs to nobody is [`SystemStore`]'s. Every change of a build's state is one transaction
 //! that asks [`BuildState::next`], compares and sets, counts, and adds an event row.
 //!
 //! It does not know doors, the engine, or where artifacts lie.
 
+pub mod admin;
+mod changes;
+mod engine;
+mod open;
+mod sql;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use async_trait::async_trait;
+pub use changes::Changes;
+pub(crate) use sql::Rows;
 
 use crate::build::record::{
     Build, BuildId, BuildRequest, BuildResult, Failure, LogLine, Micros, Stats, Usage,
@@ -36,6 +46,14 @@ pub enum StoreError {
     /// Anything else the database said.
     #[error("the database failed")]
     Database(#[source] sqlx::Error),
+    /// The data directory cannot be used.
+    #[error("the data directory {path:?} cannot be used: {problem}")]
+    DataDirectory {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// A migration failed.
     #[error("the database's schema could not be brought up to date")]
     Migrate(#[from] sqlx::migrate::MigrateError),
@@ -273,148 +291,47 @@ pub struct Depth {
     pub running: u64,
 }
 
-/// What the SQL does, for both engines. Used through the views below, which say who may.
-#[async_trait]
-pub(crate) trait Rows: Send + Sync {
-    async fn create(
-        &self,
-        tenant: &TenantId,
-        tier: Tier,
-        tenant_limits: &TenantLimits,
-        build: NewBuild,
-    ) -> Result<Accepted, StoreError>;
-    async fn get(&self, tenant: &TenantId, id: &BuildId) -> Result<Option<Build>, StoreError>;
-    async fn list(&self, tenant: &TenantId, filter: &Filter) -> Result<Page, StoreError>;
-    async fn cancel(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-        reason: &str,
-        now: Micros,
-    ) -> Result<Option<Cancel>, StoreError>;
-    async fn delete(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-        now: Micros,
-    ) -> Result<Option<Delete>, StoreError>;
-    async fn log(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-        offset: u64,
-        limit: u32,
-    ) -> Result<Vec<LogLine>, StoreError>;
-    async fn log_tail(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-        lines: u32,
-    ) -> Result<Vec<LogLine>, StoreError>;
-    async fn usage(&self, tenant: &TenantId, now: Micros) -> Result<Usage, StoreError>;
-    async fn stats(
-        &self,
-        tenant: &TenantId,
-        from: Option<Micros>,
-        to: Option<Micros>,
-    ) -> Result<Stats, StoreError>;
-
-    async fn claim(
-        &self,
-        worker: &str,
-        lease_secs: u64,
-        now: Micros,
-    ) -> Result<Option<Claimed>, StoreError>;
-    async fn heartbeat(
-        &self,
-        lease: &Lease,
-        lease_secs: u64,
-        now: Micros,
-    ) -> Result<Heartbeat, StoreError>;
-    async fn progress(
-        &self,
-        lease: &Lease,
-        state: BuildState,
-        percent: u32,
-        step: &str,
-        now: Micros,
-    ) -> Result<Fenced, StoreError>;
-    async fn append_log(&self, lease: &Lease, lines: &[LogLine]) -> Result<Fenced, StoreError>;
-    async fn finish(
-        &self,
-        lease: &Lease,
-        artifact: Option<&ArtifactName>,
-        outcome: Outcome,
-        now: Micros,
-    ) -> Result<Fenced, StoreError>;
-    async fn known_artifact(
-        &self,
-        name: &ArtifactName,
-    ) -> Result<Option<KnownArtifact>, StoreError>;
-
-    async fn reap(&self, attempts_max: u32, now: Micros) -> Result<u64, StoreError>;
-    async fn expire(&self, older_than: Micros) -> Result<u64, StoreError>;
-    async fn evict(&self, bytes_max: u64) -> Result<u64, StoreError>;
-    async fn artifact_is_referenced(&self, key: &str) -> Result<bool, StoreError>;
-    async fn depth(&self) -> Result<Depth, StoreError>;
-    async fn storage_bytes(&self) -> Result<u64, StoreError>;
-    async fn ping(&self) -> Result<(), StoreError>;
-    async fn clock(&self) -> Result<Micros, StoreError>;
-
-    async fn put_tenant(&self, tenant: &TenantRow) -> Result<(), StoreError>;
-    async fn tenant(&self, id: &TenantId) -> Result<Option<TenantRow>, StoreError>;
-    async fn tenants(&self) -> Result<Vec<TenantRow>, StoreError>;
-    async fn add_token(&self, token: &TokenRow) -> Result<(), StoreError>;
-    async fn token_by_hash(&self, secret_hash: &str) -> Result<Option<TokenRow>, StoreError>;
-    async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError>;
-    async fn revoke_token(&self, id: &str, now: Micros) -> Result<bool, StoreError>;
-
-    /// Waits until a build may have been queued, cancelled or logged, at most so long: a hint,
-    /// never more.
-    async fn wait_for_change(&self, at_most: std::time::Duration);
-}
-
 /// The database.
 #[derive(Clone)]
 pub struct Store {
-    rows: Arc<dyn Rows>,
+    rows: Arc<Rows>,
 }
 
 impl Store {
     /// The rows of the permit's tenant.
     pub fn tenant<'a>(&'a self, permit: &'a Permit<'_>) -> TenantStore<'a> {
-        TenantStore { rows: &*self.rows, permit }
+        TenantStore { rows: &self.rows, permit }
     }
 
     /// The build that the lease is for.
     pub fn lease<'a>(&'a self, lease: &'a Lease) -> LeaseStore<'a> {
-        LeaseStore { rows: &*self.rows, lease }
+        LeaseStore { rows: &self.rows, lease }
     }
 
     /// What belongs to no tenant.
     pub fn system(&self) -> SystemStore<'_> {
-        SystemStore { rows: &*self.rows }
+        SystemStore { rows: &self.rows }
     }
 }
 
 /// One tenant's rows, and no others.
 #[derive(Clone, Copy)]
 pub struct TenantStore<'a> {
-    rows: &'a dyn Rows,
+    rows: &'a Rows,
     permit: &'a Permit<'a>,
 }
 
 /// A build with a lease on it.
 #[derive(Clone, Copy)]
 pub struct LeaseStore<'a> {
-    rows: &'a dyn Rows,
+    rows: &'a Rows,
     lease: &'a Lease,
 }
 
 /// The queue, tenants, tokens, artifacts.
 #[derive(Clone, Copy)]
 pub struct SystemStore<'a> {
-    rows: &'a dyn Rows,
+    rows: &'a Rows,
 }
 
 impl TenantStore<'_> {
@@ -432,7 +349,7 @@ impl TenantStore<'_> {
         build: NewBuild,
     ) -> Result<Accepted, StoreError> {
         let tier = self.permit.principal().tier();
-        self.rows.create(self.tenant(), tier, tenant_limits, build).await
+        self.rows.create(self.tenant(), tier, tenant_limits, &build).await
     }
 
     /// One build.
@@ -468,8 +385,8 @@ impl TenantStore<'_> {
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn delete(&self, id: &BuildId, now: Micros) -> Result<Option<Delete>, StoreError> {
-        self.rows.delete(self.tenant(), id, now).await
+    pub async fn delete(&self, id: &BuildId) -> Result<Option<Delete>, StoreError> {
+        self.rows.delete(self.tenant(), id).await
     }
 
     /// At most `limit` lines of a log from line `offset` on.
@@ -556,10 +473,11 @@ impl LeaseStore<'_> {
         outcome: Outcome,
         now: Micros,
     ) -> Result<Fenced, StoreError> {
-        self.rows.finish(self.lease, artifact, outcome, now).await
+        self.rows.finish(self.lease, artifact, &outcome, now).await
     }
 
-    /// An artifact that was made for the same name and still exists.
+    /// An artifact that was made for the same name and still exists. It goes on to exist until
+    /// this try ends, so that the try can end with it.
     ///
     /// # Errors
     /// [`StoreError`]
@@ -567,7 +485,7 @@ impl LeaseStore<'_> {
         &self,
         name: &ArtifactName,
     ) -> Result<Option<KnownArtifact>, StoreError> {
-        self.rows.known_artifact(name).await
+        self.rows.known_artifact(self.lease, name).await
     }
 }
 
@@ -699,9 +617,15 @@ impl SystemStore<'_> {
         self.rows.revoke_token(id, now).await
     }
 
+    /// Changes in queue or logs from now on. Who looks, waits and looks again misses none that
+    /// way: take this first.
+    pub fn changes(&self) -> Changes {
+        self.rows.announcer.subscribe()
+    }
+
     /// Waits until something may have changed in queue or logs, at most so long: a hint, never
-    /// more.
+    /// more. What changed before the call is not noticed; see [`changes`](Self::changes).
     pub async fn wait_for_change(&self, at_most: std::time::Duration) {
-        self.rows.wait_for_change(at_most).await;
+        self.changes().wait(at_most).await;
     }
 }

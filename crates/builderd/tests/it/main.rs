@@ -4,6 +4,9 @@
 
 mod builds;
 mod cache;
+mod command_builds;
+mod command_service;
+mod config;
 mod failures;
 mod registry;
 mod service;
