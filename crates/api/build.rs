@@ -45,7 +45,8 @@ fn names(compiler: &Compiler) -> Result<String, Box<dyn Error>> {
     let set = compiler.file_descriptor_set();
     let file = set.file.iter().find(|file| file.name() == SERVICE_FILE).ok_or("no such file")?;
     let package = file.package();
-    let mut text = String::from("/// Every message of the package.\npub static MESSAGES: &[Message] = &[\n");
+    let mut text =
+        String::from("/// Every message of the package.\npub static MESSAGES: &[Message] = &[\n");
     for message in &file.message_type {
         writeln!(text, "Message {{ name: \"{package}.{}\", fields: &[", message.name())?;
         for field in &message.field {

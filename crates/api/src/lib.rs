@@ -23,8 +23,7 @@ pub use generated::builder::v1;
 pub use names::{Field, Kind, MESSAGES, METHODS, Message, Method, message};
 
 /// The descriptors of everything that is served, as a `FileDescriptorSet`.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// The service's full name, as it stands in paths.
 pub const SERVICE: &str = "builder.v1.BuilderService";

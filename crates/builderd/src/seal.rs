@@ -59,8 +59,7 @@ impl MasterKey {
     /// # Errors
     /// [`SealError::KeyFile`]; also if others may read the file.
     pub fn load_or_create(path: &Path) -> Result<Self, SealError> {
-        let failed =
-            |problem: String| SealError::KeyFile { path: path.to_owned(), problem };
+        let failed = |problem: String| SealError::KeyFile { path: path.to_owned(), problem };
         let bytes = match File::open(path) {
             Ok(file) => read_key(file).map_err(failed)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -15,9 +15,9 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::{ApiRules, Checked};
 use super::error::Answer;
 use super::limits::{Rate, RateLimits};
+use super::{ApiRules, Checked};
 use crate::build::hex;
 use crate::build::service::ServiceError;
 use crate::clock::Clock;
@@ -219,7 +219,8 @@ impl Auth {
             Credential::Believed(tenant) => self.believed(tenant.as_ref(), caller, claim).await,
         };
         let principal = principal.map_err(|refusal| Answer::refused(&refusal))?;
-        let rate = caller.notes.rate.get_or_init(|| self.limits.check(&principal, self.clock.now()));
+        let rate =
+            caller.notes.rate.get_or_init(|| self.limits.check(&principal, self.clock.now()));
         match rate.retry_after_secs {
             Some(_) => Err(Answer::rate_limited(rate)),
             None => Ok(principal),

@@ -43,7 +43,12 @@ impl Door {
 
     /// The state of a build that was told to stop, for callers who may not look at it: cancelled
     /// is what it will be.
-    async fn state_after(&self, who: &Principal, id: &str, cancel: Cancel) -> Answered<v1::BuildState> {
+    async fn state_after(
+        &self,
+        who: &Principal,
+        id: &str,
+        cancel: Cancel,
+    ) -> Answered<v1::BuildState> {
         match cancel {
             Cancel::Done => Ok(v1::BuildState::BUILD_STATE_CANCELLED),
             Cancel::Ended(state) => Ok(convert::state(state)),

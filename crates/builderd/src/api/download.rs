@@ -16,7 +16,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use super::auth::Caller;
 use super::error::Answer;
 use super::rest::{Asked, TenantQuery, admitted, asked};
-use super::{ApiState, Answered};
+use super::{Answered, ApiState};
 use crate::artifact::OpenArtifact;
 use crate::build::record::BuildResult;
 
@@ -42,7 +42,7 @@ pub(super) async fn artifact(
     headers: HeaderMap,
 ) -> Answered<Response> {
     let tenant = asked(query)?.tenant_id;
-    admitted(&state, &caller, &tenant, |who| async move {
+    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
         let (id, is_checksum) = match id.strip_suffix(CHECKSUM_SUFFIX) {
             Some(id) => (id, true),
             None => (id.as_str(), false),

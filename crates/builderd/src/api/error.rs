@@ -78,7 +78,9 @@ impl Answer {
                 Self::new(Code::PermissionDenied, Http::FORBIDDEN, "NETWORK_DENIED", error)
             }
             E::KeyReused => Self::new(Code::AlreadyExists, Http::CONFLICT, "CONFLICT", error),
-            E::NotEnded(_) => Self::new(Code::FailedPrecondition, Http::CONFLICT, "CONFLICT", error),
+            E::NotEnded(_) => {
+                Self::new(Code::FailedPrecondition, Http::CONFLICT, "CONFLICT", error)
+            }
             E::NoArtifact(state) => {
                 let word = match state {
                     BuildState::Timeout => "BUILD_TIMEOUT",
@@ -296,7 +298,6 @@ impl From<ServiceError> for Answer {
     }
 }
 
-
 /// A quota, in the documentation's words.
 pub(super) fn quota_message(quota: &QuotaExceeded) -> String {
     let (current, limit) = (quota.current, quota.limit);
@@ -365,10 +366,8 @@ mod tests {
 
     #[test]
     fn a_wrong_source_has_the_documented_code() {
-        let error = |field: &str| ServiceError::Invalid {
-            field: field.into(),
-            problem: "is wrong".into(),
-        };
+        let error =
+            |field: &str| ServiceError::Invalid { field: field.into(), problem: "is wrong".into() };
         let word = |field| Answer::of(&error(field)).plain()["code"].clone();
         assert_eq!(word("config.source.docker_image.image_uri"), "INVALID_SOURCE");
         assert_eq!(word("config.labels"), "INVALID_ARGUMENT");

@@ -148,9 +148,11 @@ mod tests {
             let seen = Arc::clone(&seen);
             move |path, code, _| seen.lock().unwrap().push((path.to_owned(), code.to_owned()))
         });
-        let router = Router::new()
-            .route("s", "Panics", handler_fn(panics))
-            .route_server_stream("s", "Breaks", streaming_handler_fn(breaks));
+        let router = Router::new().route("s", "Panics", handler_fn(panics)).route_server_stream(
+            "s",
+            "Breaks",
+            streaming_handler_fn(breaks),
+        );
         let service = ConnectRpcService::new(Guard::new(router, observe));
         let request = Request::post(path).header("content-type", content_type);
         let request = request.body(Full::new(Bytes::copy_from_slice(body))).unwrap();

@@ -69,9 +69,8 @@ impl RateLimits {
             (health_per_sec, RateLimiter::direct(quota))
         });
         Self {
-            tiers: Tier::ALL.map(|tier| {
-                RateLimiter::keyed(per_minute(tier.request_rate())).with_middleware()
-            }),
+            tiers: Tier::ALL
+                .map(|tier| RateLimiter::keyed(per_minute(tier.request_rate())).with_middleware()),
             failures: RateLimiter::keyed(per_minute(FAILURES)),
             health,
             decisions: AtomicU32::new(0),

@@ -38,8 +38,8 @@ use http_body_util::{BodyExt as _, Limited};
 use tokio::sync::watch;
 use tower::ServiceExt as _;
 
-pub(crate) use auth::{Mode, new_token};
 use auth::Auth;
+pub(crate) use auth::{Mode, new_token};
 pub(crate) use guard::Observe;
 pub(crate) use server::serve;
 
@@ -191,11 +191,7 @@ async fn call(rpc: Rpc, request: Request) -> Response {
 
 /// `ListBuilds` is an RPC and a documented plain route at once; a message in the query, or a
 /// body, makes it an RPC.
-async fn list_builds(
-    State(state): State<Arc<ApiState>>,
-    rpc: Rpc,
-    request: Request,
-) -> Response {
+async fn list_builds(State(state): State<Arc<ApiState>>, rpc: Rpc, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let form = Form::of(&head);
     let request = Request::from_parts(head, body);
@@ -215,9 +211,12 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
     let form = Form::of(&head);
     let peer = head.extensions.get::<server::Peer>().map(|peer| peer.0);
     let admitted = match state.auth.caller(&head.headers, peer).await {
-        Ok(caller) => state.auth.precheck(&caller).await.map(|()| caller.clone()).map_err(
-            |answer| (answer, caller.rate().copied()),
-        ),
+        Ok(caller) => state
+            .auth
+            .precheck(&caller)
+            .await
+            .map(|()| caller.clone())
+            .map_err(|answer| (answer, caller.rate().copied())),
         Err(refusal) => Err((Answer::refused(&refusal), None)),
     };
     let caller = match admitted {

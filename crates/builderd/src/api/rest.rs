@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::auth::{Caller, Claim};
 use super::error::Answer;
-use super::{ApiState, Answered, convert, spelling};
+use super::{Answered, ApiState, convert, spelling};
 use crate::build::record::Build;
 use crate::build::service::LOG_LINES_MAX;
 use crate::store::Filter;
@@ -82,7 +82,7 @@ pub(super) async fn status(
     query: Asked<TenantQuery>,
 ) -> Answered<Json<Value>> {
     let tenant = asked(query)?.tenant_id;
-    admitted(&state, &caller, &tenant, |who| async move {
+    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
         let build = state.service.get(&who, &id).await?;
         Ok(Json(job(&state, &build)))
     })
@@ -104,7 +104,7 @@ pub(super) async fn list(
 ) -> Answered<Json<Value>> {
     let query = asked(query)?;
     let tenant = query.tenant_id.clone();
-    admitted(&state, &caller, &tenant, |who| async move {
+    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
         let limit = convert::page_limit("limit", query.limit)?;
         let mut filter = Filter { offset: query.offset, limit, ..Filter::default() };
         if !query.status.is_empty() {
@@ -141,7 +141,7 @@ pub(super) async fn logs(
 ) -> Answered<Json<Value>> {
     let query = asked(query)?;
     let tenant = query.tenant_id.clone();
-    admitted(&state, &caller, &tenant, |who| async move {
+    admitted(&Arc::clone(&state), &caller, &tenant, |who| async move {
         let limit = query.limit.unwrap_or(LOG_LINES).min(LOG_LINES_MAX);
         let page = state.service.log(&who, &id, query.offset, limit).await?;
         let lines: Vec<Value> = page.lines.iter().map(convert::log_value).collect();

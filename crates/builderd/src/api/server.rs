@@ -114,13 +114,14 @@ fn connection(
     stream: TcpStream,
     peer: SocketAddr,
     router: axum::Router,
-) -> impl hyper_util::server::graceful::GracefulConnection<Error: std::fmt::Display> + Send + use<> {
+) -> impl hyper_util::server::graceful::GracefulConnection<Error: std::fmt::Display> + Send + use<>
+{
     // Small answers go at once; a socket that refuses that still works.
     let _ = stream.set_nodelay(true);
     let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
         request.extensions_mut().insert(Peer(peer));
         let answer = router.clone().oneshot(request.map(Body::new));
-        async move { answer.await.map_err(|never: Infallible| match never {}) as Result<_, Infallible> }
+        async move { answer.await.map_err(|never: Infallible| -> Infallible { match never {} }) }
     });
     let io = TokioIo::new(PromptIo::new(stream, HEAD_TIMEOUT));
     builder.serve_connection(io, service).into_owned()

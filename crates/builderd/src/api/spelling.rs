@@ -292,7 +292,10 @@ mod tests {
         let version = ("connect-protocol-version", "1");
         assert_eq!(form(Method::POST, "/s/M", &[json]), Form::Person);
         assert_eq!(form(Method::POST, "/s/M", &[json, version]), Form::Program);
-        assert_eq!(form(Method::POST, "/s/M", &[("content-type", "application/proto")]), Form::Program);
+        assert_eq!(
+            form(Method::POST, "/s/M", &[("content-type", "application/proto")]),
+            Form::Program
+        );
         assert_eq!(form(Method::GET, "/s/M?limit=5", &[]), Form::Plain);
         assert_eq!(form(Method::GET, "/s/M?encoding=json&message=%7B%7D", &[]), Form::Person);
         assert_eq!(form(Method::GET, "/s/M?connect=v1&encoding=json&message=", &[]), Form::Program);

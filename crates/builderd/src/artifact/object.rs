@@ -68,9 +68,8 @@ impl ArtifactStore for ObjectArtifacts {
     async fn publish(&self, staged: &Path, key: &str) -> io::Result<()> {
         let mut file = tokio::fs::File::open(staged).await?;
         let piece = usize::try_from(PIECE_BYTES).map_err(io::Error::other)?;
-        let mut writer =
-            BufWriter::with_capacity(Arc::clone(&self.store), self.key(key), piece)
-                .with_max_concurrency(2);
+        let mut writer = BufWriter::with_capacity(Arc::clone(&self.store), self.key(key), piece)
+            .with_max_concurrency(2);
         let mut buffer = vec![0; 1 << 20];
         loop {
             let count = match file.read(&mut buffer).await {

@@ -72,9 +72,9 @@ impl<'a> Journal<'a> {
     /// The text without secrets.
     pub(super) fn blotted(&self, text: &str) -> String {
         let book = lock(&self.book);
-        book.secrets.iter().fold(text.to_owned(), |text, secret| {
-            text.replace(secret.expose_secret(), BLOT)
-        })
+        book.secrets
+            .iter()
+            .fold(text.to_owned(), |text, secret| text.replace(secret.expose_secret(), BLOT))
     }
 
     /// One line for the log.
@@ -137,8 +137,7 @@ impl<'a> Journal<'a> {
             let (level, component) = ("warn".to_owned(), "queue".to_owned());
             lines.push(LogLine { offset: 0, at: self.clock.now(), level, component, message });
         }
-        let progress =
-            (!book.is_told).then(|| (book.state, book.percent, book.step.clone()));
+        let progress = (!book.is_told).then(|| (book.state, book.percent, book.step.clone()));
         book.is_told = true;
         book.told = Some(Instant::now());
         (lines, progress)

@@ -11,15 +11,14 @@ use secrecy::SecretString;
 use sha2::{Digest as _, Sha256};
 
 use super::hex;
-use super::record::{
-    Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage,
-};
+use super::record::{Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage};
 use super::state::BuildState;
 use crate::artifact::{ArtifactStore, OpenArtifact};
 use crate::clock::Clock;
 use crate::seal::{MasterKey, SealError};
 use crate::store::{
-    Accepted, Cancel, Changes, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store, StoreError,
+    Accepted, Cancel, Changes, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store,
+    StoreError,
 };
 use crate::tenant::{Denied, Principal, Right, TenantLimits, Tier};
 
@@ -210,9 +209,7 @@ impl BuildService {
     /// [`ServiceError::Store`]
     pub async fn limits(&self, who: &Principal) -> Result<TenantLimits, ServiceError> {
         let row = self.store.system().tenant(who.tenant()).await?;
-        Ok(row
-            .and_then(|row| row.limits)
-            .unwrap_or_else(|| self.rules.limits(who.tier()).clone()))
+        Ok(row.and_then(|row| row.limits).unwrap_or_else(|| self.rules.limits(who.tier()).clone()))
     }
 
     /// Accepts a build. When this returns, the build is in the database.
@@ -327,12 +324,7 @@ impl BuildService {
     ///
     /// # Errors
     /// [`ServiceError::NotEnded`] without `force`.
-    pub async fn delete(
-        &self,
-        who: &Principal,
-        id: &str,
-        force: bool,
-    ) -> Result<(), ServiceError> {
+    pub async fn delete(&self, who: &Principal, id: &str, force: bool) -> Result<(), ServiceError> {
         let permit = who.permit(Right::BuildDelete)?;
         let (store, build) = (self.store.tenant(&permit), known(id)?);
         loop {

@@ -25,9 +25,7 @@ use tracing::Instrument as _;
 use super::child::{ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec};
 use super::disk::lock;
 use super::journal::Journal;
-use super::record::{
-    Build, BuildMetrics, BuildResult, Failure, FailureCode, Micros,
-};
+use super::record::{Build, BuildMetrics, BuildResult, Failure, FailureCode, Micros};
 use super::state::BuildState;
 use super::{ENGINE, hex};
 use crate::artifact::ArtifactStore;
@@ -90,7 +88,11 @@ impl Workers {
         metrics: Arc<Metrics>,
         rules: WorkerRules,
     ) -> Self {
-        let name = format!("{}-{}", rustix::system::uname().nodename().to_string_lossy(), uuid::Uuid::new_v4());
+        let name = format!(
+            "{}-{}",
+            rustix::system::uname().nodename().to_string_lossy(),
+            uuid::Uuid::new_v4()
+        );
         Self { store, artifacts, key, clock, metrics, rules, name, flights: Mutex::default() }
     }
 
@@ -116,8 +118,9 @@ impl Workers {
                 }
                 None => {
                     drop(slot);
+                    let queue = self.store.system();
                     tokio::select! {
-                        () = self.store.system().wait_for_change(POLL) => {}
+                        () = queue.wait_for_change(POLL) => {}
                         _ = stop.changed() => break,
                     }
                 }
@@ -176,15 +179,18 @@ impl Workers {
             End::Cancelled => (None, Outcome::Cancelled, Some(BuildState::Cancelled)),
             End::TimedOut(failure) => (None, Outcome::TimedOut(failure), Some(BuildState::Timeout)),
             End::Released => (None, Outcome::Retry { failure: None, run_at: now }, None),
-            End::Failed(failure) => match build.request.retry.delay_secs(failure.code, build.attempt) {
-                Some(wait) => {
-                    let run_at = now.plus_secs(wait);
-                    (None, Outcome::Retry { failure: Some(failure), run_at }, None)
+            End::Failed(failure) => {
+                match build.request.retry.delay_secs(failure.code, build.attempt) {
+                    Some(wait) => {
+                        let run_at = now.plus_secs(wait);
+                        (None, Outcome::Retry { failure: Some(failure), run_at }, None)
+                    }
+                    None => (None, Outcome::Failed(failure), Some(BuildState::Failed)),
                 }
-                None => (None, Outcome::Failed(failure), Some(BuildState::Failed)),
-            },
+            }
         };
-        let secs = u64::try_from(now.0 - started.0).unwrap_or(0) / Micros::SECOND.unsigned_abs();
+        let micros = u64::try_from(now.0 - started.0).unwrap_or(0);
+        let secs = Duration::from_micros(micros).as_secs_f64();
         match self.finish(lease, name.as_ref(), outcome).await {
             Ok(Fenced::Written) => {
                 if let Some(state) = state {
@@ -331,7 +337,8 @@ impl<'a> Running<'a> {
     async fn tell_end(&self, end: &End) {
         match end {
             End::Made(_, result) => {
-                let line = format!("completed: {} bytes, sha256 {}", result.artifact_bytes, result.sha256);
+                let line =
+                    format!("completed: {} bytes, sha256 {}", result.artifact_bytes, result.sha256);
                 self.journal.say("info", "packager", line);
             }
             End::Failed(failure) | End::TimedOut(failure) => {
@@ -597,7 +604,13 @@ impl<'a> Running<'a> {
                 "please report this as a bug of builderd",
             ),
         };
-        Failure { code, step: self.journal.step(), cause, blame: blame.into(), remedy: remedy.into() }
+        Failure {
+            code,
+            step: self.journal.step(),
+            cause,
+            blame: blame.into(),
+            remedy: remedy.into(),
+        }
     }
 
     #[expect(clippy::disallowed_methods, reason = "the one place that starts the engine's process")]
@@ -742,7 +755,9 @@ impl Progress {
             }
             Event::LayerProgress { layer, bytes } => {
                 self.layer(*layer, *bytes);
-                journal.enter(BuildState::Downloading, self.percent(), "Extracting image layers").await;
+                journal
+                    .enter(BuildState::Downloading, self.percent(), "Extracting image layers")
+                    .await;
             }
             Event::LayerReady { layer, digest, origin } => {
                 self.layer(*layer, u64::MAX);
@@ -751,7 +766,9 @@ impl Progress {
                     super::LayerOrigin::Packed => "extracted",
                 };
                 journal.say("info", "extractor", format!("layer {digest}: {origin}"));
-                journal.enter(BuildState::Downloading, self.percent(), "Extracting image layers").await;
+                journal
+                    .enter(BuildState::Downloading, self.percent(), "Extracting image layers")
+                    .await;
             }
             Event::WriteProgress { bytes, total_bytes } => {
                 let part = 17 * bytes / (*total_bytes).max(1);
@@ -769,7 +786,8 @@ impl Progress {
     }
 
     fn percent(&self) -> u32 {
-        let (done, all) = self.layers.iter().fold((0, 0), |(done, all), (d, a)| (done + d, all + a));
+        let (done, all) =
+            self.layers.iter().fold((0, 0), |(done, all), (d, a)| (done + d, all + a));
         5 + u32::try_from(65 * done / all.max(1)).unwrap_or(0)
     }
 }

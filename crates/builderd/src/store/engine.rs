@@ -167,9 +167,7 @@ impl Engine {
             Self::Sqlite { read, .. } => {
                 query.sqlite().fetch_optional(read).await?.map(Row::Sqlite)
             }
-            Self::Postgres(pool) => {
-                query.postgres().fetch_optional(pool).await?.map(Row::Postgres)
-            }
+            Self::Postgres(pool) => query.postgres().fetch_optional(pool).await?.map(Row::Postgres),
         })
     }
 
@@ -208,9 +206,7 @@ impl Tx {
 
     pub(super) async fn optional(&mut self, query: Query) -> Result<Option<Row>, StoreError> {
         Ok(match self {
-            Self::Sqlite(tx) => {
-                query.sqlite().fetch_optional(&mut **tx).await?.map(Row::Sqlite)
-            }
+            Self::Sqlite(tx) => query.sqlite().fetch_optional(&mut **tx).await?.map(Row::Sqlite),
             Self::Postgres(tx) => {
                 query.postgres().fetch_optional(&mut **tx).await?.map(Row::Postgres)
             }
@@ -460,9 +456,6 @@ mod tests {
         assert!(matches!(postgres_kind("23505"), Kind::Other));
         let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
         assert!(matches!(StoreError::from(sqlx::Error::Io(full)), StoreError::Full(_)));
-        assert!(matches!(
-            StoreError::from(sqlx::Error::PoolTimedOut),
-            StoreError::Unavailable(_)
-        ));
+        assert!(matches!(StoreError::from(sqlx::Error::PoolTimedOut), StoreError::Unavailable(_)));
     }
 }

@@ -45,7 +45,8 @@ impl Server {
             said.push_str(&line);
             said.push('\n');
             if let Ok(line) = serde_json::from_str::<Value>(&line)
-                && line["message"].as_str().or(line["fields"]["message"].as_str()) == Some("listening")
+                && line["message"].as_str().or(line["fields"]["message"].as_str())
+                    == Some("listening")
             {
                 let field = line["address"].as_str().or(line["fields"]["address"].as_str());
                 break field.unwrap().to_owned();
@@ -169,7 +170,8 @@ impl Stage {
         let content: Vec<u8> = (0..3_000_000u32).map(|at| (at * 31 >> 3) as u8).collect();
         let base = Layer::new().directory("bin").file("bin/app", b"app").file("data", &content);
         let image = TestImage::new(vec![base, Layer::new().file("etc/conf", b"x=1")]);
-        let stage = Self { registry: TestRegistry::start().unwrap(), workshop: Workshop::new(), image };
+        let stage =
+            Self { registry: TestRegistry::start().unwrap(), workshop: Workshop::new(), image };
         stage.push("app", &["latest", "other"]);
         stage
     }
@@ -216,7 +218,11 @@ impl Stage {
         let is_ours = |pid: &PathBuf| {
             std::fs::read_link(pid.join("cwd")).is_ok_and(|cwd| cwd.starts_with(&staging))
         };
-        std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path()).filter(is_ours).count()
+        std::fs::read_dir("/proc")
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(is_ours)
+            .count()
     }
 }
 

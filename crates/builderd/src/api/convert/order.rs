@@ -315,13 +315,17 @@ mod tests {
             Err(ServiceError::Invalid { problem, .. }) => problem,
             other => panic!("{other:?}"),
         };
-        assert!(order(v1::CreateBuildRequest::default()).is_err_and(
-            |error| error.to_string() == "config: build config is required"
-        ));
+        assert!(
+            order(v1::CreateBuildRequest::default())
+                .is_err_and(|error| error.to_string() == "config: build config is required")
+        );
         assert_eq!(problem(json!({})), "build source is required");
         let source = |source: Value| json!({ "source": source });
         assert_eq!(problem(source(json!({"docker_image": {}}))), "docker image URI is required");
-        assert_eq!(problem(source(json!({"git_repository": {}}))), "git repository URL is required");
+        assert_eq!(
+            problem(source(json!({"git_repository": {}}))),
+            "git repository URL is required"
+        );
         assert_eq!(problem(source(json!({"archive": {}}))), "archive URL is required");
         let image = json!({"source": {"docker_image": {"image_uri": "a"}}});
         assert_eq!(problem(image), "build target is required");
@@ -356,7 +360,9 @@ mod tests {
             config["source"]["docker_image"]["registry_auth"] = auth;
         });
         let echo = ordered(config).unwrap().request.echo;
-        assert!(echo.contains("nginx:alpine") && !echo.contains("canary") && !echo.contains("me\""));
+        assert!(
+            echo.contains("nginx:alpine") && !echo.contains("canary") && !echo.contains("me\"")
+        );
     }
 
     #[test]
@@ -411,9 +417,8 @@ mod tests {
 
     #[test]
     fn odd_values_are_named() {
-        let target = |target: Value| {
-            ordered(whole(|config| config["target"]["microvm_rootfs"] = target))
-        };
+        let target =
+            |target: Value| ordered(whole(|config| config["target"]["microvm_rootfs"] = target));
         assert_eq!(target(json!({})).unwrap().request.compression, "none");
         assert_eq!(target(json!({"compression": "zstd"})).unwrap().request.compression, "zstd");
         let error = target(json!({"compression": "xz"})).unwrap_err().to_string();

@@ -75,9 +75,8 @@ pub(in super::super) fn job(
         created_at: timestamp(build.created_at).into(),
         started_at: build.started_at.map(timestamp).into(),
         completed_at: build.ended_at.map(timestamp).into(),
-        rootfs_path: result.map_or_else(String::new, |result| {
-            service.artifact_path(&result.artifact_key)
-        }),
+        rootfs_path: result
+            .map_or_else(String::new, |result| service.artifact_path(&result.artifact_key)),
         rootfs_size_bytes: result.map_or(0, |result| signed(result.artifact_bytes)),
         rootfs_checksum: result.map_or_else(String::new, |result| result.sha256.clone()),
         image_metadata: result.map(|result| image_metadata(&result.metadata)).into(),

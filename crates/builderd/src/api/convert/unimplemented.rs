@@ -30,9 +30,11 @@ const AS_IT_IS: &str = "leave it out; the image is built with every file it has"
 
 /// Everything that is refused, in the order in which requests are checked.
 pub(in super::super) const UNIMPLEMENTED: &[Later] = &[
-    later("source.git_repository", "build an image elsewhere and use source.docker_image", |config| {
-        matches!(&config.source.source_type, Some(SourceType::GitRepository(_)))
-    }),
+    later(
+        "source.git_repository",
+        "build an image elsewhere and use source.docker_image",
+        |config| matches!(&config.source.source_type, Some(SourceType::GitRepository(_))),
+    ),
     later("source.archive", "build an image elsewhere and use source.docker_image", |config| {
         matches!(&config.source.source_type, Some(SourceType::Archive(_)))
     }),

@@ -212,7 +212,9 @@ fn words(script: &str, variables: &BTreeMap<&str, String>) -> Vec<String> {
             (' ', None) => words.extend(word.take()),
             ('$', None | Some('"')) => {
                 let mut name = String::new();
-                while let Some(next) = letters.next_if(|next| next.is_alphanumeric() || *next == '_') {
+                while let Some(next) =
+                    letters.next_if(|next| next.is_alphanumeric() || *next == '_')
+                {
                     name.push(next);
                 }
                 word.get_or_insert_default().push_str(&variables[name.as_str()]);
@@ -234,7 +236,8 @@ fn curls(script: &str, variables: &BTreeMap<&str, String>) -> Vec<Curl> {
             assert!(program.starts_with("BUILD_ID="), "{program}");
             continue;
         }
-        let mut curl = Curl { method: Method::GET, url: String::new(), headers: vec![], data: None };
+        let mut curl =
+            Curl { method: Method::GET, url: String::new(), headers: vec![], data: None };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().unwrap().clone();

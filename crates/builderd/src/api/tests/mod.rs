@@ -88,8 +88,13 @@ impl Server {
             build_secs_max: 900,
         };
         let key = MasterKey::load_or_create(&directory.path().join("master.key")).unwrap();
-        let service =
-            BuildService::new(store.clone(), artifacts.clone(), Arc::new(key), Arc::clone(&clock), rules);
+        let service = BuildService::new(
+            store.clone(),
+            artifacts.clone(),
+            Arc::new(key),
+            Arc::clone(&clock),
+            rules,
+        );
         let (shutdown, stopping) = watch::channel(false);
         let meters = Meters {
             render: Box::new(|| "builderd_up 1\n".to_owned()),
@@ -97,8 +102,7 @@ impl Server {
         };
         let rules = ApiRules { mode, default_tier, health_per_sec: 100 };
         let service = Arc::new(service);
-        let state =
-            ApiState::new(service, store.clone(), clock, meters, rules, stopping.clone());
+        let state = ApiState::new(service, store.clone(), clock, meters, rules, stopping.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = super::router(state);

@@ -187,8 +187,7 @@ async fn a_deadline_is_kept() {
     let server = Server::start(Mode::Development).await;
     let id = server.create("t").await;
     let path = format!("/{}/StreamBuildLogs", api::SERVICE);
-    let wish =
-        v1::StreamBuildLogsRequest { build_id: id, follow: true, ..Default::default() };
+    let wish = v1::StreamBuildLogsRequest { build_id: id, follow: true, ..Default::default() };
     let request = server
         .request(Method::POST, &path)
         .header("content-type", "application/connect+proto")

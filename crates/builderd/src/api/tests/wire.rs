@@ -16,9 +16,8 @@ async fn a_build_from_its_creation_to_its_deletion() {
     assert_eq!(created["state"], "BUILD_STATE_PENDING");
     assert_eq!(created["buildId"], created["build_id"]);
     let id = created["build_id"].as_str().unwrap();
-    let ask = |method: &str| {
-        server.rpc(method, &json!({"build_id": id})).header("x-tenant-id", "t")
-    };
+    let ask =
+        |method: &str| server.rpc(method, &json!({"build_id": id})).header("x-tenant-id", "t");
 
     let claimed = server.claim().await;
     server.log(&claimed, &["first", "second"]).await;
@@ -146,7 +145,10 @@ async fn plain_routes_answer_in_the_documented_words() {
     let id = server.create("t").await;
     let ask = |route: &str| send(server.plain(route).header("x-tenant-id", "t"));
     let status = ask(&format!("GetBuildStatus/{id}")).await.well();
-    assert_eq!((&status["build_id"], &status["status"]), (&json!(id), &json!("BUILD_STATUS_QUEUED")));
+    assert_eq!(
+        (&status["build_id"], &status["status"]),
+        (&json!(id), &json!("BUILD_STATUS_QUEUED"))
+    );
     assert_eq!(status["progress"]["percentage"], 0);
     assert!(status.get("buildId").is_none());
 
@@ -297,7 +299,10 @@ async fn a_queued_build_is_cancelled_and_a_running_one_is_told() {
     };
     let queued = server.create("t").await;
     let done = cancel(&queued).await.well();
-    assert_eq!((&done["success"], &done["status"]), (&json!(true), &json!("BUILD_STATUS_CANCELLED")));
+    assert_eq!(
+        (&done["success"], &done["status"]),
+        (&json!(true), &json!("BUILD_STATUS_CANCELLED"))
+    );
     let running = server.create("t").await;
     let claimed = server.claim().await;
     assert_eq!(claimed.lease.build().as_str(), running);

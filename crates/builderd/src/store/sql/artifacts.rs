@@ -49,11 +49,15 @@ pub(super) async fn keep(
     if let Some(name) = name.filter(|name| may_share(tenant, name)) {
         // What was made says more than what was found.
         let query = match result.from_cache {
-            true => sql("INSERT INTO artifact_name (sharing_domain, recipe, artifact_key, result) \
-                 VALUES ($1, $2, $3, $4) ON CONFLICT (sharing_domain, recipe) DO NOTHING"),
-            false => sql("INSERT INTO artifact_name (sharing_domain, recipe, artifact_key, result) \
+            true => {
+                sql("INSERT INTO artifact_name (sharing_domain, recipe, artifact_key, result) \
+                 VALUES ($1, $2, $3, $4) ON CONFLICT (sharing_domain, recipe) DO NOTHING")
+            }
+            false => {
+                sql("INSERT INTO artifact_name (sharing_domain, recipe, artifact_key, result) \
                  VALUES ($1, $2, $3, $4) ON CONFLICT (sharing_domain, recipe) DO UPDATE SET \
-                 artifact_key = excluded.artifact_key, result = excluded.result"),
+                 artifact_key = excluded.artifact_key, result = excluded.result")
+            }
         };
         let query = query.text(&name.domain).text(&name.recipe).text(key);
         tx.execute(query.text(&to_json(result)?)).await?;

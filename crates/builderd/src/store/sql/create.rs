@@ -1,11 +1,11 @@
 //! A build is accepted, or a quota says no: decided and counted in one transaction.
 
-use crate::store::engine::{Tx, sql, to_json};
-use crate::store::{Accepted, NewBuild, QuotaExceeded, StoreError};
 use super::reading::{build_columns, read_build};
 use super::{Event, Rows, Tally, arrears, virtual_start};
 use crate::build::record::Micros;
 use crate::build::state::BuildState;
+use crate::store::engine::{Tx, sql, to_json};
+use crate::store::{Accepted, NewBuild, QuotaExceeded, StoreError};
 use crate::tenant::{TenantId, TenantLimits, Tier};
 
 /// Builds that may wait, beside ten times those that may run.
@@ -128,7 +128,8 @@ async fn used_up(
     limits: &TenantLimits,
     now: Micros,
 ) -> Result<Option<QuotaExceeded>, StoreError> {
-    let query = sql("INSERT INTO tenant_day (tenant_id, day, created, deleted, completed, failed) \
+    let query =
+        sql("INSERT INTO tenant_day (tenant_id, day, created, deleted, completed, failed) \
          VALUES ($1, $2, 1, 0, 0, 0) \
          ON CONFLICT (tenant_id, day) DO UPDATE SET created = tenant_day.created + 1 \
          RETURNING created");

@@ -297,7 +297,8 @@ async fn count_day(
     if completed + failed == 0 {
         return Ok(());
     }
-    let query = sql("INSERT INTO tenant_day (tenant_id, day, created, deleted, completed, failed) \
+    let query =
+        sql("INSERT INTO tenant_day (tenant_id, day, created, deleted, completed, failed) \
          VALUES ($1, $2, 0, 0, $3, $4) ON CONFLICT (tenant_id, day) DO UPDATE SET \
          completed = tenant_day.completed + excluded.completed, \
          failed = tenant_day.failed + excluded.failed");

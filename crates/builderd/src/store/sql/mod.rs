@@ -258,11 +258,11 @@ impl Tally {
              timed_out = timed_out + $7, compute_us = compute_us + $8, \
              storage_bytes = storage_bytes + $9, virtual_time = virtual_time + $10 \
              WHERE id = $1");
-        let query = self.builds.into_iter().fold(query.text(tenant.as_str()), |query, change| {
-            query.int(change)
-        });
-        let query =
-            query.int(self.compute_us).int(self.storage_bytes).int(self.virtual_time);
+        let query = self
+            .builds
+            .into_iter()
+            .fold(query.text(tenant.as_str()), |query, change| query.int(change));
+        let query = query.int(self.compute_us).int(self.storage_bytes).int(self.virtual_time);
         was_held(tx.execute(query).await?)
     }
 }

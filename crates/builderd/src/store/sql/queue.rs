@@ -227,10 +227,7 @@ impl Rows {
     }
 
     /// Builds whose lease has run out.
-    async fn expired(
-        &self,
-        now: Micros,
-    ) -> Result<Vec<(TenantId, BuildId)>, StoreError> {
+    async fn expired(&self, now: Micros) -> Result<Vec<(TenantId, BuildId)>, StoreError> {
         let mut tx = self.engine.snapshot().await?;
         let clock = tx.lease_clock(now).await?;
         let query = sql("SELECT tenant_id, id FROM build \
@@ -294,10 +291,7 @@ async fn next_tenant(tx: &mut Tx, now: Micros) -> Result<Option<(TenantId, u32)>
     row.map(|row| Ok((row.parsed("id")?, row.small("weight")?))).transpose()
 }
 
-async fn claimed_build(
-    tx: &mut Tx,
-    held: &Held,
-) -> Result<(Build, Option<Vec<u8>>), StoreError> {
+async fn claimed_build(tx: &mut Tx, held: &Held) -> Result<(Build, Option<Vec<u8>>), StoreError> {
     let build = read_build(tx, &held.tenant, &held.id).await?;
     let query = sql("SELECT sealed_credentials FROM build WHERE tenant_id = $1 AND id = $2");
     let query = query.text(held.tenant.as_str()).text(held.id.as_str());
@@ -368,9 +362,7 @@ impl Addition {
 
     async fn insert(&self, tx: &mut Tx, held: &Held) -> Result<(), StoreError> {
         let mut left = self.lines.as_slice();
-        while let Some((size, statement)) =
-            INSERTS.iter().find(|(size, _)| *size <= left.len())
-        {
+        while let Some((size, statement)) = INSERTS.iter().find(|(size, _)| *size <= left.len()) {
             let (now, later) = left.split_at(*size);
             let query = sql(statement).text(held.tenant.as_str()).text(held.id.as_str());
             let query = now.iter().fold(query, |query, line| {

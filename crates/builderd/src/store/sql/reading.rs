@@ -1,10 +1,10 @@
 //! Builds, logs and figures, as they are asked for.
 
-use crate::store::engine::{Row, Tx, signed, sql};
-use crate::store::{Depth, Filter, Page, StoreError};
 use super::{Rows, counter, rows};
 use crate::build::record::{Build, BuildId, LogLine, Micros, Stats, Usage};
 use crate::build::state::BuildState;
+use crate::store::engine::{Row, Tx, signed, sql};
+use crate::store::{Depth, Filter, Page, StoreError};
 use crate::tenant::TenantId;
 
 /// Behind every id.
@@ -20,11 +20,8 @@ macro_rules! build_columns {
 }
 pub(super) use build_columns;
 
-const BUILD: &str = concat!(
-    "SELECT ",
-    build_columns!(),
-    " FROM build WHERE tenant_id = $1 AND id = $2"
-);
+const BUILD: &str =
+    concat!("SELECT ", build_columns!(), " FROM build WHERE tenant_id = $1 AND id = $2");
 
 /// A row with the columns of [`build_columns`].
 pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
@@ -118,8 +115,7 @@ impl Rows {
     ) -> Result<Vec<LogLine>, StoreError> {
         let query = sql("SELECT line, said_at, level, component, message FROM build_log \
              WHERE tenant_id = $1 AND build_id = $2 AND line >= $3 ORDER BY line LIMIT $4");
-        let query =
-            query.text(tenant.as_str()).text(id.as_str()).count(offset).int(rows(limit, 0));
+        let query = query.text(tenant.as_str()).text(id.as_str()).count(offset).int(rows(limit, 0));
         let found = self.again(|| self.engine.all(query.clone())).await?;
         found.iter().map(log_line).collect()
     }
@@ -137,11 +133,7 @@ impl Rows {
         found.iter().rev().map(log_line).collect()
     }
 
-    pub(crate) async fn usage(
-        &self,
-        tenant: &TenantId,
-        now: Micros,
-    ) -> Result<Usage, StoreError> {
+    pub(crate) async fn usage(&self, tenant: &TenantId, now: Micros) -> Result<Usage, StoreError> {
         let query = sql("SELECT t.queued, t.running, t.storage_bytes, t.compute_us, \
              COALESCE(d.created, 0) AS created, COALESCE(d.completed, 0) AS completed, \
              COALESCE(d.failed, 0) AS failed \
@@ -235,11 +227,7 @@ fn log_line(row: &Row) -> Result<LogLine, StoreError> {
 
 /// How many builds are in these states: ended ones and waiting ones as counted, running ones,
 /// which are few, one by one.
-async fn total(
-    tx: &mut Tx,
-    tenant: &TenantId,
-    states: &[BuildState],
-) -> Result<u64, StoreError> {
+async fn total(tx: &mut Tx, tenant: &TenantId, states: &[BuildState]) -> Result<u64, StoreError> {
     let query = sql("SELECT queued, running, completed, failed, cancelled, timed_out \
          FROM tenant WHERE id = $1");
     let Some(row) = tx.optional(query.text(tenant.as_str())).await? else { return Ok(0) };

@@ -1,9 +1,9 @@
 //! Tenants and tokens as the operator set them up.
 
-use crate::store::engine::{Row, sql, to_json};
-use crate::store::{StoreError, TenantRow, TokenRow};
 use super::{Rows, virtual_start};
 use crate::build::record::Micros;
+use crate::store::engine::{Row, sql, to_json};
+use crate::store::{StoreError, TenantRow, TokenRow};
 use crate::tenant::TenantId;
 
 impl Rows {

@@ -94,9 +94,7 @@ pub(super) async fn figures_cover_a_stretch_of_time(t: &TestStore) {
     let build = new_build(t.now());
     t.ask("a", &plenty(), &build).await;
 
-    let stats = |from, to| async move {
-        t.rows().stats(&tenant("a"), from, to).await.unwrap()
-    };
+    let stats = |from, to| async move { t.rows().stats(&tenant("a"), from, to).await.unwrap() };
     let all = stats(None, None).await;
     assert_eq!((all.total, all.completed, all.failed), (3, 1, 1));
     assert_eq!((all.mean_ms, all.storage_bytes, all.compute_secs), (4000, 50, 6));

@@ -12,8 +12,7 @@ use super::{LONG, TestStore, failure, new_build, plenty, result, tenant};
 use crate::build::record::{Build, BuildId, FailureCode, LogLine};
 use crate::build::state::{BuildState, Happening};
 use crate::store::{
-    Accepted, ArtifactName, Cancel, Delete, Fenced, Heartbeat, Lease, NewBuild, Outcome,
-    StoreError,
+    Accepted, ArtifactName, Cancel, Delete, Fenced, Heartbeat, Lease, NewBuild, Outcome, StoreError,
 };
 use crate::tenant::TenantLimits;
 
@@ -135,11 +134,18 @@ impl Model {
     }
 
     fn storage(&self, tenant: usize) -> u64 {
-        let mut artifacts: Vec<u8> = self.builds.iter().filter_map(|build| match build {
-            Kept { tenant: owner, state: BuildState::Completed, artifact, .. }
-                if *owner == tenant => *artifact,
-            _ => None,
-        }).collect();
+        let mut artifacts: Vec<u8> = self
+            .builds
+            .iter()
+            .filter_map(|build| match build {
+                Kept { tenant: owner, state: BuildState::Completed, artifact, .. }
+                    if *owner == tenant =>
+                {
+                    *artifact
+                }
+                _ => None,
+            })
+            .collect();
         artifacts.sort_unstable();
         artifacts.dedup();
         artifacts.into_iter().map(bytes).sum()
@@ -228,9 +234,10 @@ impl Model {
         let place = self.builds.iter().position(|build| build.id == claimed.build.id).unwrap();
         prop_assert!(is_ready(self, &self.builds[place]));
         // A tenant's own builds come in order.
-        let first = self.builds.iter().filter(|build| {
-            build.tenant == self.builds[place].tenant && is_ready(self, build)
-        });
+        let first = self
+            .builds
+            .iter()
+            .filter(|build| build.tenant == self.builds[place].tenant && is_ready(self, build));
         let first = first.min_by_key(|build| (build.run_at, build.id.clone())).unwrap();
         prop_assert_eq!(&first.id, &claimed.build.id);
         let build = &mut self.builds[place];

@@ -259,9 +259,6 @@ async fn a_full_disk_is_told_and_recovers() {
     t.check().await;
     t.rows().engine.execute(pages(1_000_000)).await.unwrap();
     t.rows().append_log(&claimed.lease, &lines).await.unwrap();
-    assert!(matches!(
-        t.ask("a", &plenty(), &new_build(t.now())).await,
-        Accepted::Created(_)
-    ));
+    assert!(matches!(t.ask("a", &plenty(), &new_build(t.now())).await, Accepted::Created(_)));
     t.check().await;
 }

@@ -338,9 +338,8 @@ pub(super) async fn a_shutdown_counts_no_try(t: &TestStore) {
 pub(super) async fn progress_never_goes_back(t: &TestStore) {
     let build = t.create("a").await;
     let claimed = t.claim().await;
-    let enter = |state, percent| {
-        t.rows().progress(&claimed.lease, state, percent, "some step", t.now())
-    };
+    let enter =
+        |state, percent| t.rows().progress(&claimed.lease, state, percent, "some step", t.now());
     enter(BuildState::Downloading, 40).await.unwrap();
     enter(BuildState::Downloading, 30).await.unwrap();
     assert_eq!(t.get(&build).await.progress_percent, 40);
