@@ -15,6 +15,7 @@ mod machine;
 mod mount;
 mod process;
 mod registry;
+mod service;
 mod stories;
 #[cfg(test)]
 mod tidy;
@@ -33,9 +34,10 @@ usage: cargo xtask CHORE
   bench                the peers' table; [--images a,b] [--runs N] [--peer-runs N] [--no-peers]
                        [--no-failing-peers] [--no-series] [--reflink xfs|btrfs|none]
                        [--binary FILE]
+  bench --service      the service's figures; [--binary FILE]
   docs                 write docs/api.md from the proto file
   fuzz [TARGET...]     every parser of foreign bytes; [--seconds N]
-  stories [WORDS]      stories whose sentence contains WORDS; [--full] [--binary FILE]
+  stories [WORDS]      stories whose sentence contains WORDS; [--full] [--binary FILE] [--seed N]
   images [NAME...]     make the test images
   serve [NAME...]      serve them from a registry until standard input ends
   boot IMAGE [COMMAND] boot an image in QEMU and run a command of its shell; [--keep]
@@ -85,11 +87,12 @@ fn floor(arguments: Arguments) -> Result<()> {
     bench::floor::run(reference, output.as_ref())
 }
 
-/// `cargo xtask stories [WORDS] [--full] [--binary FILE]`: some of what `test` and `soak` run.
+/// `cargo xtask stories [WORDS] [--full] [--binary FILE] [--seed N]`: some of what `test` and `soak` run.
 fn stories(mut arguments: Arguments) -> Result<()> {
     let size = if arguments.flag("--full") { stories::Size::Full } else { stories::Size::Reduced };
     let binary = arguments.value("--binary")?.map(Into::into);
-    let tally = stories::run(size, &arguments.rest()?.join(" "), binary)?;
+    let seed = arguments.number("--seed")?;
+    let tally = stories::run(size, &arguments.rest()?.join(" "), binary, seed)?;
     println!("{tally}");
     if tally.failed > 0 {
         bail!("{} stories failed", tally.failed);
