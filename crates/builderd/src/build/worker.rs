@@ -17,7 +17,7 @@ use oci::{Fetcher, Image, Platform, Source};
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument as _;
@@ -281,42 +281,58 @@ impl<'a> Running<'a> {
     }
 
     async fn to_the_end(self) -> End {
-        let stopped = self.must_stop();
-        tokio::pin!(stopped);
-        // Dropping the work kills the child: see `kill_on_drop`.
-        let end = tokio::select! {
-            end = self.make() => end,
-            stop = &mut stopped => match stop {
-                Stop::Cancelled => End::Cancelled,
-                Stop::Released => End::Released,
-                Stop::Lost => End::Lost,
-                Stop::TimedOut => End::TimedOut(self.too_late()),
-            },
+        let (done, is_done) = oneshot::channel();
+        let end = {
+            let mut work = Box::pin(async {
+                let end = self.make().await;
+                // Nobody waits for it when a reason to stop came first.
+                let _ = done.send(());
+                end
+            });
+            let mut watch = Box::pin(self.must_stop(is_done));
+            // What loses is dropped here, before anything else needs the database: a future that
+            // is kept but not polled may hold a connection.
+            tokio::select! {
+                end = &mut work => {
+                    watch.await;
+                    end
+                }
+                stop = &mut watch => match stop {
+                    Some(Stop::Cancelled) => End::Cancelled,
+                    Some(Stop::Released) => End::Released,
+                    Some(Stop::TimedOut) => End::TimedOut(self.too_late()),
+                    Some(Stop::Lost) => End::Lost,
+                    // Its end is told before it is handed over.
+                    None => work.await,
+                },
+            }
         };
         self.tell_end(&end).await;
         self.clear_staging().await;
         end
     }
 
-    /// Waits for the first reason to stop, and keeps the lease meanwhile.
-    async fn must_stop(&self) -> Stop {
+    /// Waits for the first reason to stop, or until the work is done, and keeps the lease
+    /// meanwhile.
+    async fn must_stop(&self, mut is_done: oneshot::Receiver<()>) -> Option<Stop> {
         let mut give_up = self.give_up.clone();
         let mut heard = Instant::now();
         loop {
             tokio::select! {
-                () = tokio::time::sleep_until(self.deadline) => return Stop::TimedOut,
-                _ = give_up.wait_for(|now| *now) => return Stop::Released,
+                () = tokio::time::sleep_until(self.deadline) => return Some(Stop::TimedOut),
+                _ = give_up.wait_for(|now| *now) => return Some(Stop::Released),
+                _ = &mut is_done => return None,
                 () = tokio::time::sleep(HEARTBEAT) => {}
             }
             self.journal.flush().await;
             let lease = self.workers.store.lease(&self.claimed.lease);
             match lease.heartbeat(LEASE_SECS, self.workers.clock.now()).await {
                 Ok(Heartbeat::GoOn) => heard = Instant::now(),
-                Ok(Heartbeat::Cancel { .. }) => return Stop::Cancelled,
-                Ok(Heartbeat::Lost) => return Stop::Lost,
+                Ok(Heartbeat::Cancel { .. }) => return Some(Stop::Cancelled),
+                Ok(Heartbeat::Lost) => return Some(Stop::Lost),
                 Err(error) if heard.elapsed() > SILENCE_MAX => {
                     tracing::error!(%error, "the database does not answer; the build is given up");
-                    return Stop::Lost;
+                    return Some(Stop::Lost);
                 }
                 Err(_) => {}
             }
