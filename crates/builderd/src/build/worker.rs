@@ -33,7 +33,7 @@ use crate::build::child::SentCredentials;
 use crate::clock::Clock;
 use crate::seal::MasterKey;
 use crate::store::{ArtifactName, Claimed, Fenced, Heartbeat, Lease, Outcome, Store, StoreError};
-use crate::telemetry::Metrics;
+use crate::telemetry::{self, Metrics};
 
 /// A worker that says nothing for so long has lost its build.
 const LEASE_SECS: u64 = 30;
@@ -148,16 +148,16 @@ impl Workers {
     /// One try of one build, to its end.
     async fn work(&self, claimed: Claimed, give_up: watch::Receiver<bool>) {
         let (lease, build) = (claimed.lease.clone(), claimed.build.clone());
-        let span = tracing::info_span!(
-            "build",
-            build = build.id.as_str(),
-            tenant = build.tenant.as_str(),
-            attempt = build.attempt,
+        let span = telemetry::build_span(
+            build.tenant.as_str(),
+            build.id.as_str(),
+            build.attempt,
+            build.traceparent.as_deref(),
         );
         async {
             self.metrics.build_started(build.tier);
             let started = self.clock.now();
-            let end = Running::new(self, &claimed, give_up).to_the_end().await;
+            let end = Running::new(self, &claimed, give_up).run_to_the_end().await;
             self.conclude(&lease, &build, started, end).await;
         }
         .instrument(span)
@@ -173,7 +173,7 @@ impl Workers {
                 return;
             }
             End::Made(name, result) => {
-                self.metrics.sizes(result.image_bytes, result.artifact_bytes);
+                self.measure(&result);
                 (Some(name), Outcome::Completed(result), Some(BuildState::Completed))
             }
             End::Cancelled => (None, Outcome::Cancelled, Some(BuildState::Cancelled)),
@@ -200,6 +200,23 @@ impl Workers {
             }
             Ok(Fenced::Lost) => tracing::warn!("the lease was lost before the build could end"),
             Err(error) => tracing::error!(%error, "the end of the build could not be written"),
+        }
+    }
+
+    /// What an artifact took, unless it was there already.
+    fn measure(&self, result: &BuildResult) {
+        self.metrics.sizes(result.image_bytes, result.artifact_bytes);
+        let cost = &result.metrics;
+        let mut steps = vec![("resolve", cost.pull_ms)];
+        if !result.from_cache {
+            self.metrics.cost(cost);
+            steps.extend([("layers", cost.extract_ms), ("build", cost.build_ms)]);
+            if cost.optimize_ms > 0 {
+                steps.push(("compress", cost.optimize_ms));
+            }
+        }
+        for (step, ms) in steps {
+            self.metrics.step(step, Duration::from_millis(ms).as_secs_f64(), false);
         }
     }
 
@@ -280,7 +297,7 @@ impl<'a> Running<'a> {
         &self.claimed.build
     }
 
-    async fn to_the_end(self) -> End {
+    async fn run_to_the_end(&self) -> End {
         let (done, is_done) = oneshot::channel();
         let end = {
             let mut work = Box::pin(async {
@@ -405,7 +422,7 @@ impl<'a> Running<'a> {
         self.journal.say("info", "puller", format!("resolving {}", request.image));
         self.journal.enter(BuildState::Preparing, 1, "Resolving the image").await;
         let registry = self.registry()?;
-        let image = self.resolve(&registry).instrument(tracing::info_span!("resolve")).await?;
+        let image = self.resolve(&registry).instrument(telemetry::step_span("resolve")).await?;
         let pull_ms = millis(started);
         self.journal.say("info", "puller", described(&image));
         let name = self.artifact_name(&image);
@@ -422,10 +439,10 @@ impl<'a> Running<'a> {
                 BuildMetrics { pull_ms, total_ms, source_bytes, ..BuildMetrics::default() };
             return Ok((name, result));
         }
-        let running = tracing::info_span!("run");
+        let running = telemetry::step_span("run");
         let report = self.run_child(&image, registry).instrument(running).await?;
         let publish = self.publish(&name, &image, report, pull_ms, started);
-        let result = publish.instrument(tracing::info_span!("publish")).await?;
+        let result = publish.instrument(telemetry::step_span("publish")).await?;
         Ok((name, result))
     }
 
@@ -629,7 +646,6 @@ impl<'a> Running<'a> {
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the one place that starts the engine's process")]
     async fn spawn(&self, spec: &ChildSpec) -> io::Result<Child> {
         let mut child = Command::new(&self.workers.rules.program)
             .arg("build-child")
