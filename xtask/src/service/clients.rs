@@ -72,9 +72,9 @@ pub(crate) fn node() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// `buf curl`, not yet told what to call.
-pub(crate) fn buf_curl() -> Result<Program> {
-    Ok(Program::new(node()?.join("node_modules/.bin/buf")).arg("curl"))
+/// The program `buf`; it is a Go client and knows our proto files by reflection alone.
+pub(crate) fn buf() -> Result<PathBuf> {
+    Ok(node()?.join("node_modules/.bin/buf"))
 }
 
 /// The Python client's program with its generated code, not yet told whom to call.

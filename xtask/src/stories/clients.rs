@@ -74,11 +74,11 @@ pub(super) fn python_grpcio_lives_a_builds_life(lab: &Lab) -> Result<Verdict> {
 type Caller<'a> = dyn Fn(&str, &Value) -> Result<Vec<Value>> + 'a;
 
 pub(super) fn buf_curl_lives_a_builds_life_by_reflection_alone(lab: &Lab) -> Result<Verdict> {
+    let buf = clients::buf()?;
+    let buf_curl = || Program::new(&buf).args(["curl", "--http2-prior-knowledge"]);
     with_service(lab, |server, image, slow| {
         let url = |rest: &str| format!("http://{}{rest}", server.address());
-        let services = clients::buf_curl()?
-            .args(["--http2-prior-knowledge", "--list-services", &url("")])
-            .text()?;
+        let services = buf_curl().args(["--list-services", &url("")]).text()?;
         for name in ["builder.v1.BuilderService", "grpc.health.v1.Health"] {
             if !services.lines().any(|line| line == name) {
                 bail!("reflection does not list {name}: {services}");
@@ -87,8 +87,8 @@ pub(super) fn buf_curl_lives_a_builds_life_by_reflection_alone(lab: &Lab) -> Res
         for protocol in ["connect", "grpc", "grpcweb"] {
             let tenant = format!("buf-{protocol}");
             let call = |method: &str, message: &Value| {
-                let said = clients::buf_curl()?
-                    .args(["--http2-prior-knowledge", "--protocol", protocol])
+                let said = buf_curl()
+                    .args(["--protocol", protocol])
                     .args(["--header", &format!("X-Tenant-ID: {tenant}")])
                     .args(["--data", &message.to_string()])
                     .arg(url(&format!("{SERVICE}/{method}")))
