@@ -58,8 +58,14 @@ async fn a_backup_is_taken_beside_a_server_and_restored() {
     let again = admin::backup(&data, &file).await;
     assert!(matches!(again, Err(AdminError::File { .. })), "{again:?}");
 
-    let onto = admin::restore(&file, &data).await;
-    assert!(matches!(onto, Err(AdminError::File { .. })), "{onto:?}");
+    // Nothing is put under a server, nor over a database that is there.
+    let under = admin::restore(&file, &data).await;
+    let locked = matches!(under, Err(AdminError::Store(StoreError::DataDirectory { .. })));
+    assert!(locked, "{under:?}");
+    server.close().await;
+    drop(server);
+    let over = admin::restore(&file, &data).await;
+    assert!(matches!(over, Err(AdminError::File { .. })), "{over:?}");
     let other = workshop.path("other");
     admin::restore(&file, &other).await.unwrap();
     let restored = Store::open_sqlite(&other).await.unwrap();

@@ -32,14 +32,14 @@ const LONG: u64 = 3600;
 struct TestStore {
     store: Store,
     now: AtomicI64,
-    _directory: Option<TempDir>,
+    directory: Option<TempDir>,
 }
 
 impl TestStore {
     fn new(store: Store, directory: Option<TempDir>) -> Self {
         // A day's beginning.
         let now = AtomicI64::new(1_700_006_400 * Micros::SECOND);
-        Self { store, now, _directory: directory }
+        Self { store, now, directory }
     }
 
     async fn sqlite() -> Self {

@@ -8,7 +8,7 @@ use crate::build::record::{FailureCode, LogLine, Micros};
 use crate::build::state::BuildState;
 use crate::store::admin::{self, AdminError};
 use crate::store::engine::{Query, sql};
-use crate::store::{Accepted, Outcome, Store, StoreError, TenantRow, TokenRow};
+use crate::store::{Accepted, NewBuild, Outcome, Store, StoreError, TenantRow, TokenRow};
 use crate::tenant::{TenantLimits, Tier};
 
 pub(super) async fn tenants_are_as_they_were_set_up(t: &TestStore) {
@@ -261,4 +261,26 @@ async fn a_full_disk_is_told_and_recovers() {
     t.rows().append_log(&claimed.lease, &lines).await.unwrap();
     assert!(matches!(t.ask("a", &plenty(), &new_build(t.now())).await, Accepted::Created(_)));
     t.check().await;
+}
+
+#[tokio::test]
+async fn a_backup_holds_no_credentials() {
+    let t = TestStore::sqlite().await;
+    let canary = b"canary-2718281828".to_vec();
+    let contains = |bytes: &[u8]| bytes.windows(canary.len()).any(|window| window == canary);
+    let build = NewBuild { sealed_credentials: Some(canary.clone()), ..new_build(t.now()) };
+    t.ask("a", &plenty(), &build).await;
+    let directory = t.directory.as_ref().unwrap().path();
+    let live = ["builderd.db", "builderd.db-wal"].map(|name| directory.join(name));
+    let live = live.iter().filter_map(|file| std::fs::read(file).ok());
+    assert!(live.into_iter().any(|bytes| contains(&bytes)), "the canary is not even stored");
+
+    let (file, other) = (directory.join("backup.db"), directory.join("other"));
+    admin::backup(directory, &file).await.unwrap();
+    assert!(!contains(&std::fs::read(&file).unwrap()));
+    admin::restore(&file, &other).await.unwrap();
+    let restored = TestStore::new(Store::open_sqlite(&other).await.unwrap(), None);
+    let claimed = restored.claim().await;
+    assert_eq!((claimed.build.id, claimed.sealed_credentials), (build.id, None));
+    restored.check().await;
 }
