@@ -21,7 +21,7 @@ const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 
 /// Failures to authenticate that one address may have in a minute, and at once.
-const FAILURES: (u32, u32) = (30, 20);
+const FAILURES: (u32, u32) = (60, 40);
 /// Requests to `/health` and `/stats` at once.
 const HEALTH_BURST: u32 = 10;
 /// After so many decisions the buckets that are full again are forgotten.
@@ -161,7 +161,7 @@ mod tests {
         for _ in 0..FAILURES.1 {
             assert_eq!(limits.failed(Some(from)), None);
         }
-        assert!(limits.failed(Some(from)).is_some_and(|secs| (1..=3).contains(&secs)));
+        assert!(limits.failed(Some(from)).is_some_and(|secs| (1..=2).contains(&secs)));
         assert_eq!(limits.failed(Some("192.0.2.8".parse().unwrap())), None);
         assert_eq!(limits.failed(None), None);
     }

@@ -210,7 +210,7 @@ async fn whoever_keeps_guessing_must_wait() {
     let server = Server::start(Mode::Tokens).await;
     let good = server.token("a", &Right::ALL).await;
     let mut last = StatusCode::OK;
-    for _ in 0..40 {
+    for _ in 0..60 {
         last = send(server.plain("ListBuilds").bearer_auth("bld_guess")).await.status;
     }
     assert_eq!(last, StatusCode::TOO_MANY_REQUESTS);

@@ -120,7 +120,7 @@ async fn every_documented_request_works_or_is_refused_by_name() {
             assert_eq!(reply.well()["status"], "BUILD_STATUS_QUEUED", "{name:?}");
         }
     }
-    assert_eq!(sent, 17);
+    assert_eq!(sent, 16);
     let later: BTreeMap<(String, String), String> = LATER
         .iter()
         .map(|(document, heading, what)| {

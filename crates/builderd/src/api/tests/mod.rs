@@ -115,14 +115,14 @@ impl Server {
 
     /// Ends the story: the server must end by itself.
     pub(super) async fn stop(self) {
+        self.begin_stop();
         drop(self.client);
-        self.shutdown.send(true).unwrap();
         let ended = tokio::time::timeout(2 * DRAIN, self.task).await.expect("the server ends");
         ended.unwrap().unwrap();
     }
 
     pub(super) fn begin_stop(&self) {
-        self.shutdown.send(true).unwrap();
+        self.shutdown.send_replace(true);
     }
 
     pub(super) fn url(&self, path: &str) -> String {
@@ -191,7 +191,7 @@ impl Server {
         assert_eq!(written, Fenced::Written);
     }
 
-    /// The worker goes through every step and publishes `content`.
+    /// The worker publishes `content`.
     pub(super) async fn complete(&self, claimed: &Claimed, content: &[u8], compression: &str) {
         use sha2::Digest as _;
         let sha256 = crate::build::hex(&sha2::Sha256::digest(content));
@@ -200,10 +200,8 @@ impl Server {
         std::fs::write(&staged, content).unwrap();
         self.artifacts.publish(&staged, &key).await.unwrap();
         let lease = self.store.lease(&claimed.lease);
-        for state in BuildState::ALL.into_iter().filter(|state| state.is_running()) {
-            let written = lease.progress(state, 45, "Extracting Docker layers", WallClock.now());
-            assert_eq!(written.await.unwrap(), Fenced::Written);
-        }
+        let written = lease.progress(BuildState::Packaging, 99, "Publishing", WallClock.now());
+        assert_eq!(written.await.unwrap(), Fenced::Written);
         let result = BuildResult {
             artifact_key: key,
             artifact_bytes: content.len() as u64,
