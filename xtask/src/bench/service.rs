@@ -31,6 +31,7 @@ const REQUESTS: usize = 12_000;
 const CONNECTIONS: usize = 4;
 
 const FOLLOWERS: usize = 1_000;
+const FOLLOWERS_AT_ONCE: usize = 400;
 
 /// What is measured, and where.
 struct Bench {
@@ -215,7 +216,11 @@ impl Bench {
                 Ok(bytes)
             };
             let mut threads = Vec::new();
-            for _ in 0..FOLLOWERS {
+            for number in 0..FOLLOWERS {
+                // The tier's rate: so many at once, the others one after the other.
+                if number > FOLLOWERS_AT_ONCE {
+                    std::thread::sleep(Duration::from_millis(15));
+                }
                 let small = std::thread::Builder::new().stack_size(256 << 10);
                 threads.push(small.spawn_scoped(scope, follow)?);
             }
