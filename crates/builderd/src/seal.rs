@@ -43,7 +43,7 @@ pub enum SealError {
 }
 
 /// The key that everything at rest hangs on.
-pub struct MasterKey(RandomizedNonceKey);
+pub(crate) struct MasterKey(RandomizedNonceKey);
 
 /// The plain form, inside the seal only.
 #[derive(Serialize, Deserialize)]
@@ -58,7 +58,7 @@ impl MasterKey {
     ///
     /// # Errors
     /// [`SealError::KeyFile`]; also if others may read the file.
-    pub fn load_or_create(path: &Path) -> Result<Self, SealError> {
+    pub(crate) fn load_or_create(path: &Path) -> Result<Self, SealError> {
         let failed = |problem: String| SealError::KeyFile { path: path.to_owned(), problem };
         let bytes = match File::open(path) {
             Ok(file) => read_key(file).map_err(failed)?,
@@ -75,7 +75,7 @@ impl MasterKey {
     ///
     /// # Errors
     /// [`SealError::Cipher`]
-    pub fn seal(
+    pub(crate) fn seal(
         &self,
         tenant: &TenantId,
         build: &BuildId,
@@ -100,7 +100,7 @@ impl MasterKey {
     ///
     /// # Errors
     /// [`SealError::Open`]
-    pub fn open(
+    pub(crate) fn open(
         &self,
         tenant: &TenantId,
         build: &BuildId,

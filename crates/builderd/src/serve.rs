@@ -27,7 +27,7 @@ use crate::telemetry::{self, TelemetryError};
 
 /// Why the service did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
-pub enum ServeError {
+pub(crate) enum ServeError {
     /// A directory or file cannot be used.
     #[error("cannot use {}", path.display())]
     Path {
@@ -143,6 +143,7 @@ pub(crate) async fn serve(
         Arc::clone(&key),
         Arc::clone(&clock),
         service_rules(&config),
+        Arc::clone(&metrics),
     ));
     let workers = Arc::new(Workers::new(
         store.clone(),
@@ -258,10 +259,14 @@ fn api_rules(config: &Config) -> ApiRules {
 }
 
 fn meters(metrics: &Arc<telemetry::Metrics>) -> Meters {
-    let (shown, told) = (Arc::clone(metrics), Arc::clone(metrics));
+    let (shown, told, counted) = (Arc::clone(metrics), Arc::clone(metrics), Arc::clone(metrics));
     Meters {
         render: Box::new(move || shown.render()),
-        observe: Arc::new(move |method, code, time| told.rpc(method, code, time.as_secs_f64())),
+        observe: Arc::new(move |method, code, time| match code {
+            api::PANICKED => told.rpc_panicked(method),
+            code => told.rpc(method, code, time.as_secs_f64()),
+        }),
+        begin: Box::new(move || Box::new(counted.rpc_begun())),
     }
 }
 

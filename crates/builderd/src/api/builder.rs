@@ -111,7 +111,8 @@ impl v1::BuilderService for Door {
         let context = &context;
         let build = admitted(&self.state, context, claim, |who| async move {
             let mut order = convert::order(request)?;
-            order.traceparent = header(context, "traceparent");
+            order.traceparent =
+                crate::telemetry::traceparent().or_else(|| header(context, "traceparent"));
             order.idempotency_key =
                 order.idempotency_key.or_else(|| header(context, "idempotency-key"));
             Ok(self.state.service.create(&who, order).await?)

@@ -18,6 +18,9 @@ use super::error::Answer;
 /// error), and how long it took. Of a stream only the beginning counts.
 pub(crate) type Observe = Arc<dyn Fn(&str, &str, Duration) + Send + Sync>;
 
+/// Told in the place of a code, before the answer's own, when a handler panicked.
+pub(crate) const PANICKED: &str = "panicked";
+
 /// See the module.
 pub(super) struct Guard<D> {
     inner: D,
@@ -42,7 +45,10 @@ impl<D> Guard<D> {
         });
         Box::pin(async move {
             let result = AssertUnwindSafe(lenient).catch_unwind().await;
-            let result = result.unwrap_or_else(|_| Err(Answer::panicked().into_connect()));
+            let result = result.unwrap_or_else(|_| {
+                observe(&path, PANICKED, start.elapsed());
+                Err(Answer::panicked().into_connect())
+            });
             let code = result.as_ref().map_or_else(|error| error.code.as_str(), |_| "ok");
             observe(&path, code, start.elapsed());
             result

@@ -40,7 +40,7 @@ use tower::ServiceExt as _;
 
 use auth::Auth;
 pub(crate) use auth::{Mode, new_token};
-pub(crate) use guard::Observe;
+pub(crate) use guard::{Observe, PANICKED};
 pub(crate) use server::serve;
 
 use crate::build::record::Micros;
@@ -51,6 +51,7 @@ use crate::tenant::Tier;
 use error::Answer;
 use guard::Guard;
 use spelling::Form;
+use tracing::Instrument as _;
 
 /// Longest message, and longest body of an RPC.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
@@ -82,7 +83,12 @@ pub(crate) struct Meters {
     pub(crate) render: Box<dyn Fn() -> String + Send + Sync>,
     /// Told of each call.
     pub(crate) observe: Observe,
+    /// Told when a request comes; it is done when what this gives is dropped.
+    pub(crate) begin: Box<dyn Fn() -> Begun + Send + Sync>,
 }
+
+/// A request that is being answered.
+pub(crate) type Begun = Box<dyn std::any::Any + Send>;
 
 /// What the doors need.
 pub(crate) struct ApiState {
@@ -182,10 +188,9 @@ async fn call(rpc: Rpc, request: Request) -> Response {
         Ok(response) => response,
         Err(never) => match never {},
     };
-    response.map(|body| match body {
-        // Keeps its length, so that HTTP/1.1 need not send it in chunks.
-        ConnectRpcBody::Full(full) => Body::new(full),
-        framed => Body::new(framed),
+    // Keeps its length, so that HTTP/1.1 need not send it in chunks.
+    response.map(|body| {
+        if let ConnectRpcBody::Full(full) = body { Body::new(full) } else { Body::new(body) }
     })
 }
 
@@ -233,7 +238,12 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
     let matched = head.extensions.get::<MatchedPath>().map(MatchedPath::as_str);
     let route = matched.and_then(|path| path.split('/').nth(2)).unwrap_or_default().to_owned();
     head.extensions.insert(caller.clone());
-    let mut response = next.run(Request::from_parts(head, body)).await;
+    let span = {
+        let parent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
+        crate::telemetry::request_span(&route, parent)
+    };
+    let _begun = (state.meters.begin)();
+    let mut response = next.run(Request::from_parts(head, body)).instrument(span).await;
     if form == Form::Plain {
         let route = format!("{}/{route}", api::SERVICE);
         (state.meters.observe)(&route, response.status().as_str(), start.elapsed());

@@ -53,10 +53,11 @@ impl ObjectArtifacts {
 }
 
 fn failed(error: object_store::Error) -> io::Error {
-    match error {
-        object_store::Error::NotFound { .. } => io::Error::new(io::ErrorKind::NotFound, error),
-        other => io::Error::other(other),
-    }
+    let kind = match matches!(error, object_store::Error::NotFound { .. }) {
+        true => io::ErrorKind::NotFound,
+        false => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, error)
 }
 
 #[async_trait]

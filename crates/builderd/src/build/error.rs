@@ -279,16 +279,16 @@ impl BuildError {
 
 /// What may pass by itself is told apart from what will not.
 fn pull_code(error: &PullError) -> FailureCode {
-    match error {
-        PullError::Unauthorized { .. } | PullError::Credentials { .. } => {
-            FailureCode::AuthenticationFailed
-        }
-        PullError::RateLimited { .. } => FailureCode::RegistryRateLimit,
-        other if other.is_retryable() => FailureCode::NetworkError,
-        other => match other.blame() {
-            oci::Blame::Yours => FailureCode::InvalidSource,
-            oci::Blame::Upstream => FailureCode::NetworkError,
-            oci::Blame::Ours => FailureCode::TemporaryResourceError,
-        },
+    if matches!(error, PullError::Unauthorized { .. } | PullError::Credentials { .. }) {
+        return FailureCode::AuthenticationFailed;
+    }
+    if matches!(error, PullError::RateLimited { .. }) {
+        return FailureCode::RegistryRateLimit;
+    }
+    match error.blame() {
+        _ if error.is_retryable() => FailureCode::NetworkError,
+        oci::Blame::Yours => FailureCode::InvalidSource,
+        oci::Blame::Upstream => FailureCode::NetworkError,
+        oci::Blame::Ours => FailureCode::TemporaryResourceError,
     }
 }

@@ -113,7 +113,7 @@ impl<'a> Journal<'a> {
     /// noticed by the next heartbeat.
     pub(super) async fn flush(&self) {
         let _turn = self.writing.lock().await;
-        let (lines, progress) = self.take();
+        let (lines, progress) = self.waiting();
         let store = self.store.lease(self.lease);
         if let Some((state, percent, step)) = progress {
             let now = self.clock.now();
@@ -121,25 +121,24 @@ impl<'a> Journal<'a> {
                 lock(&self.book).is_told = false;
             }
         }
-        if !lines.is_empty() && store.append_log(&lines).await.is_err() {
-            let mut book = lock(&self.book);
-            let later = mem::replace(&mut book.lines, lines);
-            book.lines.extend(later);
+        // Taken out only when written: this future may be dropped while it waits.
+        if !lines.is_empty() && store.append_log(&lines).await.is_ok() {
+            lock(&self.book).lines.drain(..lines.len());
         }
     }
 
-    fn take(&self) -> (Vec<LogLine>, Option<(BuildState, u32, String)>) {
+    fn waiting(&self) -> (Vec<LogLine>, Option<(BuildState, u32, String)>) {
         let mut book = lock(&self.book);
         let left_out = mem::take(&mut book.left_out);
-        let mut lines = mem::take(&mut book.lines);
         if left_out > 0 {
             let message = format!("{left_out} lines were left out: the log came too fast");
             let (level, component) = ("warn".to_owned(), "queue".to_owned());
-            lines.push(LogLine { offset: 0, at: self.clock.now(), level, component, message });
+            let at = self.clock.now();
+            book.lines.push(LogLine { offset: 0, at, level, component, message });
         }
         let progress = (!book.is_told).then(|| (book.state, book.percent, book.step.clone()));
         book.is_told = true;
         book.told = Some(Instant::now());
-        (lines, progress)
+        (book.lines.clone(), progress)
     }
 }

@@ -20,6 +20,7 @@ use crate::store::{
     Accepted, Cancel, Changes, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store,
     StoreError,
 };
+use crate::telemetry::Metrics;
 use crate::tenant::{Denied, Principal, Right, TenantLimits, Tier};
 
 /// Most lines of one read of a log.
@@ -190,6 +191,7 @@ pub struct BuildService {
     key: Arc<MasterKey>,
     clock: Arc<dyn Clock>,
     rules: ServiceRules,
+    metrics: Arc<Metrics>,
 }
 
 impl BuildService {
@@ -199,8 +201,9 @@ impl BuildService {
         key: Arc<MasterKey>,
         clock: Arc<dyn Clock>,
         rules: ServiceRules,
+        metrics: Arc<Metrics>,
     ) -> Self {
-        Self { store, artifacts, key, clock, rules }
+        Self { store, artifacts, key, clock, rules, metrics }
     }
 
     /// What a tenant may use: what the operator set for it, else its tier's.
@@ -238,9 +241,16 @@ impl BuildService {
             created_at: self.clock.now(),
         };
         match self.store.tenant(&permit).create(&tenant_limits, build).await? {
-            Accepted::Created(build) | Accepted::Known(build) => Ok(build),
+            Accepted::Created(build) => {
+                self.metrics.build_created(who.tenant(), who.tier());
+                Ok(build)
+            }
+            Accepted::Known(build) => Ok(build),
             Accepted::KeyReused => Err(ServiceError::KeyReused),
-            Accepted::Quota(quota) => Err(ServiceError::Quota(quota)),
+            Accepted::Quota(quota) => {
+                self.metrics.quota_violation(who.tenant(), quota.quota_type);
+                Err(ServiceError::Quota(quota))
+            }
         }
     }
 

@@ -17,7 +17,7 @@ use oci::{Fetcher, Image, Platform, Source};
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument as _;
@@ -33,7 +33,7 @@ use crate::build::child::SentCredentials;
 use crate::clock::Clock;
 use crate::seal::MasterKey;
 use crate::store::{ArtifactName, Claimed, Fenced, Heartbeat, Lease, Outcome, Store, StoreError};
-use crate::telemetry::Metrics;
+use crate::telemetry::{self, Metrics};
 
 /// A worker that says nothing for so long has lost its build.
 const LEASE_SECS: u64 = 30;
@@ -148,16 +148,16 @@ impl Workers {
     /// One try of one build, to its end.
     async fn work(&self, claimed: Claimed, give_up: watch::Receiver<bool>) {
         let (lease, build) = (claimed.lease.clone(), claimed.build.clone());
-        let span = tracing::info_span!(
-            "build",
-            build = build.id.as_str(),
-            tenant = build.tenant.as_str(),
-            attempt = build.attempt,
+        let span = telemetry::build_span(
+            build.tenant.as_str(),
+            build.id.as_str(),
+            build.attempt,
+            build.traceparent.as_deref(),
         );
         async {
             self.metrics.build_started(build.tier);
             let started = self.clock.now();
-            let end = Running::new(self, &claimed, give_up).to_the_end().await;
+            let end = Running::new(self, &claimed, give_up).run_to_the_end().await;
             self.conclude(&lease, &build, started, end).await;
         }
         .instrument(span)
@@ -173,7 +173,7 @@ impl Workers {
                 return;
             }
             End::Made(name, result) => {
-                self.metrics.sizes(result.image_bytes, result.artifact_bytes);
+                self.measure(&result);
                 (Some(name), Outcome::Completed(result), Some(BuildState::Completed))
             }
             End::Cancelled => (None, Outcome::Cancelled, Some(BuildState::Cancelled)),
@@ -200,6 +200,23 @@ impl Workers {
             }
             Ok(Fenced::Lost) => tracing::warn!("the lease was lost before the build could end"),
             Err(error) => tracing::error!(%error, "the end of the build could not be written"),
+        }
+    }
+
+    /// What an artifact took, unless it was there already.
+    fn measure(&self, result: &BuildResult) {
+        self.metrics.sizes(result.image_bytes, result.artifact_bytes);
+        let cost = &result.metrics;
+        let mut steps = vec![("resolve", cost.pull_ms)];
+        if !result.from_cache {
+            self.metrics.cost(cost);
+            steps.extend([("layers", cost.extract_ms), ("build", cost.build_ms)]);
+            if cost.optimize_ms > 0 {
+                steps.push(("compress", cost.optimize_ms));
+            }
+        }
+        for (step, ms) in steps {
+            self.metrics.step(step, Duration::from_millis(ms).as_secs_f64(), false);
         }
     }
 
@@ -280,43 +297,59 @@ impl<'a> Running<'a> {
         &self.claimed.build
     }
 
-    async fn to_the_end(self) -> End {
-        let stopped = self.must_stop();
-        tokio::pin!(stopped);
-        // Dropping the work kills the child: see `kill_on_drop`.
-        let end = tokio::select! {
-            end = self.make() => end,
-            stop = &mut stopped => match stop {
-                Stop::Cancelled => End::Cancelled,
-                Stop::Released => End::Released,
-                Stop::Lost => End::Lost,
-                Stop::TimedOut => End::TimedOut(self.too_late()),
-            },
+    async fn run_to_the_end(&self) -> End {
+        let (done, is_done) = oneshot::channel();
+        let end = {
+            let mut work = Box::pin(async {
+                let end = self.make().await;
+                // Nobody waits for it when a reason to stop came first.
+                let _ = done.send(());
+                end
+            });
+            let mut watch = Box::pin(self.must_stop(is_done));
+            // What loses is dropped here, before anything else needs the database: a future that
+            // is kept but not polled may hold a connection.
+            tokio::select! {
+                end = &mut work => {
+                    watch.await;
+                    end
+                }
+                stop = &mut watch => match stop {
+                    Some(Stop::Cancelled) => End::Cancelled,
+                    Some(Stop::Released) => End::Released,
+                    Some(Stop::TimedOut) => End::TimedOut(self.too_late()),
+                    Some(Stop::Lost) => End::Lost,
+                    // Its end is told before it is handed over.
+                    None => work.await,
+                },
+            }
         };
         self.tell_end(&end).await;
         self.clear_staging().await;
         end
     }
 
-    /// Waits for the first reason to stop, and keeps the lease meanwhile.
-    async fn must_stop(&self) -> Stop {
+    /// Waits for the first reason to stop, or until the work is done, and keeps the lease
+    /// meanwhile.
+    async fn must_stop(&self, mut is_done: oneshot::Receiver<()>) -> Option<Stop> {
         let mut give_up = self.give_up.clone();
         let mut heard = Instant::now();
         loop {
             tokio::select! {
-                () = tokio::time::sleep_until(self.deadline) => return Stop::TimedOut,
-                _ = give_up.wait_for(|now| *now) => return Stop::Released,
+                () = tokio::time::sleep_until(self.deadline) => return Some(Stop::TimedOut),
+                _ = give_up.wait_for(|now| *now) => return Some(Stop::Released),
+                _ = &mut is_done => return None,
                 () = tokio::time::sleep(HEARTBEAT) => {}
             }
             self.journal.flush().await;
             let lease = self.workers.store.lease(&self.claimed.lease);
             match lease.heartbeat(LEASE_SECS, self.workers.clock.now()).await {
                 Ok(Heartbeat::GoOn) => heard = Instant::now(),
-                Ok(Heartbeat::Cancel { .. }) => return Stop::Cancelled,
-                Ok(Heartbeat::Lost) => return Stop::Lost,
+                Ok(Heartbeat::Cancel { .. }) => return Some(Stop::Cancelled),
+                Ok(Heartbeat::Lost) => return Some(Stop::Lost),
                 Err(error) if heard.elapsed() > SILENCE_MAX => {
                     tracing::error!(%error, "the database does not answer; the build is given up");
-                    return Stop::Lost;
+                    return Some(Stop::Lost);
                 }
                 Err(_) => {}
             }
@@ -389,7 +422,7 @@ impl<'a> Running<'a> {
         self.journal.say("info", "puller", format!("resolving {}", request.image));
         self.journal.enter(BuildState::Preparing, 1, "Resolving the image").await;
         let registry = self.registry()?;
-        let image = self.resolve(&registry).instrument(tracing::info_span!("resolve")).await?;
+        let image = self.resolve(&registry).instrument(telemetry::step_span("resolve")).await?;
         let pull_ms = millis(started);
         self.journal.say("info", "puller", described(&image));
         let name = self.artifact_name(&image);
@@ -406,10 +439,10 @@ impl<'a> Running<'a> {
                 BuildMetrics { pull_ms, total_ms, source_bytes, ..BuildMetrics::default() };
             return Ok((name, result));
         }
-        let running = tracing::info_span!("run");
+        let running = telemetry::step_span("run");
         let report = self.run_child(&image, registry).instrument(running).await?;
         let publish = self.publish(&name, &image, report, pull_ms, started);
-        let result = publish.instrument(tracing::info_span!("publish")).await?;
+        let result = publish.instrument(telemetry::step_span("publish")).await?;
         Ok((name, result))
     }
 
@@ -613,7 +646,6 @@ impl<'a> Running<'a> {
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the one place that starts the engine's process")]
     async fn spawn(&self, spec: &ChildSpec) -> io::Result<Child> {
         let mut child = Command::new(&self.workers.rules.program)
             .arg("build-child")

@@ -56,7 +56,6 @@ impl Environment {
 }
 
 /// The variables of the environment that are ours.
-#[expect(clippy::disallowed_methods, reason = "this is the one place that reads it")]
 pub(crate) fn variables() -> Vec<(String, String)> {
     let text = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
     std::env::vars_os()

@@ -36,7 +36,7 @@ use tracing_subscriber::registry::Registry;
 
 use crate::config::{Config, LogConfig, LogFormat, TelemetryConfig};
 
-pub(crate) use metrics::{ActiveRequest, Metrics};
+pub(crate) use metrics::Metrics;
 
 /// How often metrics are pushed.
 const PUSH_INTERVAL: Duration = Duration::from_secs(30);

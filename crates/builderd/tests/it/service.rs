@@ -167,7 +167,7 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
-        let content: Vec<u8> = (0..3_000_000u32).map(|at| (at * 31 >> 3) as u8).collect();
+        let content: Vec<u8> = (0..=250u8).cycle().step_by(7).take(3_000_000).collect();
         let base = Layer::new().directory("bin").file("bin/app", b"app").file("data", &content);
         let image = TestImage::new(vec![base, Layer::new().file("etc/conf", b"x=1")]);
         let stage =

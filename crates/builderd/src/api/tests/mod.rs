@@ -94,9 +94,11 @@ impl Server {
             Arc::new(key),
             Arc::clone(&clock),
             rules,
+            crate::telemetry::Metrics::unread(),
         );
         let (shutdown, stopping) = watch::channel(false);
         let meters = Meters {
+            begin: Box::new(|| Box::new(())),
             render: Box::new(|| "builderd_up 1\n".to_owned()),
             observe: Arc::new(|_, _, _| ()),
         };

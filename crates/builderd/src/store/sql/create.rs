@@ -142,11 +142,8 @@ async fn used_up(
         ("storage", standing.storage_bytes, limits.storage_bytes, None),
         ("queued_builds", standing.queued, queued_max, None),
     ];
-    let mut quotas = quotas.into_iter().map(|(quota_type, current, limit, reset_at)| QuotaExceeded {
-        quota_type,
-        current,
-        limit,
-        reset_at,
+    let mut quotas = quotas.into_iter().map(|(quota_type, current, limit, reset_at)| {
+        QuotaExceeded { quota_type, current, limit, reset_at }
     });
     Ok(quotas.find(|quota| quota.current >= quota.limit))
 }

@@ -79,7 +79,9 @@ impl TestStore {
         let accepted = self.rows().create(&tenant(name), tier, &plenty(), &build).await.unwrap();
         match accepted {
             Accepted::Created(build) => build,
-            other => panic!("{other:?}"),
+            other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+                panic!("{other:?}")
+            }
         }
     }
 

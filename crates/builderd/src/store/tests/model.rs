@@ -376,10 +376,12 @@ impl Model {
         let count = self.builds.len().max(1);
         let Some(build) = self.builds.get_mut(build % count) else { return Ok(()) };
         let owner = tenant(TENANTS[build.tenant]);
-        let expected = match build.state {
-            BuildState::Queued => Cancel::Done,
-            state if state.is_running() => Cancel::Requested,
-            state => Cancel::Ended(state),
+        let expected = if build.state == BuildState::Queued {
+            Cancel::Done
+        } else if build.state.is_running() {
+            Cancel::Requested
+        } else {
+            Cancel::Ended(build.state)
         };
         let done = t.rows().cancel(&owner, &build.id, "why", t.now()).await.unwrap();
         prop_assert_eq!(Some(expected), done);

@@ -9,14 +9,18 @@ use crate::tenant::TenantLimits;
 fn created(accepted: Accepted) -> Build {
     match accepted {
         Accepted::Created(build) => build,
-        other => panic!("{other:?}"),
+        other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+            panic!("{other:?}")
+        }
     }
 }
 
 fn quota(accepted: Accepted) -> QuotaExceeded {
     match accepted {
         Accepted::Quota(quota) => quota,
-        other => panic!("{other:?}"),
+        other @ (Accepted::Created(_) | Accepted::Known(_) | Accepted::KeyReused) => {
+            panic!("{other:?}")
+        }
     }
 }
 
@@ -104,7 +108,7 @@ pub(super) async fn a_key_makes_one_build(t: &TestStore) {
         match answer {
             Accepted::Created(build) => assert!(first.replace(build).is_none()),
             Accepted::Known(build) => known.push(build),
-            other => panic!("{other:?}"),
+            other @ (Accepted::KeyReused | Accepted::Quota(_)) => panic!("{other:?}"),
         }
     }
     let first = first.expect("one was created");
