@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use crate::arguments::Arguments;
 use crate::bench::measure::mebibytes;
 use crate::boot::Kernel;
 use crate::compare::walk;
@@ -19,11 +20,17 @@ use crate::{chores, images, machine, workspace};
 /// What the image's shell is asked for.
 const COMMAND: &str = "cat /etc/os-release; uname -r; ls -l /srv";
 
-pub(crate) fn run() -> Result<()> {
+/// `cargo xtask demo [--binary FILE]`
+pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
+    let binary = arguments.value("--binary")?;
+    arguments.end()?;
     step("programs");
     machine::require(&[machine::DEMO, &[("curl", "curl")]])?;
     step("builderd, release build");
-    let builderd = workspace::release_binary("builderd")?;
+    let builderd = match binary {
+        Some(path) => Path::new(&path).canonicalize()?,
+        None => workspace::release_binary("builderd")?,
+    };
     // Debian's tools make owners and devices as root only; busybox needs neither.
     let image = if process::is_root() { "small" } else { images::TINY };
     step(&format!("image `{image}`"));

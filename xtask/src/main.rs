@@ -28,7 +28,8 @@ use arguments::Arguments;
 
 const HELP: &str = "\
 usage: cargo xtask CHORE
-  demo                 make an image, serve it, build it, check it, boot it
+  demo                 make an image, serve it, build it by the command and by the service,
+                       check it, boot it; [--binary FILE]
   test                 everything that CI checks; [--no-stories] [--install]
   soak                 the stories at full size
   bench                the peers' table; [--images a,b] [--runs N] [--peer-runs N] [--no-peers]
@@ -60,7 +61,7 @@ fn run() -> Result<()> {
     let chore = if words.is_empty() { String::new() } else { words.remove(0) };
     let arguments = Arguments::new(words);
     match chore.as_str() {
-        "demo" => arguments.end().and_then(|()| demo::run()),
+        "demo" => demo::run(arguments),
         "test" => check::test(arguments),
         "soak" => check::soak(arguments),
         "bench" => bench::run(arguments),

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::process::Program;
 use crate::workspace;
@@ -74,7 +74,16 @@ pub(crate) fn node() -> Result<PathBuf> {
 
 /// The program `buf`; it is a Go client and knows our proto files by reflection alone.
 pub(crate) fn buf() -> Result<PathBuf> {
-    Ok(node()?.join("node_modules/.bin/buf"))
+    let packages = node()?.join("node_modules/@bufbuild");
+    // npm installs the one for this machine; starting it through Node.js takes longer than a call.
+    for package in std::fs::read_dir(&packages)? {
+        let package = package?;
+        let program = package.path().join("bin/buf");
+        if package.file_name().to_string_lossy().starts_with("buf-") && program.exists() {
+            return Ok(program);
+        }
+    }
+    bail!("{} holds no buf for this machine", packages.display())
 }
 
 /// The Python client's program with its generated code, not yet told whom to call.
