@@ -117,9 +117,13 @@ pub(super) async fn a_tenant_never_runs_more_than_it_may(t: &TestStore) {
     }
     let claims = (0..20).map(|_| t.try_claim(LONG));
     let claimed = futures_util::future::join_all(claims).await;
-    let claimed: Vec<Claimed> = claimed.into_iter().flatten().collect();
+    let mut claimed: Vec<Claimed> = claimed.into_iter().flatten().collect();
+    assert!(claimed.len() <= 3, "{} run", claimed.len());
+    // Who found the tenant's row locked too often went away with nothing, and comes again.
+    while let Some(one) = t.try_claim(LONG).await {
+        claimed.push(one);
+    }
     assert_eq!(claimed.len(), 3);
-    assert!(t.try_claim(LONG).await.is_none());
     t.finish(&claimed[0], Outcome::Failed(failure(FailureCode::InvalidSource))).await;
     assert!(t.try_claim(LONG).await.is_some());
     assert!(t.try_claim(LONG).await.is_none());
