@@ -608,7 +608,7 @@ mod tests {
             header.set_mode(0o644);
             header.set_size(size.unwrap_or(0) as u64);
             let content: Vec<u8> =
-                (0..size.unwrap_or(0)).map(|at| (at * 7 + number * 31 + at / 4096) as u8).collect();
+                (0..=250u8).cycle().skip(number).step_by(7).take(size.unwrap_or(0)).collect();
             tar.append_data(&mut header, name, &content[..]).unwrap();
         }
         tar.into_inner().unwrap()
@@ -616,7 +616,10 @@ mod tests {
 
     /// Many small files, some large ones; the upper layer deletes and replaces every third.
     fn layers() -> [Vec<u8>; 2] {
-        let size = |number: usize| if number % 50 == 0 { 3_000_000 } else { number * 97 % 20_000 };
+        let size = |number: usize| match number.is_multiple_of(50) {
+            true => 3_000_000,
+            false => number * 97 % 20_000,
+        };
         let name = |number: usize| format!("d{}/f{number}", number % 7);
         let lower: Vec<_> = (0..300).map(|number| (name(number), Some(size(number)))).collect();
         let upper: Vec<_> = (0..300)
