@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::ScopedJoinHandle;
 
 use ext4::{BLOCK_SIZE, Layout, Move};
@@ -27,8 +27,11 @@ const PIECE_BLOCKS: u64 = 512;
 const PIECE_BYTES: usize = 512 * 4096;
 /// Dead blocks between two moves that are rather written as zeroes than stepped over.
 const GAP_BLOCKS: u64 = 16;
-/// Pieces in flight between reader, hasher and writer.
-const PARCELS: usize = 6;
+/// Threads that read for the one that hashes, each every other piece: one alone waits for the disk
+/// too often.
+const READERS: usize = 2;
+/// Pieces in flight between a reader, the hasher and the writer.
+const PARCELS: usize = 3;
 /// Copying threads when nothing is hashed: they wait for the disk, not for a CPU.
 const COPIERS: usize = 2;
 const GAP_BUFFER_BYTES: usize = 256 << 10;
@@ -314,56 +317,83 @@ impl Job<'_> {
         })
     }
 
-    /// One thread reads, this one hashes, one writes: the hash, which no thread can share, sets
+    /// Some threads read, this one hashes, one writes: the hash, which no thread can share, sets
     /// the pace. Data that is in its place already is read from there and not written.
     fn copy_and_hash(&self, layout: &Layout, in_place: bool) -> io::Result<String> {
-        let (to_hasher, from_reader) = sync_channel::<io::Result<Parcel>>(PARCELS);
-        let (to_writer, from_hasher) = sync_channel::<Parcel>(PARCELS);
-        let (to_reader, from_writer) = channel();
-        for _ in 0..PARCELS {
-            // Cannot fail: the other end is in scope.
-            let _ = to_reader.send(AlignedBuffer::new(PIECE_BYTES));
-        }
+        let (to_writer, from_hasher) = sync_channel::<Parcel>(PARCELS * READERS);
         std::thread::scope(|scope| {
-            scope.spawn(move || {
-                let mut reader = Reader::new(self, in_place);
-                for piece in (Pieces { moves: layout.moves(), rest: None }) {
-                    let Ok(buffer) = from_writer.recv() else { return };
-                    if to_hasher.send(reader.read(&piece, buffer)).is_err() {
-                        return;
-                    }
+            let (mut from_readers, mut to_readers) = (Vec::new(), Vec::new());
+            for reader in 0..READERS {
+                let (to_hasher, from_reader) = sync_channel(PARCELS);
+                let (to_reader, buffers) = channel();
+                for _ in 0..PARCELS {
+                    // Cannot fail: the other end is in scope.
+                    let _ = to_reader.send(AlignedBuffer::new(PIECE_BYTES));
                 }
-            });
-            let writer = scope.spawn(move || {
-                let mut image = self.disk.attach(self.image, Liking::Faster);
-                let mut copied = 0;
-                while let Ok(parcel) = from_hasher.recv() {
-                    if !in_place {
-                        image.write(parcel.bytes(), parcel.offset)?;
-                    }
-                    copied += parcel.length as u64;
-                    self.tell(copied);
-                    // The reader may be done.
-                    let _ = to_reader.send(parcel.buffer);
-                }
-                Ok(())
-            });
-            let sum = self.hash(layout.size_bytes(), from_reader, to_writer);
+                scope.spawn(move || self.read(layout, reader, in_place, &buffers, &to_hasher));
+                from_readers.push(from_reader);
+                to_readers.push(to_reader);
+            }
+            let writer = scope.spawn(move || self.write(in_place, &from_hasher, &to_readers));
+            let sum = self.hash(layout.size_bytes(), from_readers, to_writer);
             // A writer that failed explains a hasher that found nobody to hand on to.
             joined(writer)?;
             sum
         })
     }
 
+    /// Reads the pieces whose turn it is; ends early when nobody wants more.
+    fn read(
+        &self,
+        layout: &Layout,
+        turn: usize,
+        in_place: bool,
+        buffers: &Receiver<AlignedBuffer>,
+        to_hasher: &SyncSender<io::Result<Parcel>>,
+    ) {
+        let mut reader = Reader::new(self, in_place);
+        let pieces = Pieces { moves: layout.moves(), rest: None };
+        for piece in pieces.skip(turn).step_by(READERS) {
+            let Ok(buffer) = buffers.recv() else { return };
+            if to_hasher.send(reader.read(&piece, buffer)).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Writes what was hashed and gives the buffers back, in turn as they came.
+    fn write(
+        &self,
+        in_place: bool,
+        from_hasher: &Receiver<Parcel>,
+        to_readers: &[Sender<AlignedBuffer>],
+    ) -> io::Result<()> {
+        let mut image = self.disk.attach(self.image, Liking::Faster);
+        let (mut copied, mut turns) = (0, to_readers.iter().cycle());
+        while let Ok(parcel) = from_hasher.recv() {
+            if !in_place {
+                image.write(parcel.bytes(), parcel.offset)?;
+            }
+            copied += parcel.length as u64;
+            self.tell(copied);
+            if let Some(reader) = turns.next() {
+                // The reader may be done.
+                let _ = reader.send(parcel.buffer);
+            }
+        }
+        Ok(())
+    }
+
     fn hash(
         &self,
         size_bytes: u64,
-        parcels: Receiver<io::Result<Parcel>>,
+        from_readers: Vec<Receiver<io::Result<Parcel>>>,
         to_writer: SyncSender<Parcel>,
     ) -> io::Result<String> {
         let mut sum =
             ImageSum { hasher: Sha256::new(), offset: 0, buffer: vec![0; GAP_BUFFER_BYTES] };
-        for parcel in parcels {
+        // The reader whose turn it is has no more: nor have the others.
+        for parcel in from_readers.iter().cycle().map_while(|reader| reader.recv().ok()) {
             let parcel = parcel?;
             sum.file(self.image, parcel.offset)?;
             sum.hasher.update(parcel.bytes());
@@ -555,5 +585,109 @@ impl Write for HashingSink<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::disk::DiskWriter;
+    use rootfs::{FileTree, Folder, Limits, TreeLimits};
+
+    struct Deaf;
+
+    impl Observer for Deaf {
+        fn event(&self, _: &BuildEvent) {}
+    }
+
+    /// Names with sizes; no size is a whiteout.
+    fn layer(names: &[(String, Option<usize>)]) -> Vec<u8> {
+        let mut tar = tar::Builder::new(Vec::new());
+        for (number, (name, size)) in names.iter().enumerate() {
+            let mut header = tar::Header::new_gnu();
+            header.set_mode(0o644);
+            header.set_size(size.unwrap_or(0) as u64);
+            let content: Vec<u8> =
+                (0..=250u8).cycle().skip(number).step_by(7).take(size.unwrap_or(0)).collect();
+            tar.append_data(&mut header, name, &content[..]).unwrap();
+        }
+        tar.into_inner().unwrap()
+    }
+
+    /// Many small files, some large ones; the upper layer deletes and replaces every third.
+    fn layers() -> [Vec<u8>; 2] {
+        let size = |number: usize| match number.is_multiple_of(50) {
+            true => 3_000_000,
+            false => number * 97 % 20_000,
+        };
+        let name = |number: usize| format!("d{}/f{number}", number % 7);
+        let lower: Vec<_> = (0..300).map(|number| (name(number), Some(size(number)))).collect();
+        let upper: Vec<_> = (0..300)
+            .step_by(3)
+            .map(|number| match number % 2 {
+                0 => (format!("d{}/.wh.f{number}", number % 7), None),
+                _ => (name(number), Some(5000)),
+            })
+            .collect();
+        [layer(&lower), layer(&upper)]
+    }
+
+    /// All packs in one file, as `--no-cache` has them, or each in its own.
+    fn packs(one_file: Option<&File>, slab: u64) -> Vec<OpenPack> {
+        let disk = Disk::default();
+        let pack = |(index, tar): (usize, Vec<u8>)| {
+            let own = tempfile::tempfile_in(".").unwrap();
+            let (file, base) = match one_file {
+                Some(file) => (file, index as u64 * slab),
+                None => (&own, 0),
+            };
+            let summary =
+                DiskWriter::run(disk.attach(file, Liking::Direct), base..base + slab, |out| {
+                    rootfs::make_pack(&tar[..], out, &Limits::default()).unwrap()
+                });
+            OpenPack::new(file.try_clone().unwrap(), base, summary.pack_bytes).unwrap()
+        };
+        layers().into_iter().enumerate().map(pack).collect()
+    }
+
+    fn plan(packs: &[OpenPack]) -> (FileTree, ext4::Options) {
+        let mut folder = Folder::new(&TreeLimits::default());
+        for pack in packs {
+            folder.add(&pack.load().unwrap()).unwrap();
+        }
+        let size = ext4::Size::FreeSpace { bytes: 8 << 20 };
+        (folder.finish().unwrap(), ext4::Options::new([7; 16], [9; 16], size))
+    }
+
+    /// Metadata and data into `image`; the sum, and what a second reading says.
+    fn write(packs: &[OpenPack], image: &File, in_place: bool) -> (Option<String>, String) {
+        let (tree, options) = plan(packs);
+        let regions: Vec<u64> = packs.iter().map(|pack| pack.data_blocks).collect();
+        let layout = Layout::plan(&tree, &options, &regions).unwrap();
+        if in_place {
+            assert!(shift(&layout, packs, image).unwrap(), "the file system said it can");
+        }
+        image.set_len(layout.size_bytes()).unwrap();
+        layout.write(&tree, &mut ImageFile(image)).unwrap();
+        let disk = Disk::default();
+        let sum = write_data(&layout, packs, image, in_place, true, &disk, &Deaf).unwrap();
+        let mut bytes = vec![0; usize::try_from(layout.size_bytes()).unwrap()];
+        image.read_exact_at(&mut bytes, 0).unwrap();
+        (sum, hex(&Sha256::digest(&bytes)))
+    }
+
+    #[test]
+    fn data_that_is_copied_and_data_that_is_shifted_make_the_same_image() {
+        let slab = 1 << 30;
+        let image = tempfile::tempfile_in(".").unwrap();
+        let copied = write(&packs(None, slab), &image, false);
+        assert_eq!(copied.0.as_ref(), Some(&copied.1), "the sum is the file's");
+        let slabs = tempfile::tempfile_in(".").unwrap();
+        if !can_shift(&slabs, 2 * slab) {
+            eprintln!("skipped: the file system here cannot shift; only copying was checked");
+            return;
+        }
+        let shifted = write(&packs(Some(&slabs), slab), &slabs, true);
+        assert_eq!(shifted, copied);
     }
 }
