@@ -1,3 +1,5 @@
+//! What is told arrives: as Prometheus reads it, at a collector, and in the log.
+
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
