@@ -1,4 +1,4 @@
-//! A request enters here: [`router`] lists every way in.
+//! A request enters here: `router` lists every way in.
 //!
 //! Each door translates between its protocol and [`BuildService`]; what may happen to a build is
 //! not decided here. The gate checks who asks before anything of a body is read.

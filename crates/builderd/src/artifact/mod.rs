@@ -2,7 +2,7 @@
 //! is the database's business, never decided here.
 //!
 //! A file becomes visible whole or not at all. The database row is what makes it count: a file
-//! that no row names is removed by [`ArtifactStore::sweep`]'s caller after a grace time.
+//! that no row names is removed by the janitor after a grace time.
 
 mod local;
 mod object;

@@ -3,7 +3,7 @@
 //! A worker holds a [`Lease`] while it works and says every few seconds that it lives; what it
 //! writes is fenced by the lease, so that a worker that was given up changes nothing. The build
 //! itself runs in a child process (`child`): ending a build is killing that process. One place
-//! waits for what happens to a running build ([`Running::wait`]), another decides what follows.
+//! waits for what happens to a running build (`Running::must_stop`), another decides what follows.
 //! It does not know doors.
 
 use std::collections::HashMap;
