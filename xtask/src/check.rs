@@ -43,15 +43,17 @@ fn run_stories(size: Size) -> Result<Tally> {
     heading(match size {
         Size::Reduced => {
             "stories, reduced: images tiny, small, node-reduced; 50k files in one directory; \
-             series of 10k and 100k files; base layer of 96 MiB (`cargo xtask soak`: full sizes)"
+             series of 10k and 100k files; base layer of 96 MiB; 30 builds of 6 tenants through 5 \
+             kills, on each database (`cargo xtask soak`: full sizes)"
         }
         Size::Full => {
             "stories, full: images tiny, small, node, large; 200k files in one directory; \
-             series of 10k, 100k and 1M files; base layer of 2.2 GiB"
+             series of 10k, 100k and 1M files; base layer of 2.2 GiB; 200 builds of 20 tenants \
+             through 20 kills, on each database"
         }
     });
-    machine::require(&[machine::DEMO, machine::STORIES])?;
-    stories::run(size, "", None)
+    machine::require(&[machine::DEMO, machine::STORIES, machine::SERVICE])?;
+    stories::run(size, "", None, None)
 }
 
 fn conclude(tally: Tally) -> Result<()> {

@@ -33,6 +33,16 @@ pub(crate) const STORIES: &[Need] = &[
     ("mkfs.btrfs", "btrfs-progs"),
 ];
 
+/// For the service's stories: databases and other people's clients.
+pub(crate) const SERVICE: &[Need] = &[
+    ("curl", "curl"),
+    ("node", "nodejs"),
+    ("npm", "npm"),
+    ("python3", "python3-venv"),
+    ("sqlite3", "sqlite3"),
+    ("postgresql", "postgresql"),
+];
+
 /// Makes sure that every program is there: installs as root, else says what to run.
 pub(crate) fn require(needs: &[&[Need]]) -> Result<()> {
     let mut missing: Vec<&str> = needs
@@ -71,6 +81,12 @@ fn there(program: &str) -> bool {
             let is_static =
                 |said: String| said.contains("not a dynamic") || said.contains("statically linked");
             ldd.is_ok_and(|outcome| outcome.status.success() && is_static(outcome.said()))
+        }
+        // Its programs are on nobody's path.
+        "postgresql" => crate::service::postgres::installed(),
+        "python3" => {
+            let module = Program::new("python3").args(["-c", "import venv, ensurepip"]);
+            module.outcome().is_ok_and(|outcome| outcome.status.success())
         }
         // Tools of the system administrator may not be on a user's path.
         other => {

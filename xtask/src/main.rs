@@ -1,5 +1,6 @@
 //! The project's chores: `cargo xtask <chore>`.
 
+mod apidoc;
 mod arguments;
 mod bench;
 mod boot;
@@ -14,6 +15,7 @@ mod machine;
 mod mount;
 mod process;
 mod registry;
+mod service;
 mod stories;
 #[cfg(test)]
 mod tidy;
@@ -26,14 +28,17 @@ use arguments::Arguments;
 
 const HELP: &str = "\
 usage: cargo xtask CHORE
-  demo                 make an image, serve it, build it, check it, boot it
+  demo                 make an image, serve it, build it by the command and by the service,
+                       check it, boot it; [--binary FILE]
   test                 everything that CI checks; [--no-stories] [--install]
   soak                 the stories at full size
   bench                the peers' table; [--images a,b] [--runs N] [--peer-runs N] [--no-peers]
                        [--no-failing-peers] [--no-series] [--reflink xfs|btrfs|none]
                        [--binary FILE]
+  bench --service      the service's figures; [--binary FILE]
+  docs                 write docs/api.md from the proto file
   fuzz [TARGET...]     every parser of foreign bytes; [--seconds N]
-  stories [WORDS]      stories whose sentence contains WORDS; [--full] [--binary FILE]
+  stories [WORDS]      stories whose sentence contains WORDS; [--full] [--binary FILE] [--seed N]
   images [NAME...]     make the test images
   serve [NAME...]      serve them from a registry until standard input ends
   boot IMAGE [COMMAND] boot an image in QEMU and run a command of its shell; [--keep]
@@ -56,10 +61,11 @@ fn run() -> Result<()> {
     let chore = if words.is_empty() { String::new() } else { words.remove(0) };
     let arguments = Arguments::new(words);
     match chore.as_str() {
-        "demo" => arguments.end().and_then(|()| demo::run()),
+        "demo" => demo::run(arguments),
         "test" => check::test(arguments),
         "soak" => check::soak(arguments),
         "bench" => bench::run(arguments),
+        "docs" => arguments.end().and_then(|()| apidoc::run()),
         "fuzz" => fuzz::run(arguments),
         "stories" => stories(arguments),
         "images" => images::run(arguments.rest()?),
@@ -82,11 +88,12 @@ fn floor(arguments: Arguments) -> Result<()> {
     bench::floor::run(reference, output.as_ref())
 }
 
-/// `cargo xtask stories [WORDS] [--full] [--binary FILE]`: some of what `test` and `soak` run.
+/// `cargo xtask stories [WORDS] [--full] [--binary FILE] [--seed N]`: some of what `test` and `soak` run.
 fn stories(mut arguments: Arguments) -> Result<()> {
     let size = if arguments.flag("--full") { stories::Size::Full } else { stories::Size::Reduced };
     let binary = arguments.value("--binary")?.map(Into::into);
-    let tally = stories::run(size, &arguments.rest()?.join(" "), binary)?;
+    let seed = arguments.number("--seed")?;
+    let tally = stories::run(size, &arguments.rest()?.join(" "), binary, seed)?;
     println!("{tally}");
     if tally.failed > 0 {
         bail!("{} stories failed", tally.failed);

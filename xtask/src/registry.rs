@@ -83,7 +83,12 @@ impl Registry {
 
     /// Copies an OCI layout's `latest` into the registry, blobs as they are.
     pub(crate) fn push(&self, layout: &Path, name: &str) -> Result<String> {
-        let reference = self.reference(name);
+        self.push_as(layout, &format!("{name}:latest"))
+    }
+
+    /// The same under a name with a tag.
+    pub(crate) fn push_as(&self, layout: &Path, name: &str) -> Result<String> {
+        let reference = format!("{}/{name}", self.address);
         Program::new("skopeo")
             .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
             .arg(format!("oci:{}:latest", layout.display()))

@@ -14,6 +14,7 @@ use crate::workspace;
 const ARROWS: &[(&str, &[&str])] = &[
     ("builderd", &["api", "oci", "rootfs", "ext4", "sandbox"]),
     ("rootfs", &["ext4"]),
+    ("api", &[]),
     ("oci", &[]),
     ("ext4", &[]),
     ("xtask", &[]),

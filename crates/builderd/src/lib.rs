@@ -9,8 +9,16 @@
 //! The formats live in crates of their own: `oci` (images), `rootfs` (layers and
 //! trees), `ext4` (bytes on disk).
 
+pub mod api;
+pub mod artifact;
 pub mod build;
+pub mod clock;
 pub mod command;
 mod config;
 pub mod packs;
+mod seal;
+mod serve;
 mod staged;
+pub mod store;
+mod telemetry;
+pub mod tenant;

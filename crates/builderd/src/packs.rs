@@ -21,6 +21,7 @@ use oci::Digest;
 use rootfs::{Pack, PackReadError, ReadAt};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
 
 use crate::staged::Staged;
 
@@ -36,6 +37,15 @@ impl SharingDomain {
     #[must_use]
     pub fn local() -> Self {
         Self("local".to_owned())
+    }
+
+    /// A domain for a name of any form: names of the allowed form are kept, others hashed.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        Self::parse(name).unwrap_or_else(|| {
+            let digest: [u8; 32] = Sha256::digest(name).into();
+            Self(format!("h-{}", &crate::build::hex(&digest)[..60]))
+        })
     }
 
     fn parse(name: &str) -> Option<Self> {

@@ -62,6 +62,14 @@ impl Default for ClientOptions {
     }
 }
 
+impl ClientOptions {
+    /// Adds a mirror as users write it: `HOST=MIRROR`, or `MIRROR` for Docker Hub's.
+    pub fn add_mirror(&mut self, text: &str) {
+        let (host, mirror) = text.split_once('=').unwrap_or(("docker.io", text));
+        self.mirrors.entry(host.to_owned()).or_default().push(mirror.to_owned());
+    }
+}
+
 /// When and how often to try again. Waits double from `wait_first` up to `wait_max`.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryPolicy {

@@ -7,6 +7,7 @@ mod contender;
 pub(crate) mod floor;
 pub(crate) mod measure;
 mod series;
+mod service;
 mod variant;
 
 use std::path::Path;
@@ -57,8 +58,14 @@ impl Plan {
 }
 
 /// `cargo xtask bench [--images a,b] [--runs N] [--peer-runs N] [--no-peers] [--no-failing-peers]
-/// [--no-series] [--reflink xfs|btrfs|none] [--binary FILE]`
-pub(crate) fn run(arguments: Arguments) -> Result<()> {
+/// [--no-series] [--reflink xfs|btrfs|none] [--binary FILE]`, or `--service [--binary FILE]`
+pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
+    if arguments.flag("--service") {
+        let binary = arguments.value("--binary")?;
+        arguments.end()?;
+        machine::require(&[machine::DEMO, machine::SERVICE])?;
+        return service::run(binary);
+    }
     let plan = Plan::read(arguments)?;
     machine::require(&[machine::DEMO, machine::STORIES])?;
     let builderd = match &plan.binary {

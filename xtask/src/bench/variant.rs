@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
-use sha2::{Digest as _, Sha256};
 
+use crate::images::generated::noise;
 use crate::images::layout::LayoutWriter;
 use crate::images::tar::Node;
 
@@ -31,15 +31,8 @@ pub(crate) fn changed_top(from: &Path, to: &Path, turn: u64) -> Result<()> {
         writer.adopt(&blob(layer)?, layer, diff_id)?;
     }
     writer.layer(|tar| {
-        tar.add("srv/changed", &Node::file(noise(turn)))?;
+        tar.add("srv/changed", &Node::file(noise(turn, TOP_BYTES)))?;
         tar.add("etc/changed", &Node::file(format!("turn {turn}\n")))
     })?;
     writer.finish(&config["config"])
-}
-
-/// Bytes that do not compress and differ with every turn.
-fn noise(turn: u64) -> Vec<u8> {
-    let blocks = 0..TOP_BYTES / 32;
-    let block = |n: u64| Sha256::new_with_prefix(turn.to_le_bytes()).chain_update(n.to_le_bytes());
-    blocks.flat_map(|n| <[u8; 32]>::from(block(n).finalize())).collect()
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 
 use super::layout::{LayerTar, LayoutWriter};
 use super::recipe::CANARY;
@@ -79,6 +80,28 @@ pub(crate) fn many_files(layout: &Path, files: u64, per_directory: u64) -> Resul
     })?;
     writer.layer(|tar| tar.add("top", &Node::file("top\n")))?;
     writer.finish(&json!({}))
+}
+
+/// A small image that differs from others by its number: a base that all share, and a layer of
+/// `bytes` that do not compress.
+pub(crate) fn numbered(layout: &Path, number: u64, bytes: u64) -> Result<()> {
+    let mut writer = LayoutWriter::create(layout)?;
+    writer.layer(|tar| {
+        tar.add("etc", &Node::directory())?;
+        tar.add("etc/os-release", &Node::file("NAME=numbered\n"))
+    })?;
+    writer.layer(|tar| {
+        tar.add("srv", &Node::directory())?;
+        tar.add("srv/number", &Node::file(format!("{number}\n")))?;
+        tar.add("srv/noise", &Node::file(noise(number, bytes)))
+    })?;
+    writer.finish(&json!({"Cmd": ["/srv/number"]}))
+}
+
+/// Bytes that do not compress and differ with every seed.
+pub(crate) fn noise(seed: u64, bytes: u64) -> Vec<u8> {
+    let block = |n: u64| Sha256::new_with_prefix(seed.to_le_bytes()).chain_update(n.to_le_bytes());
+    (0..bytes / 32).flat_map(|n| <[u8; 32]>::from(block(n).finalize())).collect()
 }
 
 /// A tar stream in memory.

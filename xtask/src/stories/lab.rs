@@ -3,7 +3,9 @@
 //! Also looks, after each story, for what must not be left behind.
 
 use std::cell::OnceCell;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -11,6 +13,7 @@ use crate::boot::Kernel;
 use crate::chores;
 use crate::compare::{reference, walk};
 use crate::images;
+use crate::images::generated;
 use crate::process::{self, Background, Outcome, Program};
 use crate::registry::Registry;
 use crate::workspace;
@@ -30,11 +33,12 @@ pub(crate) struct Lab {
     registry: Registry,
     scratch: tempfile::TempDir,
     kernel: OnceCell<Kernel>,
+    seed: u64,
 }
 
 impl Lab {
-    /// Uses the given binary, or builds the release one.
-    pub(crate) fn open(size: Size, binary: Option<PathBuf>) -> Result<Self> {
+    /// Uses the given binary, or builds the release one; the given seed, or a new one.
+    pub(crate) fn open(size: Size, binary: Option<PathBuf>, seed: Option<u64>) -> Result<Self> {
         let scratch = chores::scratch()?;
         // An unprivileged story must be able to reach its own directory.
         Program::new("chmod").arg("755").arg(scratch.path()).run()?;
@@ -47,6 +51,8 @@ impl Lab {
             registry: Registry::start()?,
             scratch,
             kernel: OnceCell::new(),
+            // The standard library's own source of randomness.
+            seed: seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()),
         })
     }
 
@@ -73,6 +79,11 @@ impl Lab {
         self.kernel.get().context("the kernel was just set")
     }
 
+    /// Decides what is left to chance.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
+    }
+
     pub(crate) fn binary(&self) -> &Path {
         &self.builderd
     }
@@ -86,6 +97,16 @@ impl Lab {
         self.registry.push(&images::layout(image)?, image)
     }
 
+    /// The name and tag in the registry of a numbered image with a layer of so many bytes.
+    pub(crate) fn numbered(&self, number: u64, bytes: u64) -> Result<String> {
+        let name = format!("numbered-{bytes}-{number}");
+        let corner = self.corner()?;
+        let layout = corner.path("layout");
+        generated::numbered(&layout, number, bytes)?;
+        self.registry.push(&layout, &name)?;
+        Ok(format!("{name}:latest"))
+    }
+
     /// A directory that is gone with the story.
     pub(crate) fn corner(&self) -> Result<Corner<'_>> {
         let dir = tempfile::tempdir_in(self.scratch.path())?;
@@ -95,8 +116,19 @@ impl Lab {
         Ok(Corner { lab: self, dir })
     }
 
-    /// Processes of the binary that still run.
+    /// Processes of the binary that still run; those that are being ended get a moment.
     fn survivors(&self) -> Vec<String> {
+        let end = Instant::now() + Duration::from_secs(1);
+        loop {
+            let found = self.running();
+            if found.is_empty() || Instant::now() > end {
+                return found;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn running(&self) -> Vec<String> {
         let Ok(list) = std::fs::read_dir("/proc") else { return Vec::new() };
         list.filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|path| {

@@ -5,12 +5,15 @@
 
 mod bytes;
 mod cache;
+mod clients;
 mod crafted;
+mod crash;
 mod disk;
 mod growth;
 mod images;
 mod lab;
 mod scale;
+mod service;
 mod sources;
 
 use std::path::PathBuf;
@@ -94,6 +97,16 @@ fn all() -> Vec<Story> {
         growth::size_and_free_space_are_what_was_asked_for,
         scale::one_directory_of_very_many_files_is_whole,
         scale::time_and_memory_grow_linearly_with_files,
+        service::the_printed_order_gives_the_bytes_that_the_command_makes,
+        service::a_running_build_is_cancelled_within_a_second,
+        service::what_a_stopped_service_cannot_finish_the_next_start_completes,
+        service::of_500_orders_at_once_the_last_place_takes_one,
+        clients::plain_curl_lives_a_builds_life,
+        clients::connect_node_lives_a_builds_life_on_every_transport,
+        clients::python_grpcio_lives_a_builds_life,
+        clients::buf_curl_lives_a_builds_life_by_reflection_alone,
+        crash::builds_survive_a_service_that_is_killed_again_and_again,
+        crash::builds_survive_killed_nodes_and_a_crashed_database,
     ];
     list.extend(crafted::cases().into_iter().map(|case| Story {
         sentence: format!("crafted: {}", case.sentence()),
@@ -103,10 +116,15 @@ fn all() -> Vec<Story> {
 }
 
 /// Runs every story whose sentence contains `filter`.
-pub(crate) fn run(size: Size, filter: &str, binary: Option<PathBuf>) -> Result<Tally> {
+pub(crate) fn run(
+    size: Size,
+    filter: &str,
+    binary: Option<PathBuf>,
+    seed: Option<u64>,
+) -> Result<Tally> {
     let stories: Vec<Story> =
         all().into_iter().filter(|story| story.sentence.contains(filter)).collect();
-    let lab = Lab::open(size, binary)?;
+    let lab = Lab::open(size, binary, seed)?;
     let mut tally = Tally::default();
     for story in &stories {
         let started = Instant::now();

@@ -8,6 +8,7 @@ use oci::{Digest, PullError, Source};
 use rootfs::{FileTree, FlattenError, PackError, PackReadError};
 
 use super::Phase;
+use super::record::{Failure, FailureCode};
 use crate::packs::CacheError;
 
 /// Whose fault a failure is.
@@ -19,6 +20,18 @@ pub enum Blame {
     Ours,
     /// A registry or the network.
     Upstream,
+}
+
+impl Blame {
+    /// The word for people and programs.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Yours => "yours",
+            Self::Ours => "ours",
+            Self::Upstream => "upstream",
+        }
+    }
 }
 
 /// Why a build failed.
@@ -82,6 +95,14 @@ pub enum BuildError {
         path: Option<String>,
         /// Why.
         source: LayoutError,
+    },
+    /// The image would be larger than it may be.
+    #[error("the image would have {size_bytes} bytes, but may have {bytes_max}")]
+    TooLarge {
+        /// What it would have.
+        size_bytes: u64,
+        /// What it may have.
+        bytes_max: u64,
     },
     /// The file system's metadata could not be written.
     #[error("cannot write the file system to {}", path.display())]
@@ -154,6 +175,7 @@ impl BuildError {
             | Self::OutputName { .. }
             | Self::DiffId { .. }
             | Self::Flatten(_)
+            | Self::TooLarge { .. }
             | Self::Layout { .. } => Blame::Yours,
             Self::Cache(_)
             | Self::PackUnread { .. }
@@ -181,6 +203,9 @@ impl BuildError {
                  nothing of it was kept"
                     .to_owned(),
             ),
+            Self::TooLarge { .. } => {
+                Some("raise the size limit of the request, or make the image smaller".to_owned())
+            }
             Self::WorkerLost { .. } => Some("please report this as a bug of builderd".to_owned()),
             Self::Pack { .. }
             | Self::PackUnread { .. }
@@ -191,6 +216,47 @@ impl BuildError {
             | Self::Write { .. }
             | Self::Output { .. }
             | Self::Worker { .. } => None,
+        }
+    }
+
+    /// The failure as data, for a build that runs for somebody else.
+    #[must_use]
+    pub fn failure(&self, step: Phase) -> Failure {
+        let mut cause = self.to_string();
+        let mut next = std::error::Error::source(self);
+        while let Some(error) = next {
+            cause.push_str(": ");
+            cause.push_str(&error.to_string());
+            next = error.source();
+        }
+        Failure {
+            code: self.code(),
+            step: step.as_str().to_owned(),
+            cause,
+            blame: self.blame().as_str().to_owned(),
+            remedy: self.hint().unwrap_or_default(),
+        }
+    }
+
+    /// The failure in one word.
+    fn code(&self) -> FailureCode {
+        if self.is_out_of_space() {
+            return FailureCode::StorageFull;
+        }
+        match self {
+            Self::Pull { source, .. } => pull_code(source),
+            Self::Pack { source: PackError::Write { .. }, .. }
+            | Self::Cache(_)
+            | Self::PackUnread { .. }
+            | Self::Write { .. }
+            | Self::Output { .. }
+            | Self::Worker { .. } => FailureCode::TemporaryResourceError,
+            Self::Pack { .. }
+            | Self::DiffId { .. }
+            | Self::Flatten(_)
+            | Self::Layout { .. }
+            | Self::TooLarge { .. } => FailureCode::InvalidSource,
+            Self::OutputName { .. } | Self::WorkerLost { .. } => FailureCode::Internal,
         }
     }
 
@@ -208,5 +274,21 @@ impl BuildError {
             cause = error.source();
         }
         false
+    }
+}
+
+/// What may pass by itself is told apart from what will not.
+fn pull_code(error: &PullError) -> FailureCode {
+    if matches!(error, PullError::Unauthorized { .. } | PullError::Credentials { .. }) {
+        return FailureCode::AuthenticationFailed;
+    }
+    if matches!(error, PullError::RateLimited { .. }) {
+        return FailureCode::RegistryRateLimit;
+    }
+    match error.blame() {
+        _ if error.is_retryable() => FailureCode::NetworkError,
+        oci::Blame::Yours => FailureCode::InvalidSource,
+        oci::Blame::Upstream => FailureCode::NetworkError,
+        oci::Blame::Ours => FailureCode::TemporaryResourceError,
     }
 }

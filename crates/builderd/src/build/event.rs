@@ -1,10 +1,10 @@
 //! What a build tells while it runs. The same events feed a terminal, plain lines,
 //! `rawjson` and later the log of the service; none of them is known here.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A step of a build that is timed on its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Reference to manifest and config.
@@ -40,7 +40,7 @@ impl Phase {
 }
 
 /// Where a layer's pack came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerOrigin {
     /// The cache had it.
@@ -50,7 +50,7 @@ pub enum LayerOrigin {
 }
 
 /// One thing that happened.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum BuildEvent {
     /// A phase begins.

@@ -119,7 +119,7 @@ impl Compression {
 }
 
 /// Name and version of this engine, as recorded in images and metadata.
-pub(super) const ENGINE: &str = concat!("builderd ", env!("CARGO_PKG_VERSION"));
+pub(crate) const ENGINE: &str = concat!("builderd ", env!("CARGO_PKG_VERSION"));
 
 impl ImageMetadata {
     pub(super) fn new(

@@ -5,13 +5,20 @@
 //! What a build does *not* know: who asked, how progress is shown, where settings
 //! come from.
 
+pub(crate) mod child;
 mod disk;
 mod error;
 mod event;
+pub(crate) mod janitor;
+mod journal;
 mod layers;
 mod metadata;
 mod output;
 mod pipeline;
+pub mod record;
+pub mod service;
+pub mod state;
+pub(crate) mod worker;
 
 use std::path::PathBuf;
 
@@ -21,6 +28,7 @@ use rootfs::{Limits, TreeLimits};
 pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
 pub(crate) use layers::hex;
+pub(crate) use metadata::ENGINE;
 pub use metadata::ImageMetadata;
 pub use pipeline::run;
 pub(crate) use pipeline::{format_uuid, sibling};
@@ -52,10 +60,26 @@ pub enum Checksum {
 pub struct ImageOptions {
     /// Exact size or wanted free space.
     pub size: ext4::Size,
+    /// An image that would be larger is an error. Does not decide any byte.
+    pub bytes_max: Option<u64>,
     /// Whether the file system gets a journal.
     pub journal: bool,
     /// `SOURCE_DATE_EPOCH`, in seconds: no time in the image is later.
     pub source_date_epoch: Option<i64>,
+}
+
+/// Free space where none is asked for: enough to boot and log, and holes cost nothing.
+pub const DEFAULT_FREE_SPACE_BYTES: u64 = 64 << 20;
+
+impl Default for ImageOptions {
+    fn default() -> Self {
+        Self {
+            size: ext4::Size::FreeSpace { bytes: DEFAULT_FREE_SPACE_BYTES },
+            bytes_max: None,
+            journal: true,
+            source_date_epoch: None,
+        }
+    }
 }
 
 /// Where layer packs are kept.

@@ -48,7 +48,11 @@ pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, Bui
         let regions: Vec<u64> = packs.packs.iter().map(|open| open.data_blocks).collect();
         let layout = Layout::plan(&tree, &options, &regions)
             .map_err(|source| BuildError::layout(source, &tree))?;
-        Ok((options, layout))
+        let (size_bytes, bytes_max) = (layout.size_bytes(), spec.image.bytes_max);
+        match bytes_max.filter(|&bytes_max| size_bytes > bytes_max) {
+            Some(bytes_max) => Err(BuildError::TooLarge { size_bytes, bytes_max }),
+            None => Ok((options, layout)),
+        }
     })?;
     let written = write_image(spec, &layout, &tree, &mut packs, &disk, &mut phases)?;
     let biggest_directories = tree.biggest_directories(BIGGEST_DIRECTORIES);

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use super::service_args::{
+    AdminArgs, BuildsArgs, ConfigArgs, QuotasArgs, ServeArgs, StatsArgs, TenantArgs, TokenArgs,
+};
 use super::text::parse_size;
 
 const EXIT_CODES: &str = "\
@@ -40,6 +43,25 @@ pub(super) enum Command {
     Inspect(InspectArgs),
     /// List, prune or check the layer cache
     Cache(CacheArgs),
+    /// Run the service
+    Serve(ServeArgs),
+    /// Print the settings that hold
+    Config(ConfigArgs),
+    /// Create, look at, cancel, delete and download builds of a server
+    Builds(Box<BuildsArgs>),
+    /// Show what the tenant may use, and uses
+    Quotas(QuotasArgs),
+    /// Show figures over the tenant's builds
+    Stats(StatsArgs),
+    /// Make, list and revoke tokens, in the server's database
+    Token(TokenArgs),
+    /// Set up and list tenants, in the server's database
+    Tenant(TenantArgs),
+    /// Check, back up, restore or move the server's database
+    Admin(AdminArgs),
+    /// One build of the service, in a process of its own
+    #[command(hide = true)]
+    BuildChild,
     /// Print a completion script for a shell
     Completions {
         /// The shell

@@ -13,9 +13,6 @@ use crate::build::{
 use crate::config::Environment;
 use crate::packs::SharingDomain;
 
-/// Free space where none is asked for: enough to boot and log, and holes cost nothing.
-const DEFAULT_FREE_SPACE_BYTES: u64 = 64 << 20;
-
 pub(super) fn run(args: &BuildArgs) -> Result<(), Failure> {
     let spec = spec(args, &Environment::read())?;
     leave_on_signals();
@@ -51,7 +48,9 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
             return Err(Failure::usage(message));
         }
         (Some(bytes), _) => ext4::Size::Exact { bytes },
-        (None, free) => ext4::Size::FreeSpace { bytes: free.unwrap_or(DEFAULT_FREE_SPACE_BYTES) },
+        (None, free) => {
+            ext4::Size::FreeSpace { bytes: free.unwrap_or(build::DEFAULT_FREE_SPACE_BYTES) }
+        }
     };
     let packs = if args.no_cache {
         PackStorage::Temporary
@@ -72,6 +71,7 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
         output: args.output.clone(),
         image: ImageOptions {
             size,
+            bytes_max: None,
             journal: !args.no_journal,
             source_date_epoch: source_date_epoch(environment)?,
         },
@@ -110,8 +110,7 @@ fn client_options(args: &BuildArgs, environment: &Environment) -> Result<ClientO
     };
     options.plain_http.extend(registry.plain_http.iter().cloned());
     for mirror in &registry.mirror {
-        let (host, mirror) = mirror.split_once('=').unwrap_or(("docker.io", mirror));
-        options.mirrors.entry(host.to_owned()).or_default().push(mirror.to_owned());
+        options.add_mirror(mirror);
     }
     for path in &registry.ca_file {
         let pem = std::fs::read(path).map_err(|error| {

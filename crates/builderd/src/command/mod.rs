@@ -3,11 +3,20 @@
 #[macro_use]
 mod text;
 
+mod admin;
 mod args;
 mod build;
+mod builds;
 mod cache;
+mod client;
+mod config;
+mod download;
 mod inspect;
 mod progress;
+mod quotas;
+mod serve;
+mod service_args;
+mod token;
 
 use std::error::Error;
 use std::io::Write as _;
@@ -59,6 +68,15 @@ pub fn main() -> ExitCode {
         Command::Build(args) => build::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Cache(args) => cache::run(&args),
+        Command::Serve(args) => serve::run(&args),
+        Command::Config(args) => config::run(&args),
+        Command::Builds(args) => builds::run(&args),
+        Command::Quotas(args) => quotas::quotas(&args),
+        Command::Stats(args) => quotas::stats(&args),
+        Command::Token(args) => token::tokens(&args),
+        Command::Admin(args) => admin::run(&args),
+        Command::Tenant(args) => token::tenants(&args),
+        Command::BuildChild => crate::build::child::main().map_err(Failure::ours),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "builderd", &mut script);

@@ -1,5 +1,7 @@
 //! Text for people: sizes, durations, and foreign strings made harmless.
 
+pub(super) use crate::config::parse_size;
+
 /// A line for people; nobody may be there to read it.
 macro_rules! tell {
     ($($word:tt)*) => {{
@@ -47,24 +49,6 @@ pub(super) fn printable(text: &str) -> String {
     text.chars()
         .map(|char| if harmless(char) { char } else { char::REPLACEMENT_CHARACTER })
         .collect()
-}
-
-/// A size as users write it: `512M`, `2G`, `1GiB`, `4096`; units are powers of 1024.
-pub(super) fn parse_size(text: &str) -> Result<u64, String> {
-    let text = text.trim();
-    let digits = text.find(|char: char| !char.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: u64 =
-        number.parse().map_err(|_| "expected a number, with K, M, G or T if wanted".to_owned())?;
-    let shift = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 0,
-        "k" | "kb" | "kib" => 10,
-        "m" | "mb" | "mib" => 20,
-        "g" | "gb" | "gib" => 30,
-        "t" | "tb" | "tib" => 40,
-        other => return Err(format!("unknown unit `{other}`: use K, M, G or T (powers of 1024)")),
-    };
-    number.checked_mul(1 << shift).ok_or_else(|| "the size is too large".to_owned())
 }
 
 #[cfg(test)]

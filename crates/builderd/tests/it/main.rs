@@ -4,6 +4,11 @@
 
 mod builds;
 mod cache;
+mod command_builds;
+mod command_service;
+mod config;
 mod failures;
 mod registry;
+mod service;
+mod store;
 mod support;

@@ -1,5 +1,7 @@
 //! Images made in memory, and the command that builds them.
 
+pub(crate) mod postgres;
+
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

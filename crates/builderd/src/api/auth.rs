@@ -1,0 +1,376 @@
+//! Who asks: the one place that makes a [`Principal`].
+//!
+//! Outside development mode a token decides tenant, customer and rights, and the tenant's row
+//! its tier; headers and bodies may only agree. In development mode there are no tokens: the
+//! header, else the body, names the tenant, and the body of a create its tier.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, OnceLock};
+
+use flate2::Crc;
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+use uuid::Uuid;
+
+use super::error::Answer;
+use super::limits::{Rate, RateLimits};
+use super::{ApiRules, Checked};
+use crate::build::hex;
+use crate::build::service::ServiceError;
+use crate::clock::Clock;
+use crate::store::{Store, StoreError, TenantRow};
+use crate::tenant::{Principal, Right, TenantId, TenantIdError, Tier};
+
+/// Every token's first letters, for scanners of leaked secrets.
+const TOKEN_PREFIX: &str = "bld_";
+/// Hex digits of a token's random part: two random UUIDs.
+const SECRET_DIGITS: usize = 64;
+const TENANT_HEADER: &str = "x-tenant-id";
+const CUSTOMER_HEADER: &str = "x-customer-id";
+
+/// Why somebody may not come in.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    /// Development mode, and nobody said which tenant.
+    #[error("tenant ID is required")]
+    NoTenant,
+    /// There is no token.
+    #[error("a token is required: send it as `Authorization: Bearer bld_...`")]
+    NoToken,
+    /// The same for unknown, expired and revoked tokens.
+    #[error("this token is not valid")]
+    BadToken,
+    /// The request names another tenant than the credential.
+    #[error("the tenant of this request is not the credential's")]
+    OtherTenant,
+    /// The request names another customer than the credential.
+    #[error("the customer of this request is not the credential's")]
+    OtherCustomer,
+    /// The request names something that cannot be a tenant.
+    #[error(transparent)]
+    TenantId(#[from] TenantIdError),
+    /// The address has failed too often.
+    #[error("too many failed attempts; try again in {retry_after_secs} s")]
+    TooManyFailures {
+        /// How long to wait.
+        retry_after_secs: u64,
+    },
+    /// The database failed.
+    #[error(transparent)]
+    Store(ServiceError),
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Self::Store(ServiceError::Store(error))
+    }
+}
+
+/// What a request says of its sender beside the credential.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Claim {
+    /// The tenant; empty if it names none.
+    pub(crate) tenant: String,
+    /// The customer; empty if it names none.
+    pub(crate) customer: String,
+    /// The tier, which development mode believes.
+    pub(crate) tier: Option<Tier>,
+}
+
+impl Claim {
+    /// A request that names a tenant, or none.
+    pub(crate) fn tenant(id: &str) -> Self {
+        Self { tenant: id.to_owned(), ..Self::default() }
+    }
+}
+
+/// Who sent a request, as far as its headers tell. Goes with the request to its handler.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    credential: Credential,
+    customer: String,
+    notes: Arc<Notes>,
+}
+
+#[derive(Clone, Debug)]
+enum Credential {
+    Token(Principal),
+    /// What the header says, in development mode.
+    Believed(Option<TenantId>),
+}
+
+/// What the way out must know of the way in.
+#[derive(Debug, Default)]
+struct Notes {
+    rate: OnceLock<Rate>,
+    error: OnceLock<Value>,
+}
+
+impl Caller {
+    /// What was decided about the rate, once it was.
+    pub(crate) fn rate(&self) -> Option<&Rate> {
+        self.notes.rate.get()
+    }
+
+    /// Keeps the plain form of an error for an answer in both spellings.
+    pub(crate) fn note(&self, answer: &Answer) {
+        // The first error of a request is the one it is answered with.
+        let _ = self.notes.error.set(answer.plain());
+    }
+
+    /// The plain form of the error the request was answered with.
+    pub(crate) fn error(&self) -> Option<&Value> {
+        self.notes.error.get()
+    }
+}
+
+/// How callers prove who they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// By token.
+    Tokens,
+    /// Not at all: for one's own machine.
+    Development,
+}
+
+/// Checks credentials.
+pub(crate) struct Auth {
+    store: Store,
+    clock: Arc<dyn Clock>,
+    limits: RateLimits,
+    rules: ApiRules,
+}
+
+impl Auth {
+    /// Checks against `store`.
+    pub(crate) fn new(store: Store, clock: Arc<dyn Clock>, rules: ApiRules) -> Self {
+        Self { store, clock, limits: RateLimits::new(rules.health_per_sec), rules }
+    }
+
+    /// How often things may be asked.
+    pub(crate) fn limits(&self) -> &RateLimits {
+        &self.limits
+    }
+
+    /// What the headers tell, before anything of the body is read.
+    pub(crate) async fn caller(
+        &self,
+        headers: &HeaderMap,
+        peer: Option<SocketAddr>,
+    ) -> Result<Caller, Refusal> {
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("");
+        let (tenant, customer) = (text(TENANT_HEADER), text(CUSTOMER_HEADER));
+        let credential = match self.rules.mode {
+            Mode::Development => Credential::Believed(match tenant.is_empty() {
+                true => None,
+                false => Some(tenant.parse()?),
+            }),
+            Mode::Tokens => {
+                let peer = peer.map(|address| address.ip());
+                let principal = self.by_token(text(AUTHORIZATION.as_str()), peer).await?;
+                agree(&principal, tenant, customer)?;
+                Credential::Token(principal)
+            }
+        };
+        Ok(Caller { credential, customer: customer.to_owned(), notes: Arc::default() })
+    }
+
+    async fn by_token(&self, header: &str, peer: Option<IpAddr>) -> Result<Principal, Refusal> {
+        let failed = |refusal| match self.limits.failed(peer) {
+            Some(retry_after_secs) => Refusal::TooManyFailures { retry_after_secs },
+            None => refusal,
+        };
+        let Some((scheme, token)) = header.split_once(' ') else {
+            return Err(failed(Refusal::NoToken));
+        };
+        let token = token.trim();
+        if !scheme.eq_ignore_ascii_case("bearer") || !is_token(token) {
+            return Err(failed(Refusal::BadToken));
+        }
+        match self.known(token).await? {
+            Some(principal) => Ok(principal),
+            None => Err(failed(Refusal::BadToken)),
+        }
+    }
+
+    /// The principal of a token that is in force. The store is asked by the secret's hash, so
+    /// that the time it takes tells nothing about secrets.
+    async fn known(&self, token: &str) -> Result<Option<Principal>, Refusal> {
+        let system = self.store.system();
+        let Some(row) = system.token_by_hash(&hash(token)).await? else { return Ok(None) };
+        let expired = row.expires_at.is_some_and(|at| at <= self.clock.now());
+        if expired || row.revoked_at.is_some() {
+            return Ok(None);
+        }
+        let tenant = system.tenant(&row.tenant).await?;
+        let tier = tenant.map_or(self.rules.default_tier, |tenant| tenant.tier);
+        // A right that this version does not know is no right.
+        let rights = row.rights.iter().filter_map(|right| right.parse().ok()).collect();
+        Ok(Some(Principal::new(Checked(()), row.tenant, row.customer, tier, rights)))
+    }
+
+    /// Who the caller is, given what the request itself says, if the rate allows one more.
+    pub(crate) async fn admit(&self, caller: &Caller, claim: &Claim) -> Result<Principal, Answer> {
+        let principal = match &caller.credential {
+            Credential::Token(principal) => self.agreed(principal, caller, claim),
+            Credential::Believed(tenant) => self.believed(tenant.as_ref(), caller, claim).await,
+        };
+        let principal = principal.map_err(|refusal| Answer::refused(&refusal))?;
+        let rate =
+            caller.notes.rate.get_or_init(|| self.limits.check(&principal, self.clock.now()));
+        match rate.retry_after_secs {
+            Some(_) => Err(Answer::rate_limited(rate)),
+            None => Ok(principal),
+        }
+    }
+
+    /// Refuses a caller whose token is known and whose rate is used up, before its body is read.
+    pub(crate) async fn precheck(&self, caller: &Caller) -> Result<(), Answer> {
+        match &caller.credential {
+            Credential::Token(_) => self.admit(caller, &Claim::default()).await.map(drop),
+            Credential::Believed(_) => Ok(()),
+        }
+    }
+
+    fn agreed(
+        &self,
+        principal: &Principal,
+        caller: &Caller,
+        claim: &Claim,
+    ) -> Result<Principal, Refusal> {
+        agree(principal, &claim.tenant, &claim.customer)?;
+        if principal.customer().is_some() {
+            return Ok(principal.clone());
+        }
+        // A token for the whole tenant acts for whichever of its customers is named.
+        let customer = named(caller, claim)?;
+        let rights = Right::ALL.into_iter().filter(|right| principal.permit(*right).is_ok());
+        let tenant = principal.tenant().clone();
+        let rights = rights.collect();
+        Ok(Principal::new(Checked(()), tenant, customer, principal.tier(), rights))
+    }
+
+    async fn believed(
+        &self,
+        header: Option<&TenantId>,
+        caller: &Caller,
+        claim: &Claim,
+    ) -> Result<Principal, Refusal> {
+        let tenant = match (header, claim.tenant.as_str()) {
+            (None, "") => return Err(Refusal::NoTenant),
+            (None, claimed) => claimed.parse()?,
+            (Some(tenant), "") => tenant.clone(),
+            (Some(tenant), claimed) if tenant.as_str() == claimed => tenant.clone(),
+            (Some(_), _) => return Err(Refusal::OtherTenant),
+        };
+        let customer = named(caller, claim)?;
+        let tier = self.believed_tier(&tenant, claim.tier).await?;
+        let rights = BTreeSet::from(Right::ALL);
+        Ok(Principal::new(Checked(()), tenant, customer, tier, rights))
+    }
+
+    /// The tier a tenant names, which is remembered; else the one it named last.
+    async fn believed_tier(
+        &self,
+        tenant: &TenantId,
+        claimed: Option<Tier>,
+    ) -> Result<Tier, Refusal> {
+        let system = self.store.system();
+        let row = system.tenant(tenant).await?;
+        let known = row.as_ref().map(|row| row.tier);
+        let Some(tier) = claimed.filter(|tier| known != Some(*tier)) else {
+            return Ok(known.unwrap_or(self.rules.default_tier));
+        };
+        let limits = row.and_then(|row| row.limits);
+        system.put_tenant(&TenantRow { id: tenant.clone(), tier, limits }).await?;
+        Ok(tier)
+    }
+}
+
+/// The customer that header and body name; they must not differ.
+fn named(caller: &Caller, claim: &Claim) -> Result<Option<String>, Refusal> {
+    match (caller.customer.as_str(), claim.customer.as_str()) {
+        ("", "") => Ok(None),
+        ("", one) | (one, "") => Ok(Some(one.to_owned())),
+        (one, other) if one == other => Ok(Some(one.to_owned())),
+        _ => Err(Refusal::OtherCustomer),
+    }
+}
+
+fn agree(principal: &Principal, tenant: &str, customer: &str) -> Result<(), Refusal> {
+    if !tenant.is_empty() && tenant != principal.tenant().as_str() {
+        return Err(Refusal::OtherTenant);
+    }
+    let known = principal.customer().unwrap_or(customer);
+    if !customer.is_empty() && customer != known {
+        return Err(Refusal::OtherCustomer);
+    }
+    Ok(())
+}
+
+/// A new token: its secret, which is shown once, its id, and the hash under which it is kept.
+/// The secret is `bld_`, 64 hex digits of random numbers, and 8 of their CRC-32, by which a
+/// mistyped or truncated one is known without asking anybody.
+pub(crate) fn new_token() -> (String, String, String) {
+    let digits = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
+    let secret = format!("{TOKEN_PREFIX}{digits}{:08x}", checksum(&digits));
+    let id = format!("tok_{}", &Uuid::new_v4().simple().to_string()[..16]);
+    let hash = hash(&secret);
+    (secret, id, hash)
+}
+
+fn hash(token: &str) -> String {
+    hex(&Sha256::digest(token))
+}
+
+fn checksum(digits: &str) -> u32 {
+    let mut crc = Crc::new();
+    crc.update(digits.as_bytes());
+    crc.sum()
+}
+
+fn is_token(text: &str) -> bool {
+    let Some(rest) = text.strip_prefix(TOKEN_PREFIX) else { return false };
+    let Some((digits, sum)) = rest.split_at_checked(SECRET_DIGITS) else { return false };
+    sum == format!("{:08x}", checksum(digits))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in super::super) fn principal(tenant: &str, tier: Tier) -> Principal {
+        let rights = BTreeSet::from(Right::ALL);
+        Principal::new(Checked(()), tenant.parse().unwrap(), None, tier, rights)
+    }
+
+    #[test]
+    fn a_mistyped_token_is_known_at_once() {
+        let (token, id, kept) = new_token();
+        assert!(is_token(&token) && id.starts_with("tok_") && kept == hash(&token));
+        assert!(!kept.contains(&token[4..20]));
+        for index in 0..token.len() {
+            let mut wrong = token.clone().into_bytes();
+            wrong[index] = if wrong[index] == b'0' { b'1' } else { b'0' };
+            assert!(!is_token(&String::from_utf8(wrong).unwrap()), "byte {index}");
+            assert!(!is_token(&token[..index]), "cut at {index}");
+        }
+        assert!(!is_token("bld_\u{1f512}\u{1f512}"));
+        assert_ne!(new_token().0, token);
+    }
+
+    #[test]
+    fn what_a_request_says_must_agree_with_its_credential() {
+        let whole = principal("mine", Tier::Pro);
+        assert!(agree(&whole, "", "").is_ok() && agree(&whole, "mine", "any").is_ok());
+        assert!(matches!(agree(&whole, "other", ""), Err(Refusal::OtherTenant)));
+        let tenant = "mine".parse().unwrap();
+        let rights = BTreeSet::from(Right::ALL);
+        let one = Principal::new(Checked(()), tenant, Some("c1".into()), Tier::Pro, rights);
+        assert!(agree(&one, "", "c1").is_ok() && agree(&one, "", "").is_ok());
+        assert!(matches!(agree(&one, "", "c2"), Err(Refusal::OtherCustomer)));
+    }
+}

@@ -1,0 +1,270 @@
+//! The eight RPCs: each admits its caller, translates, and lets the service do it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::v1;
+use connectrpc::{
+    ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
+};
+
+use super::auth::{Caller, Claim};
+use super::convert;
+use super::error::Answer;
+use super::follow::{Wish, follow};
+use super::{Answered, ApiState};
+use crate::build::record::{Build, Micros};
+use crate::build::service::ServiceError;
+use crate::store::Cancel;
+use crate::tenant::Principal;
+
+/// Lines of the log that `GetBuild` shows.
+const TAIL_LINES: u32 = 50;
+/// Heartbeats come at least so far apart.
+const HEARTBEAT_SECS_MIN: u64 = 1;
+
+/// The service as the generated code calls it.
+pub(super) struct Door {
+    state: Arc<ApiState>,
+}
+
+impl Door {
+    pub(super) fn new(state: Arc<ApiState>) -> Self {
+        Self { state }
+    }
+
+    fn now(&self) -> Micros {
+        self.state.clock.now()
+    }
+
+    fn job(&self, build: &Build) -> v1::BuildJob {
+        convert::job(&self.state.service, build, &[], self.now())
+    }
+
+    /// The state of a build that was told to stop, for callers who may not look at it: cancelled
+    /// is what it will be.
+    async fn state_after(
+        &self,
+        who: &Principal,
+        id: &str,
+        cancel: Cancel,
+    ) -> Answered<v1::BuildState> {
+        match cancel {
+            Cancel::Done => Ok(v1::BuildState::BUILD_STATE_CANCELLED),
+            Cancel::Ended(state) => Ok(convert::state(state)),
+            Cancel::Requested => match self.state.service.get(who, id).await {
+                Ok(build) => Ok(convert::state(build.state)),
+                Err(ServiceError::Denied(_)) => Ok(v1::BuildState::BUILD_STATE_CANCELLED),
+                Err(error) => Err(error.into()),
+            },
+        }
+    }
+}
+
+/// The caller that the way in has put beside the request.
+fn caller(context: &RequestContext) -> Result<Caller, ConnectError> {
+    let found = context.extensions().get::<Caller>().cloned();
+    // Nobody gets here past the gate; if somebody does, nobody is let in.
+    found.ok_or_else(|| Answer::refused(&super::auth::Refusal::NoToken).into_connect())
+}
+
+/// Runs a handler for whoever is admitted; errors become the protocol's.
+async fn admitted<T, F: Future<Output = Answered<T>>>(
+    state: &ApiState,
+    context: &RequestContext,
+    claim: Claim,
+    handler: impl FnOnce(Principal) -> F,
+) -> Result<T, ConnectError> {
+    let caller = caller(context)?;
+    let result = match state.auth.admit(&caller, &claim).await {
+        Ok(principal) => {
+            let tenant = principal.tenant().clone();
+            handler(principal).await.map_err(|answer| answer.for_tenant(tenant.as_str()))
+        }
+        Err(answer) => Err(answer),
+    };
+    result.map_err(|answer| {
+        caller.note(&answer);
+        answer.into_connect()
+    })
+}
+
+/// A header of the request as text.
+fn header(context: &RequestContext, name: &str) -> Option<String> {
+    context.header(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+}
+
+#[expect(refining_impl_trait, reason = "the messages themselves are answered with")]
+impl v1::BuilderService for Door {
+    async fn create_build(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::CreateBuildRequest>,
+    ) -> ServiceResult<v1::CreateBuildResponse> {
+        let request = request.to_owned_message();
+        let tenant = &request.config.tenant;
+        let claim = Claim {
+            tenant: tenant.tenant_id.clone(),
+            customer: tenant.customer_id.clone(),
+            tier: convert::tier(tenant.tier),
+        };
+        let context = &context;
+        let build = admitted(&self.state, context, claim, |who| async move {
+            let mut order = convert::order(request)?;
+            order.traceparent =
+                crate::telemetry::traceparent().or_else(|| header(context, "traceparent"));
+            order.idempotency_key =
+                order.idempotency_key.or_else(|| header(context, "idempotency-key"));
+            Ok(self.state.service.create(&who, order).await?)
+        });
+        let build = build.await?;
+        Response::ok(v1::CreateBuildResponse {
+            build_id: build.id.to_string(),
+            state: convert::state(build.state).into(),
+            created_at: convert::timestamp(build.created_at).into(),
+            rootfs_path: self.job(&build).rootfs_path,
+            status: convert::status(build.state).into(),
+            tenant_context: convert::tenant_context(&build).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn get_build(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::GetBuildRequest>,
+    ) -> ServiceResult<v1::GetBuildResponse> {
+        let request = request.to_owned_message();
+        let claim = Claim::tenant(&request.tenant_id);
+        let job = admitted(&self.state, &context, claim, |who| async move {
+            let service = &self.state.service;
+            let build = service.get(&who, &request.build_id).await?;
+            let log = service.log_tail(&who, &request.build_id, TAIL_LINES).await?;
+            Ok(convert::job(service, &build, &log, self.now()))
+        });
+        let build = job.await?.into();
+        Response::ok(v1::GetBuildResponse { build, ..Default::default() })
+    }
+
+    async fn list_builds(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::ListBuildsRequest>,
+    ) -> ServiceResult<v1::ListBuildsResponse> {
+        let request = request.to_owned_message();
+        let claim = Claim::tenant(&request.tenant_id);
+        let response = admitted(&self.state, &context, claim, |who| async move {
+            let Some(filter) = convert::filter(&request)? else {
+                return Ok(v1::ListBuildsResponse::default());
+            };
+            let page = self.state.service.list(&who, &filter).await?;
+            let last = page.builds.last().filter(|_| page.has_more);
+            Ok(v1::ListBuildsResponse {
+                next_page_token: last.map_or_else(String::new, |build| build.id.to_string()),
+                builds: page.builds.iter().map(|build| self.job(build)).collect(),
+                total_count: i32::try_from(page.total).unwrap_or(i32::MAX),
+                has_more: page.has_more,
+                ..Default::default()
+            })
+        });
+        Response::ok(response.await?)
+    }
+
+    async fn cancel_build(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::CancelBuildRequest>,
+    ) -> ServiceResult<v1::CancelBuildResponse> {
+        let request = request.to_owned_message();
+        let claim = Claim::tenant(&request.tenant_id);
+        let response = admitted(&self.state, &context, claim, |who| async move {
+            let (service, id) = (&self.state.service, &request.build_id);
+            let cancel = service.cancel(&who, id, &request.reason).await?;
+            let state = self.state_after(&who, id, cancel).await?;
+            let is_cancelled = state == v1::BuildState::BUILD_STATE_CANCELLED;
+            let (success, status) = match cancel {
+                Cancel::Ended(state) => (is_cancelled, convert::status(state)),
+                Cancel::Done => (true, v1::BuildStatus::BUILD_STATUS_CANCELLED),
+                Cancel::Requested if is_cancelled => {
+                    (true, v1::BuildStatus::BUILD_STATUS_CANCELLED)
+                }
+                Cancel::Requested => (true, v1::BuildStatus::BUILD_STATUS_RUNNING),
+            };
+            Ok(v1::CancelBuildResponse {
+                success,
+                state: state.into(),
+                status: status.into(),
+                ..Default::default()
+            })
+        });
+        Response::ok(response.await?)
+    }
+
+    async fn delete_build(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::DeleteBuildRequest>,
+    ) -> ServiceResult<v1::DeleteBuildResponse> {
+        let request = request.to_owned_message();
+        let claim = Claim::tenant(&request.tenant_id);
+        let deleted = admitted(&self.state, &context, claim, |who| async move {
+            Ok(self.state.service.delete(&who, &request.build_id, request.force).await?)
+        });
+        deleted.await?;
+        Response::ok(v1::DeleteBuildResponse { success: true, ..Default::default() })
+    }
+
+    async fn stream_build_logs(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::StreamBuildLogsRequest>,
+    ) -> ServiceResult<ServiceStream<v1::StreamBuildLogsResponse>> {
+        let request = request.to_owned_message();
+        let claim = Claim::tenant(&request.tenant_id);
+        let lines = admitted(&self.state, &context, claim, |who| async move {
+            let silence = u64::try_from(request.heartbeat_secs).unwrap_or(0);
+            let wish = Wish {
+                build: request.build_id.clone(),
+                follow: request.follow,
+                offset: u64::try_from(request.offset)
+                    .map_err(|_| Answer::invalid("offset: must not be negative"))?,
+                heartbeat: (silence >= HEARTBEAT_SECS_MIN).then(|| Duration::from_secs(silence)),
+            };
+            let service = Arc::clone(&self.state.service);
+            Ok(follow(service, who, wish, self.state.stopped.clone()).await?)
+        });
+        Response::stream_ok(lines.await?)
+    }
+
+    async fn get_tenant_quotas(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::GetTenantQuotasRequest>,
+    ) -> ServiceResult<v1::GetTenantQuotasResponse> {
+        let claim = Claim::tenant(&request.to_owned_message().tenant_id);
+        let quotas = admitted(&self.state, &context, claim, |who| async move {
+            Ok(self.state.service.quotas(&who).await?)
+        });
+        Response::ok(convert::quotas(&quotas.await?))
+    }
+
+    async fn get_build_stats(
+        &self,
+        context: RequestContext,
+        request: ServiceRequest<'_, v1::GetBuildStatsRequest>,
+    ) -> ServiceResult<v1::GetBuildStatsResponse> {
+        let request = request.to_owned_message();
+        let claim = Claim::tenant(&request.tenant_id);
+        let stats = admitted(&self.state, &context, claim, |who| async move {
+            let from = request.start_time.as_option().map(convert::micros);
+            let to = request.end_time.as_option().map(convert::micros);
+            if from.zip(to).is_some_and(|(from, to)| from > to) {
+                return Err(Answer::invalid("start_time: is later than end_time"));
+            }
+            Ok(self.state.service.stats(&who, from, to).await?)
+        });
+        let (stats, recent) = stats.await?;
+        let recent = recent.iter().map(|build| self.job(build)).collect();
+        Response::ok(convert::stats(&stats, recent))
+    }
+}

@@ -1,0 +1,375 @@
+//! The one table from errors to answers: [`Answer::of`].
+//!
+//! An answer has the form that its door speaks: Connect's and gRPC's code with an `ErrorDetail`,
+//! or the documented `{"error": {…}}` of the plain routes. Causes inside the service are logged
+//! here, once, under a number; the caller gets the number.
+
+use std::error::Error;
+
+use api::v1;
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use connectrpc::{ConnectError, ErrorCode, ErrorDetail};
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderValue, StatusCode};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::auth::Refusal;
+use super::limits::Rate;
+use crate::build::service::ServiceError;
+use crate::build::state::BuildState;
+use crate::store::{QuotaExceeded, StoreError};
+
+/// What a caller is told of an error, whatever the door.
+#[derive(Clone, Debug)]
+pub(crate) struct Answer {
+    /// For Connect and gRPC.
+    code: ErrorCode,
+    /// For the plain routes.
+    status: StatusCode,
+    /// The documented word.
+    word: &'static str,
+    message: String,
+    quota: Option<Box<QuotaExceeded>>,
+    tenant: Option<String>,
+    retry_after_secs: Option<u64>,
+}
+
+impl Answer {
+    fn new(
+        code: ErrorCode,
+        status: StatusCode,
+        word: &'static str,
+        message: impl ToString,
+    ) -> Self {
+        let message = message.to_string();
+        Self { code, status, word, message, quota: None, tenant: None, retry_after_secs: None }
+    }
+
+    /// The table.
+    pub(crate) fn of(error: &ServiceError) -> Self {
+        use {ErrorCode as Code, ServiceError as E, StatusCode as Http};
+        match error {
+            E::Denied(_) => {
+                Self::new(Code::PermissionDenied, Http::FORBIDDEN, "PERMISSION_DENIED", error)
+            }
+            E::NotFound(_) => Self::new(Code::NotFound, Http::NOT_FOUND, "NOT_FOUND", error),
+            E::Invalid { field, .. } => {
+                let word = match field.starts_with("config.source") {
+                    true => "INVALID_SOURCE",
+                    false => "INVALID_ARGUMENT",
+                };
+                Self::new(Code::InvalidArgument, Http::BAD_REQUEST, word, error)
+            }
+            E::Unimplemented { .. } => {
+                Self::new(Code::Unimplemented, Http::NOT_IMPLEMENTED, "UNIMPLEMENTED", error)
+            }
+            E::Quota(quota) => Self {
+                quota: Some(Box::new(quota.clone())),
+                ..Self::new(
+                    Code::ResourceExhausted,
+                    Http::FORBIDDEN,
+                    "QUOTA_EXCEEDED",
+                    quota_message(quota),
+                )
+            },
+            E::RegistryDenied { .. } => {
+                Self::new(Code::PermissionDenied, Http::FORBIDDEN, "NETWORK_DENIED", error)
+            }
+            E::KeyReused => Self::new(Code::AlreadyExists, Http::CONFLICT, "CONFLICT", error),
+            E::NotEnded(_) => {
+                Self::new(Code::FailedPrecondition, Http::CONFLICT, "CONFLICT", error)
+            }
+            E::NoArtifact(state) => {
+                let word = match state {
+                    BuildState::Timeout => "BUILD_TIMEOUT",
+                    BuildState::Failed | BuildState::Cancelled => "NO_ARTIFACT",
+                    BuildState::Queued
+                    | BuildState::Preparing
+                    | BuildState::Downloading
+                    | BuildState::Building
+                    | BuildState::Optimizing
+                    | BuildState::Packaging
+                    | BuildState::Completed => "NOT_READY",
+                };
+                Self::new(Code::FailedPrecondition, Http::CONFLICT, word, error)
+            }
+            E::ArtifactGone => Self::new(Code::NotFound, Http::NOT_FOUND, "NOT_FOUND", error),
+            E::Stopping => Self::unavailable(error),
+            E::Store(StoreError::Unavailable(cause)) => {
+                tracing::warn!(error = %chain(cause), "the database is not available");
+                Self::unavailable("the database is not available; try again")
+            }
+            E::Store(StoreError::Full(cause)) => Self::storage_full(cause),
+            E::Artifact(cause) if cause.kind() == std::io::ErrorKind::StorageFull => {
+                Self::storage_full(cause)
+            }
+            E::Store(
+                StoreError::Corrupt(_)
+                | StoreError::Illegal(_)
+                | StoreError::Database(_)
+                | StoreError::DataDirectory { .. }
+                | StoreError::Migrate(_),
+            )
+            | E::Artifact(_)
+            | E::Seal(_) => Self::internal(error),
+        }
+    }
+
+    /// Who asks is not who may.
+    pub(crate) fn refused(refusal: &Refusal) -> Self {
+        let (code, status, word) = match refusal {
+            Refusal::NoTenant | Refusal::NoToken | Refusal::BadToken => {
+                (ErrorCode::Unauthenticated, StatusCode::UNAUTHORIZED, "AUTHENTICATION_REQUIRED")
+            }
+            Refusal::OtherTenant | Refusal::OtherCustomer => {
+                (ErrorCode::PermissionDenied, StatusCode::FORBIDDEN, "PERMISSION_DENIED")
+            }
+            Refusal::TenantId(_) => {
+                (ErrorCode::InvalidArgument, StatusCode::BAD_REQUEST, "INVALID_ARGUMENT")
+            }
+            Refusal::TooManyFailures { retry_after_secs } => {
+                return Self {
+                    retry_after_secs: Some(*retry_after_secs),
+                    ..Self::new(
+                        ErrorCode::ResourceExhausted,
+                        StatusCode::TOO_MANY_REQUESTS,
+                        "RATE_LIMITED",
+                        refusal,
+                    )
+                };
+            }
+            Refusal::Store(error) => return Self::of(error),
+        };
+        Self::new(code, status, word, refusal)
+    }
+
+    /// Too many requests.
+    pub(crate) fn rate_limited(rate: &Rate) -> Self {
+        let wait = rate.retry_after_secs.unwrap_or(1);
+        let message = format!(
+            "rate limit exceeded: {} requests per minute; try again in {wait} s",
+            rate.limit
+        );
+        let mut answer = Self::new(
+            ErrorCode::ResourceExhausted,
+            StatusCode::TOO_MANY_REQUESTS,
+            "RATE_LIMITED",
+            message,
+        );
+        answer.retry_after_secs = Some(wait);
+        answer
+    }
+
+    /// A request that cannot be read.
+    pub(crate) fn invalid(message: impl ToString) -> Self {
+        let code = ErrorCode::InvalidArgument;
+        Self::new(code, StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message)
+    }
+
+    /// No such route.
+    pub(crate) fn no_route(path: &str) -> Self {
+        let message = format!("there is nothing at {path}");
+        Self::new(ErrorCode::Unimplemented, StatusCode::NOT_FOUND, "NOT_FOUND", message)
+    }
+
+    /// The route is there, but not for this method.
+    pub(crate) fn no_method(method: &http::Method) -> Self {
+        let message = format!("this path does not take {method}");
+        let status = StatusCode::METHOD_NOT_ALLOWED;
+        Self::new(ErrorCode::Unimplemented, status, "METHOD_NOT_ALLOWED", message)
+    }
+
+    /// Whoever handled the request panicked; the panic itself went to the log.
+    pub(crate) fn panicked() -> Self {
+        Self::numbered("a request handler panicked")
+    }
+
+    /// What is stored is not what was written.
+    pub(crate) fn corrupt(problem: &str) -> Self {
+        Self::numbered(problem)
+    }
+
+    fn unavailable(message: impl ToString) -> Self {
+        let mut answer = Self::new(
+            ErrorCode::Unavailable,
+            StatusCode::SERVICE_UNAVAILABLE,
+            "UNAVAILABLE",
+            message,
+        );
+        answer.retry_after_secs = Some(1);
+        answer
+    }
+
+    fn storage_full(cause: &(dyn Error + 'static)) -> Self {
+        tracing::error!(error = %chain(cause), "a disk of the service is full");
+        Self::new(
+            ErrorCode::ResourceExhausted,
+            StatusCode::SERVICE_UNAVAILABLE,
+            "STORAGE_FULL",
+            "the service is out of storage; try again later",
+        )
+    }
+
+    fn internal(error: &(dyn Error + 'static)) -> Self {
+        Self::numbered(&chain(error))
+    }
+
+    fn numbered(cause: &str) -> Self {
+        let number = Uuid::new_v4().simple().to_string();
+        tracing::error!(error_id = %number, error = cause, "a request failed inside the service");
+        let message = format!("the service failed; its log says why under error {number}");
+        Self::new(ErrorCode::Internal, StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL", message)
+    }
+
+    /// Names the tenant in the details of a quota.
+    pub(crate) fn for_tenant(mut self, tenant: &str) -> Self {
+        self.tenant = Some(tenant.to_owned());
+        self
+    }
+
+    /// Connect's name of the code, for metrics.
+    pub(crate) fn code(&self) -> ErrorCode {
+        self.code
+    }
+
+    /// As Connect and gRPC say it.
+    pub(crate) fn into_connect(self) -> ConnectError {
+        let detail = self.detail();
+        let mut error = ConnectError::new(self.code, self.message);
+        error.details.push(ErrorDetail::from_message("builder.v1.ErrorDetail", &detail));
+        if let Some(secs) = self.retry_after_secs {
+            error.response_headers_mut().insert(RETRY_AFTER, HeaderValue::from(secs));
+        }
+        error
+    }
+
+    fn detail(&self) -> v1::ErrorDetail {
+        let mut detail = v1::ErrorDetail {
+            code: self.word.to_owned(),
+            tenant_id: self.tenant.clone().unwrap_or_default(),
+            ..Default::default()
+        };
+        if let Some(quota) = &self.quota {
+            detail.quota_type = quota.quota_type.to_owned();
+            detail.current = super::convert::signed(quota.current);
+            detail.limit = super::convert::signed(quota.limit);
+            detail.reset_time = quota.reset_at.map(super::convert::timestamp).into();
+        }
+        detail
+    }
+
+    /// As the documentation prints it, without the outer braces.
+    pub(crate) fn plain(&self) -> Value {
+        let mut details = serde_json::Map::new();
+        if let Some(tenant) = &self.tenant {
+            details.insert("tenant_id".into(), json!(tenant));
+        }
+        if let Some(quota) = &self.quota {
+            details.insert("quota_type".into(), json!(quota.quota_type));
+            details.insert("current".into(), json!(quota.current));
+            details.insert("limit".into(), json!(quota.limit));
+            if let Some(reset_at) = quota.reset_at {
+                details.insert("reset_time".into(), json!(super::convert::rfc3339(reset_at)));
+            }
+        }
+        json!({"code": self.word, "message": self.message, "details": details})
+    }
+}
+
+impl IntoResponse for Answer {
+    fn into_response(self) -> Response {
+        let body = json!({"error": self.plain()}).to_string();
+        let mut response = Response::new(Body::from(body));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(secs) = self.retry_after_secs {
+            headers.insert(RETRY_AFTER, HeaderValue::from(secs));
+        }
+        response
+    }
+}
+
+impl From<ServiceError> for Answer {
+    fn from(error: ServiceError) -> Self {
+        Self::of(&error)
+    }
+}
+
+/// A quota, in the documentation's words.
+pub(super) fn quota_message(quota: &QuotaExceeded) -> String {
+    let (current, limit) = (quota.current, quota.limit);
+    match quota.quota_type {
+        "daily_builds" => format!("Daily build limit exceeded: {current}/{limit}"),
+        "concurrent_builds" => format!("Concurrent build limit exceeded: {current}/{limit}"),
+        "storage" => format!("Storage quota exceeded: {current}/{limit} bytes"),
+        "queued_builds" => format!("Queued build limit exceeded: {current}/{limit}"),
+        other => format!("Limit of {other} exceeded: {current}/{limit}"),
+    }
+}
+
+/// An error with everything that caused it.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::record::Micros;
+
+    #[test]
+    fn a_used_up_quota_answers_as_documented() {
+        let error = ServiceError::Quota(QuotaExceeded {
+            quota_type: "daily_builds",
+            current: 5,
+            limit: 5,
+            reset_at: Some(Micros(1_705_363_200_000_000)),
+        });
+        let answer = Answer::of(&error).for_tenant("tenant-123");
+        assert_eq!(
+            answer.plain(),
+            json!({
+                "code": "QUOTA_EXCEEDED",
+                "message": "Daily build limit exceeded: 5/5",
+                "details": {
+                    "tenant_id": "tenant-123",
+                    "quota_type": "daily_builds",
+                    "current": 5,
+                    "limit": 5,
+                    "reset_time": "2024-01-16T00:00:00Z",
+                },
+            })
+        );
+        assert_eq!(answer.clone().into_response().status(), StatusCode::FORBIDDEN);
+        let connect = answer.into_connect();
+        assert_eq!(connect.code, ErrorCode::ResourceExhausted);
+        assert_eq!(connect.details[0].type_url, "builder.v1.ErrorDetail");
+    }
+
+    #[test]
+    fn the_inside_of_the_service_stays_inside() {
+        let error = ServiceError::Store(StoreError::Corrupt("row of tenant-7".into()));
+        let answer = Answer::of(&error);
+        assert!(!answer.plain().to_string().contains("tenant-7"));
+        assert_eq!(answer.code(), ErrorCode::Internal);
+    }
+
+    #[test]
+    fn a_wrong_source_has_the_documented_code() {
+        let error =
+            |field: &str| ServiceError::Invalid { field: field.into(), problem: "is wrong".into() };
+        let word = |field| Answer::of(&error(field)).plain()["code"].clone();
+        assert_eq!(word("config.source.docker_image.image_uri"), "INVALID_SOURCE");
+        assert_eq!(word("config.labels"), "INVALID_ARGUMENT");
+    }
+}

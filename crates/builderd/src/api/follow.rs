@@ -1,0 +1,153 @@
+//! A build's log as a stream: what is there, then what comes, until the build has ended.
+//!
+//! One page is in memory for each follower. A follower that was cut asks again with the offset
+//! behind the last line it has.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::v1;
+use connectrpc::ConnectError;
+use futures_util::{Stream, stream};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::convert;
+use super::error::Answer;
+use crate::build::record::LogLine;
+use crate::build::service::{BuildService, LogPage, ServiceError};
+use crate::store::Changes;
+use crate::tenant::Principal;
+
+/// Lines read at once.
+const PAGE_LINES: u32 = 200;
+/// How often a follower looks even if nobody said that something changed.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// What a follower wants.
+#[derive(Clone, Debug)]
+pub(super) struct Wish {
+    pub(super) build: String,
+    pub(super) follow: bool,
+    pub(super) offset: u64,
+    pub(super) heartbeat: Option<Duration>,
+}
+
+/// One follower of one log.
+struct Follower {
+    service: Arc<BuildService>,
+    who: Principal,
+    wish: Wish,
+    /// Lines read and not yet sent.
+    lines: VecDeque<LogLine>,
+    /// Whether nothing follows `lines`.
+    is_end: bool,
+    last_sent: Instant,
+    changes: Changes,
+    shutdown: watch::Receiver<bool>,
+}
+
+/// What ends a wait.
+enum Woken {
+    Changed,
+    Silent,
+    Stopping,
+}
+
+/// Opens the stream; a build that is not there is an error at once.
+pub(super) async fn follow(
+    service: Arc<BuildService>,
+    who: Principal,
+    wish: Wish,
+    shutdown: watch::Receiver<bool>,
+) -> Result<
+    impl Stream<Item = Result<v1::StreamBuildLogsResponse, ConnectError>> + Send + use<>,
+    ServiceError,
+> {
+    let mut follower = Follower {
+        // Before the first look, so that nothing falls between.
+        changes: service.changes(),
+        service,
+        who,
+        wish,
+        lines: VecDeque::new(),
+        is_end: false,
+        last_sent: Instant::now(),
+        shutdown,
+    };
+    follower.read().await?;
+    Ok(stream::unfold(Some(follower), |follower| async {
+        let mut follower = follower?;
+        match follower.next().await {
+            Ok(Some(message)) => Some((Ok(message), Some(follower))),
+            Ok(None) => None,
+            Err(error) => Some((Err(Answer::of(&error).into_connect()), None)),
+        }
+    }))
+}
+
+impl Follower {
+    async fn read(&mut self) -> Result<(), ServiceError> {
+        let (build, offset) = (&self.wish.build, self.wish.offset);
+        let LogPage { lines, next_offset, is_end } =
+            self.service.log(&self.who, build, offset, PAGE_LINES).await?;
+        let is_whole = u32::try_from(lines.len()).is_ok_and(|count| count < PAGE_LINES);
+        self.is_end = is_end || (is_whole && !self.wish.follow);
+        self.wish.offset = next_offset;
+        self.lines = lines.into();
+        Ok(())
+    }
+
+    async fn next(&mut self) -> Result<Option<v1::StreamBuildLogsResponse>, ServiceError> {
+        loop {
+            if let Some(line) = self.lines.pop_front() {
+                self.last_sent = Instant::now();
+                return Ok(Some(convert::log_message(&line)));
+            }
+            if self.is_end {
+                return Ok(None);
+            }
+            self.read().await?;
+            if !self.lines.is_empty() || self.is_end {
+                continue;
+            }
+            match self.wait().await {
+                Woken::Changed => {}
+                Woken::Silent => {
+                    self.last_sent = Instant::now();
+                    return Ok(Some(self.heartbeat()));
+                }
+                Woken::Stopping => return Err(ServiceError::Stopping),
+            }
+        }
+    }
+
+    /// The only place that waits.
+    async fn wait(&mut self) -> Woken {
+        if *self.shutdown.borrow() {
+            return Woken::Stopping;
+        }
+        let silence = self.wish.heartbeat.map(|silence| self.last_sent + silence);
+        let silent = async {
+            match silence {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // A sender that is gone means that the service goes, too.
+            _ = self.shutdown.changed() => Woken::Stopping,
+            () = silent => Woken::Silent,
+            () = self.changes.wait(LOOK_EVERY) => Woken::Changed,
+        }
+    }
+
+    fn heartbeat(&self) -> v1::StreamBuildLogsResponse {
+        v1::StreamBuildLogsResponse {
+            offset: convert::signed(self.wish.offset),
+            heartbeat: true,
+            ..Default::default()
+        }
+    }
+}

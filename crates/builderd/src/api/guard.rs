@@ -1,0 +1,184 @@
+//! What stands between the wire and every RPC handler, whatever the protocol: unknown names of
+//! enums in JSON are ignored, as unknown fields are, a panic becomes `internal`, an error before
+//! a stream's first message is its only message, and each call is told to whoever measures.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use buffa::json::{JsonParseOptions, with_json_parse_options};
+use bytes::Bytes;
+use connectrpc::dispatcher::{MethodDescriptor, RequestStream, StreamingResult, UnaryResult};
+use connectrpc::{CodecFormat, ConnectError, Dispatcher, Payload, RequestContext, Response};
+use futures_util::{FutureExt as _, StreamExt as _, stream};
+
+use super::error::Answer;
+
+/// Told of each call when it has been answered: method, code (`ok` or Connect's name of an
+/// error), and how long it took. Of a stream only the beginning counts.
+pub(crate) type Observe = Arc<dyn Fn(&str, &str, Duration) + Send + Sync>;
+
+/// Told in the place of a code, before the answer's own, when a handler panicked.
+pub(crate) const PANICKED: &str = "panicked";
+
+/// See the module.
+pub(super) struct Guard<D> {
+    inner: D,
+    observe: Observe,
+}
+
+impl<D> Guard<D> {
+    pub(super) fn new(inner: D, observe: Observe) -> Self {
+        Self { inner, observe }
+    }
+
+    /// Runs a call under the rules of the module.
+    fn call<T: Send + 'static>(
+        &self,
+        path: &str,
+        mut call: futures_util::future::BoxFuture<'static, Result<T, ConnectError>>,
+    ) -> futures_util::future::BoxFuture<'static, Result<T, ConnectError>> {
+        let (observe, path, start) = (Arc::clone(&self.observe), path.to_owned(), Instant::now());
+        let lenient = std::future::poll_fn(move |context| {
+            let options = JsonParseOptions::new().ignore_unknown_enum_values(true);
+            with_json_parse_options(&options, || call.as_mut().poll(context))
+        });
+        Box::pin(async move {
+            let result = AssertUnwindSafe(lenient).catch_unwind().await;
+            let result = result.unwrap_or_else(|_| {
+                observe(&path, PANICKED, start.elapsed());
+                Err(Answer::panicked().into_connect())
+            });
+            let code = result.as_ref().map_or_else(|error| error.code.as_str(), |_| "ok");
+            observe(&path, code, start.elapsed());
+            result
+        })
+    }
+
+    fn streaming(&self, path: &str, call: StreamingResult) -> StreamingResult {
+        let call = self.call(path, call);
+        Box::pin(async move {
+            match call.await {
+                Ok(response) => Ok(response.map_body(|body| {
+                    let caught = AssertUnwindSafe(body).catch_unwind();
+                    let item = |item: Result<_, _>| {
+                        item.unwrap_or_else(|_| Err(Answer::panicked().into_connect()))
+                    };
+                    Box::pin(caught.map(item)) as connectrpc::EncodedStream
+                })),
+                // Some gRPC clients lose the details of an error that comes instead of a stream.
+                Err(error) => Response::stream_ok(stream::once(async move { Err(error) })),
+            }
+        })
+    }
+}
+
+impl<D: Dispatcher> Dispatcher for Guard<D> {
+    fn lookup(&self, path: &str) -> Option<MethodDescriptor> {
+        self.inner.lookup(path)
+    }
+
+    fn call_unary(
+        &self,
+        path: &str,
+        context: RequestContext,
+        request: Payload,
+        format: CodecFormat,
+    ) -> UnaryResult {
+        self.call(path, self.inner.call_unary(path, context, request, format))
+    }
+
+    fn call_server_streaming(
+        &self,
+        path: &str,
+        context: RequestContext,
+        request: Bytes,
+        format: CodecFormat,
+    ) -> StreamingResult {
+        self.streaming(path, self.inner.call_server_streaming(path, context, request, format))
+    }
+
+    fn call_client_streaming(
+        &self,
+        path: &str,
+        context: RequestContext,
+        requests: RequestStream,
+        format: CodecFormat,
+    ) -> UnaryResult {
+        self.call(path, self.inner.call_client_streaming(path, context, requests, format))
+    }
+
+    fn call_bidi_streaming(
+        &self,
+        path: &str,
+        context: RequestContext,
+        requests: RequestStream,
+        format: CodecFormat,
+    ) -> StreamingResult {
+        self.streaming(path, self.inner.call_bidi_streaming(path, context, requests, format))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    use api::v1;
+    use connectrpc::{ConnectRpcService, Router, ServiceStream, handler_fn, streaming_handler_fn};
+    use http::{Request, StatusCode};
+    use http_body_util::{BodyExt as _, Full};
+    use tower::ServiceExt as _;
+
+    type Seen = Arc<Mutex<Vec<(String, String)>>>;
+
+    async fn panics(
+        _: RequestContext,
+        _: v1::GetBuildRequest,
+    ) -> connectrpc::ServiceResult<v1::GetBuildResponse> {
+        panic!("a defect")
+    }
+
+    async fn breaks(
+        _: RequestContext,
+        _: v1::StreamBuildLogsRequest,
+    ) -> connectrpc::ServiceResult<ServiceStream<v1::StreamBuildLogsResponse>> {
+        let first = v1::StreamBuildLogsResponse { message: "first".into(), ..Default::default() };
+        let broken = stream::once(async { panic!("a defect") });
+        Response::stream_ok(stream::once(async { Ok(first) }).chain(broken))
+    }
+
+    async fn post(path: &str, content_type: &str, body: &[u8]) -> (StatusCode, String, Seen) {
+        let seen = Seen::default();
+        let observe: Observe = Arc::new({
+            let seen = Arc::clone(&seen);
+            move |path, code, _| seen.lock().unwrap().push((path.to_owned(), code.to_owned()))
+        });
+        let router = Router::new().route("s", "Panics", handler_fn(panics)).route_server_stream(
+            "s",
+            "Breaks",
+            streaming_handler_fn(breaks),
+        );
+        let service = ConnectRpcService::new(Guard::new(router, observe));
+        let request = Request::post(path).header("content-type", content_type);
+        let request = request.body(Full::new(Bytes::copy_from_slice(body))).unwrap();
+        let response = service.oneshot(request).await.unwrap();
+        let status = response.status();
+        let bytes = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8_lossy(&bytes).into_owned(), seen)
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_and_tells_nothing() {
+        let (status, body, seen) = post("/s/Panics", "application/json", b"{}").await;
+        assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(body.contains("\"internal\"") && !body.contains("a defect"), "{body}");
+        let told = ["panicked", "internal"].map(|code| ("s/Panics".to_owned(), code.to_owned()));
+        assert_eq!(*seen.lock().unwrap(), told);
+
+        let body = [0, 0, 0, 0, 2, b'{', b'}'];
+        let (_, body, seen) = post("/s/Breaks", "application/connect+json", &body).await;
+        assert!(body.contains("\"first\"") && body.contains("\"internal\""), "{body}");
+        assert_eq!(*seen.lock().unwrap(), [("s/Breaks".to_owned(), "ok".to_owned())]);
+    }
+}

@@ -1,0 +1,281 @@
+//! A request enters here: `router` lists every way in.
+//!
+//! Each door translates between its protocol and [`BuildService`]; what may happen to a build is
+//! not decided here. The gate checks who asks before anything of a body is read.
+
+mod auth;
+mod builder;
+mod convert;
+mod download;
+mod error;
+mod follow;
+mod guard;
+mod health;
+mod limits;
+mod rest;
+mod server;
+mod spelling;
+#[cfg(test)]
+mod tests;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api::v1::BuilderServiceExt as _;
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::handler::Handler as _;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{any, get};
+use connectrpc::{ConnectRpcBody, ConnectRpcService, DeadlinePolicy, Limits, Protocol};
+use connectrpc_health::{HealthExt as _, HealthService};
+use connectrpc_reflection::Reflector;
+use futures_util::FutureExt as _;
+use http::Method;
+use http_body_util::{BodyExt as _, Limited};
+use tokio::sync::watch;
+use tower::ServiceExt as _;
+
+use auth::Auth;
+pub(crate) use auth::{Mode, new_token};
+pub(crate) use guard::{Observe, PANICKED};
+pub(crate) use server::serve;
+
+use crate::build::record::Micros;
+use crate::build::service::BuildService;
+use crate::clock::Clock;
+use crate::store::Store;
+use crate::tenant::Tier;
+use error::Answer;
+use guard::Guard;
+use spelling::Form;
+use tracing::Instrument as _;
+
+/// Longest message, and longest body of an RPC.
+const MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// What is read of a refused request's body, so that its sender reads the answer.
+const REFUSED_BYTES_MAX: usize = 8 << 20;
+const REFUSED_TIME_MAX: Duration = Duration::from_secs(3);
+
+/// Proof that a credential was checked; only this module's `auth` can make one.
+#[derive(Debug)]
+pub struct Checked(());
+
+/// What a handler of a plain route returns.
+type Answered<T> = Result<T, Answer>;
+
+/// Settings of the doors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ApiRules {
+    /// How callers prove who they are.
+    pub(crate) mode: Mode,
+    /// The tier of tenants of which nothing is known.
+    pub(crate) default_tier: Tier,
+    /// How often `/health` answers in a second; 0 for always.
+    pub(crate) health_per_sec: u32,
+}
+
+/// What the doors tell whoever measures.
+pub(crate) struct Meters {
+    /// Gives the text of `/metrics`.
+    pub(crate) render: Box<dyn Fn() -> String + Send + Sync>,
+    /// Told of each call.
+    pub(crate) observe: Observe,
+    /// Told when a request comes; it is done when what this gives is dropped.
+    pub(crate) begin: Box<dyn Fn() -> Begun + Send + Sync>,
+}
+
+/// A request that is being answered.
+pub(crate) type Begun = Box<dyn std::any::Any + Send>;
+
+/// What the doors need.
+pub(crate) struct ApiState {
+    service: Arc<BuildService>,
+    auth: Auth,
+    clock: Arc<dyn Clock>,
+    started_at: Micros,
+    meters: Meters,
+    /// True once the service stops: ends streams, and makes `/health` say so.
+    stopped: watch::Receiver<bool>,
+}
+
+impl ApiState {
+    /// The doors to `service`, whose tokens and tenants are in `store`.
+    pub(crate) fn new(
+        service: Arc<BuildService>,
+        store: Store,
+        clock: Arc<dyn Clock>,
+        meters: Meters,
+        rules: ApiRules,
+        stopped: watch::Receiver<bool>,
+    ) -> Self {
+        let started_at = clock.now();
+        let auth = Auth::new(store, Arc::clone(&clock), rules);
+        Self { service, auth, clock, started_at, meters, stopped }
+    }
+
+    fn uptime_secs(&self) -> i64 {
+        (self.clock.now().0 - self.started_at.0) / Micros::SECOND
+    }
+}
+
+/// An RPC service as it is mounted.
+type Rpc = ConnectRpcService<Guard<connectrpc::Router>>;
+
+/// Every way in.
+pub(crate) fn router(state: ApiState) -> axum::Router {
+    let state = Arc::new(state);
+    let at = |route: &str| format!("/{}/{route}", api::SERVICE);
+    let door = Arc::new(builder::Door::new(Arc::clone(&state)));
+    let rpc = rpc(&state, door.register(connectrpc::Router::new()));
+    let call_any = any({
+        let rpc = rpc.clone();
+        move |request| call(rpc.clone(), request)
+    });
+    let builds = axum::Router::new()
+        .route(&at("GetBuildStatus/{id}"), get(rest::status))
+        .route(&at("GetBuildArtifact/{id}"), get(download::artifact))
+        .route(&at("GetBuildLogs/{id}"), get(rest::logs))
+        .route(&at("ListBuilds"), any(move |state, request| list_builds(state, rpc, request)))
+        .route(&at("{method}"), call_any)
+        .layer(from_fn(spelling::answer_in_both))
+        .layer(from_fn_with_state(Arc::clone(&state), gate));
+    let open = open_services(&state);
+    let call_open = any(move |request| call(open.clone(), request));
+    axum::Router::new()
+        .merge(builds)
+        .route("/grpc.health.v1.Health/{method}", call_open.clone())
+        .route("/grpc.reflection.v1.ServerReflection/{method}", call_open.clone())
+        .route("/grpc.reflection.v1alpha.ServerReflection/{method}", call_open)
+        .route("/health", get(rest::health))
+        .route("/stats", get(rest::stats))
+        .route("/metrics", get(rest::metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(from_fn(catch_panics))
+        .with_state(state)
+}
+
+/// Health and reflection, which anybody may ask.
+fn open_services(state: &ApiState) -> Rpc {
+    let (service, stopped) = (Arc::clone(&state.service), state.stopped.clone());
+    let health = Arc::new(HealthService::new(health::Health::new(service, stopped)));
+    let router = health.register(connectrpc::Router::new());
+    let limits = connectrpc_health::request_limits();
+    let router = connectrpc_health::apply_request_limits(router, limits);
+    match Reflector::from_descriptor_set_bytes(api::FILE_DESCRIPTOR_SET) {
+        Ok(reflector) => rpc(state, connectrpc_reflection::install(router, reflector)),
+        Err(error) => {
+            tracing::error!(%error, "the descriptors cannot be read: there is no reflection");
+            rpc(state, router)
+        }
+    }
+}
+
+fn rpc(state: &ApiState, router: connectrpc::Router) -> Rpc {
+    let limits = Limits::default()
+        .with_max_request_body_size(MESSAGE_BYTES_MAX)
+        .with_max_message_size(MESSAGE_BYTES_MAX);
+    ConnectRpcService::new(Guard::new(router, Arc::clone(&state.meters.observe)))
+        .with_limits(limits)
+        .with_deadline_policy(DeadlinePolicy::new().with_enforce_on_streams(true))
+}
+
+async fn call(rpc: Rpc, request: Request) -> Response {
+    let response = match rpc.oneshot(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    };
+    // Keeps its length, so that HTTP/1.1 need not send it in chunks.
+    response.map(|body| {
+        if let ConnectRpcBody::Full(full) = body { Body::new(full) } else { Body::new(body) }
+    })
+}
+
+/// `ListBuilds` is an RPC and a documented plain route at once; a message in the query, or a
+/// body, makes it an RPC.
+async fn list_builds(State(state): State<Arc<ApiState>>, rpc: Rpc, request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    let form = Form::of(&head);
+    let request = Request::from_parts(head, body);
+    match form {
+        Form::Plain => rest::list.call(request, state).await,
+        Form::Person | Form::Program => call(rpc, request).await,
+    }
+}
+
+/// Nobody gets to a build past here without saying who he is.
+async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) -> Response {
+    let start = Instant::now();
+    let (mut head, body) = request.into_parts();
+    if head.method == Method::POST {
+        spelling::mend_content_type(&mut head.headers);
+    }
+    let form = Form::of(&head);
+    let peer = head.extensions.get::<server::Peer>().map(|peer| peer.0);
+    let admitted = match state.auth.caller(&head.headers, peer).await {
+        Ok(caller) => state
+            .auth
+            .precheck(&caller)
+            .await
+            .map(|()| caller.clone())
+            .map_err(|answer| (answer, caller.rate().copied())),
+        Err(refusal) => Err((Answer::refused(&refusal), None)),
+    };
+    let caller = match admitted {
+        Ok(caller) => caller,
+        Err((answer, rate)) => {
+            (state.meters.observe)("refused", answer.code().as_str(), start.elapsed());
+            swallow(body).await;
+            let mut response = spelling::refuse(answer, form, &head.headers);
+            rate.inspect(|rate| rate.write(response.headers_mut()));
+            return response;
+        }
+    };
+    // The route as it was declared: whoever makes up paths must not make up names of metrics.
+    let matched = head.extensions.get::<MatchedPath>().map(MatchedPath::as_str);
+    let route = matched.and_then(|path| path.split('/').nth(2)).unwrap_or_default().to_owned();
+    head.extensions.insert(caller.clone());
+    let span = {
+        let parent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
+        crate::telemetry::request_span(&route, parent)
+    };
+    let _begun = (state.meters.begin)();
+    let mut response = next.run(Request::from_parts(head, body)).instrument(span).await;
+    if form == Form::Plain {
+        let route = format!("{}/{route}", api::SERVICE);
+        (state.meters.observe)(&route, response.status().as_str(), start.elapsed());
+    }
+    if let Some(rate) = caller.rate() {
+        rate.write(response.headers_mut());
+    }
+    response
+}
+
+/// Reads what the sender of a refused request still sends: over HTTP/1.1 it would else see a
+/// broken connection in the place of the answer.
+async fn swallow(body: Body) {
+    let whole = Limited::new(body, REFUSED_BYTES_MAX).collect();
+    // Whoever sends more, or slower, is cut off.
+    let _ = tokio::time::timeout(REFUSED_TIME_MAX, whole).await;
+}
+
+/// Turns a panic of a plain route into an answer; `guard` does it for RPCs.
+async fn catch_panics(request: Request, next: Next) -> Response {
+    let caught = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+    caught.unwrap_or_else(|_| Answer::panicked().into_response())
+}
+
+async fn no_route(request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    swallow(body).await;
+    let is_rpc = Protocol::detect(&head.headers).is_some_and(|protocol| protocol.is_streaming);
+    let form = if is_rpc { Form::Program } else { Form::Plain };
+    spelling::refuse(Answer::no_route(head.uri.path()), form, &head.headers)
+}
+
+async fn no_method(method: Method) -> Answer {
+    Answer::no_method(&method)
+}

@@ -1,0 +1,225 @@
+//! The accept loop: HTTP/1.1 and HTTP/2 without TLS on one port, each side of a connection held
+//! to a deadline, and an end that lets requests finish.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Sleep, sleep};
+use tower::ServiceExt as _;
+
+/// How long a client may take to send the head of a request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait when the machine is out of sockets.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How often a silent HTTP/2 connection is asked whether it lives, and how long for the answer.
+const PING_EVERY: Duration = Duration::from_secs(20);
+/// Requests that one HTTP/2 connection may have open: followers of logs share one.
+const STREAMS_MAX: u32 = 2048;
+/// "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" (RFC 9113, section 3.4).
+const PREFACE_BYTES: usize = 24;
+
+/// The address at the other end of a connection; an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+/// Serves until `shutdown` says true, then takes no new connections and gives requests that run
+/// `drain` to end.
+///
+/// # Errors
+/// If the listener itself is broken.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    router: axum::Router,
+    mut shutdown: watch::Receiver<bool>,
+    drain: Duration,
+) -> io::Result<()> {
+    let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
+    let builder = builder();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            // A sender that is gone will never say it; nobody wants us any more.
+            _ = shutdown.wait_for(|stopping| *stopping) => break,
+            accepted = listener.accept() => accepted,
+        };
+        while connections.try_join_next().is_some() {}
+        match accepted {
+            Ok((stream, peer)) => {
+                let connection = connection(&builder, stream, peer, router.clone());
+                let watched = graceful.watch(connection);
+                connections.spawn(async move {
+                    if let Err(error) = watched.await {
+                        tracing::debug!(%peer, %error, "a connection ended early");
+                    }
+                });
+            }
+            Err(error) if is_passing(&error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                sleep(ACCEPT_PAUSE).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    drop(listener);
+    if tokio::time::timeout(drain, graceful.shutdown()).await.is_err() {
+        tracing::warn!(connections = connections.len(), "connections were cut at shutdown");
+    }
+    connections.shutdown().await;
+    Ok(())
+}
+
+/// Whether accepting may work again: the client is gone already, or the machine is out of
+/// something (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM).
+fn is_passing(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let short = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    let is_short = Errno::from_io_error(error).is_some_and(|errno| short.contains(&errno));
+    let kinds = [
+        io::ErrorKind::ConnectionAborted,
+        io::ErrorKind::ConnectionReset,
+        io::ErrorKind::ConnectionRefused,
+        io::ErrorKind::Interrupted,
+    ];
+    is_short || kinds.contains(&error.kind())
+}
+
+fn builder() -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_EVERY)
+        .max_concurrent_streams(STREAMS_MAX);
+    builder
+}
+
+fn connection(
+    builder: &auto::Builder<TokioExecutor>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    router: axum::Router,
+) -> impl hyper_util::server::graceful::GracefulConnection<Error: std::fmt::Display> + Send + use<>
+{
+    // Small answers go at once; a socket that refuses that still works.
+    let _ = stream.set_nodelay(true);
+    let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
+        request.extensions_mut().insert(Peer(peer));
+        router.clone().oneshot(request.map(Body::new))
+    });
+    let io = TokioIo::new(PromptIo::new(stream, HEAD_TIMEOUT));
+    builder.serve_connection(io, service).into_owned()
+}
+
+/// A connection whose first bytes must come in time: hyper's own clock starts only when it knows
+/// which HTTP it speaks.
+struct PromptIo<S> {
+    inner: S,
+    deadline: Option<Pin<Box<Sleep>>>,
+    read_bytes: usize,
+}
+
+impl<S> PromptIo<S> {
+    fn new(inner: S, timeout: Duration) -> Self {
+        Self { inner, deadline: Some(Box::pin(sleep(timeout))), read_bytes: 0 }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for PromptIo<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut this.inner).poll_read(context, buffer);
+        let Some(deadline) = &mut this.deadline else { return polled };
+        let new = buffer.filled().get(before..).unwrap_or_default();
+        let is_http1 = this.read_bytes == 0 && new.first().is_some_and(|byte| *byte != b'P');
+        this.read_bytes += new.len();
+        if is_http1 || this.read_bytes >= PREFACE_BYTES {
+            this.deadline = None;
+        } else if polled.is_pending() && deadline.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for PromptIo<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(context, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    async fn read_after(sent: &[u8]) -> io::Result<usize> {
+        let (mut client, server) = tokio::io::duplex(64);
+        let mut server = PromptIo::new(server, Duration::from_millis(50));
+        let mut buffer = [0; 64];
+        if !sent.is_empty() {
+            client.write_all(sent).await?;
+            let read = server.read(&mut buffer).await?;
+            assert_eq!(read, sent.len());
+        }
+        let waited = tokio::time::timeout(Duration::from_millis(500), server.read(&mut buffer));
+        match waited.await {
+            Ok(read) => read,
+            Err(_) => Ok(usize::MAX),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_begin_is_cut_off() {
+        for silent in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n"] {
+            let error = read_after(silent).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{silent:?}");
+        }
+        for begun in [&b"GET / HTTP/1.1\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+            assert_eq!(read_after(begun).await.unwrap(), usize::MAX, "hyper's clock runs now");
+        }
+    }
+}

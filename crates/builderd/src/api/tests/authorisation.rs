@@ -1,0 +1,220 @@
+//! Every RPC and every route against every kind of caller. What has no row here fails the test.
+
+use std::collections::BTreeSet;
+
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+
+use super::{Server, create_body, send};
+use crate::api::Mode;
+use crate::tenant::Right;
+
+/// How a way in names the build it is about.
+enum Way {
+    /// An RPC with this body, `ID` standing for the build.
+    Rpc(&'static str, &'static str),
+    /// A plain route.
+    Route(&'static str),
+}
+
+use Way::{Route, Rpc};
+
+/// Each way in, the right it takes, and whether it is about one build.
+const WAYS: &[(Way, Right, bool)] = &[
+    (Rpc("CreateBuild", ""), Right::BuildCreate, false),
+    (Rpc("GetBuild", r#"{"build_id":"ID"}"#), Right::BuildRead, true),
+    (Rpc("ListBuilds", "{}"), Right::BuildRead, false),
+    (Rpc("StreamBuildLogs", r#"{"build_id":"ID"}"#), Right::BuildRead, true),
+    (Rpc("GetTenantQuotas", "{}"), Right::BuildRead, false),
+    (Rpc("GetBuildStats", "{}"), Right::BuildRead, false),
+    (Route("GetBuildStatus/ID"), Right::BuildRead, true),
+    (Route("GetBuildLogs/ID"), Right::BuildRead, true),
+    (Route("ListBuilds"), Right::BuildRead, false),
+    (Route("GetBuildArtifact/ID"), Right::ArtifactRead, true),
+    (Route("GetBuildArtifact/ID.sha256"), Right::ArtifactRead, true),
+    (Rpc("CancelBuild", r#"{"build_id":"ID"}"#), Right::BuildCancel, true),
+    (Rpc("DeleteBuild", r#"{"build_id":"ID"}"#), Right::BuildDelete, true),
+];
+
+/// What anybody may see.
+const OPEN: &[&str] = &["/health", "/stats", "/metrics"];
+
+impl Way {
+    fn name(&self) -> String {
+        match self {
+            Rpc(name, _) => format!("rpc {name}"),
+            Route(route) => format!("route {route}"),
+        }
+    }
+
+    fn request(&self, server: &Server, id: &str, tenant: Option<&str>) -> RequestBuilder {
+        match self {
+            Rpc("StreamBuildLogs", body) => {
+                let body = named(body, id, tenant).to_string();
+                let length = u32::try_from(body.len()).unwrap().to_be_bytes();
+                let framed = [&[0], &length[..], body.as_bytes()].concat();
+                server
+                    .request(Method::POST, &format!("/{}/StreamBuildLogs", api::SERVICE))
+                    .header("content-type", "application/connect+json")
+                    .body(framed)
+            }
+            Rpc(name, body) => server.rpc(name, &named(body, id, tenant)),
+            Route(route) => {
+                let query = tenant.map(|tenant| format!("?tenant_id={tenant}"));
+                server.plain(&format!("{}{}", route.replace("ID", id), query.unwrap_or_default()))
+            }
+        }
+    }
+}
+
+fn named(body: &str, id: &str, tenant: Option<&str>) -> Value {
+    if body.is_empty() {
+        let mut body = create_body();
+        if let Some(tenant) = tenant {
+            body["config"]["tenant"] = json!({"tenant_id": tenant});
+        }
+        return body;
+    }
+    let mut body: Value = serde_json::from_str(&body.replace("ID", id)).unwrap();
+    if let Some(tenant) = tenant {
+        body["tenant_id"] = json!(tenant);
+    }
+    body
+}
+
+/// What an answer means, whatever its form: a stream says it at its end.
+async fn meaning(request: RequestBuilder) -> (String, String) {
+    let reply = send(request).await;
+    let text = String::from_utf8_lossy(&reply.body).into_owned();
+    let is_stream = reply.header("content-type").starts_with("application/connect+");
+    let codes = ["unauthenticated", "permission_denied", "not_found"];
+    let in_stream = codes.into_iter().find(|code| text.contains(&format!("\"{code}\"")));
+    let word = match (reply.status, in_stream.filter(|_| is_stream)) {
+        (_, Some(code)) => code,
+        (StatusCode::OK, None) => "ok",
+        (StatusCode::UNAUTHORIZED, None) => "unauthenticated",
+        (StatusCode::FORBIDDEN, None) => "permission_denied",
+        (StatusCode::NOT_FOUND, None) => "not_found",
+        (status, None) => panic!("{status}: {text}"),
+    };
+    (word.to_owned(), text)
+}
+
+#[tokio::test]
+async fn every_way_in_lets_in_whom_it_should_and_nobody_else() {
+    let server = Server::start(Mode::Tokens).await;
+    let all = server.token("owner", &Right::ALL).await;
+    let created = send(server.rpc("CreateBuild", &create_body()).bearer_auth(&all)).await.well();
+    let id = created["build_id"].as_str().unwrap().to_owned();
+    let claimed = server.claim().await;
+    server.log(&claimed, &["a line of the owner"]).await;
+    server.complete(&claimed, b"an image", "none").await;
+    let stranger = server.token("stranger", &Right::ALL).await;
+
+    for (way, right, is_about_a_build) in WAYS {
+        let name = way.name();
+        let (word, _) = meaning(way.request(&server, &id, None)).await;
+        assert_eq!(word, "unauthenticated", "{name} without a credential");
+
+        let invented = format!("bld_{}", "0".repeat(72));
+        let (word, _) = meaning(way.request(&server, &id, None).bearer_auth(invented)).await;
+        assert_eq!(word, "unauthenticated", "{name} with an invented token");
+
+        let (word, text) = meaning(way.request(&server, &id, None).bearer_auth(&stranger)).await;
+        let expected = if *is_about_a_build { "not_found" } else { "ok" };
+        assert_eq!(word, expected, "{name} with another tenant's token");
+        assert!(word != "ok" || !text.contains(&id), "{name} shows a stranger the build");
+        assert!(!text.contains("owner"), "{name} names the owner to a stranger: {text}");
+
+        let named = way.request(&server, &id, Some("owner")).bearer_auth(&stranger);
+        let (word, _) = meaning(named).await;
+        assert_eq!(word, "permission_denied", "{name} in another's name");
+        let named = way.request(&server, &id, None).header("x-tenant-id", "owner");
+        let (word, _) = meaning(named.bearer_auth(&stranger)).await;
+        assert_eq!(word, "permission_denied", "{name} in another's name, by header");
+
+        let others: Vec<Right> = Right::ALL.into_iter().filter(|other| other != right).collect();
+        let weak = server.token("owner", &others).await;
+        let (word, _) = meaning(way.request(&server, &id, None).bearer_auth(weak)).await;
+        assert_eq!(word, "permission_denied", "{name} without {}", right.as_str());
+    }
+    for (way, right, _) in WAYS {
+        let just = server.token("owner", &[*right]).await;
+        let request = way.request(&server, &id, Some("owner")).header("x-tenant-id", "owner");
+        let (word, text) = meaning(request.bearer_auth(just)).await;
+        assert_eq!(word, "ok", "{} with its right: {text}", way.name());
+    }
+    for path in OPEN {
+        assert_eq!(send(server.request(Method::GET, path)).await.status, StatusCode::OK, "{path}");
+    }
+    server.stop().await;
+}
+
+#[test]
+fn every_way_in_has_a_row() {
+    let rows = |wanted: fn(&Way) -> Option<&'static str>| -> BTreeSet<&str> {
+        WAYS.iter().filter_map(|(way, _, _)| wanted(way)).collect()
+    };
+    let rpcs = rows(|way| match way {
+        Rpc(name, _) => Some(name),
+        Route(_) => None,
+    });
+    assert_eq!(rpcs, api::METHODS.iter().map(|method| method.name).collect());
+
+    let routes = rows(|way| match way {
+        Rpc(..) => None,
+        Route(route) => Some(route.split('/').next().unwrap()),
+    });
+    let source = include_str!("../mod.rs");
+    let mut written = BTreeSet::new();
+    let mut open = BTreeSet::new();
+    for route in source.split(".route(").skip(1) {
+        let path = route.split('"').nth(1).unwrap();
+        match route.trim_start().starts_with("&at(") {
+            true => written.insert(path.split('/').next().unwrap()),
+            false => open.insert(path),
+        };
+    }
+    assert!(written.remove("{method}"));
+    assert_eq!(routes, written);
+    open.retain(|path| !path.starts_with("/grpc."));
+    assert_eq!(open, OPEN.iter().copied().collect());
+}
+
+#[tokio::test]
+async fn tokens_that_are_over_are_refused_like_unknown_ones() {
+    let server = Server::start(Mode::Tokens).await;
+    let list = |token: &str| send(server.plain("ListBuilds").bearer_auth(token));
+    let unknown = list(&crate::api::new_token().0).await;
+    assert_eq!(unknown.status, StatusCode::UNAUTHORIZED);
+
+    let token = server.token("a", &Right::ALL).await;
+    assert_eq!(list(&token).await.status, StatusCode::OK);
+    let system = server.store.system();
+    let row = system.tokens().await.unwrap().remove(0);
+    assert!(system.revoke_token(&row.id, crate::build::record::Micros(1)).await.unwrap());
+    let revoked = list(&token).await;
+    assert_eq!((revoked.status, &revoked.body), (unknown.status, &unknown.body));
+
+    let (secret, id, secret_hash) = crate::api::new_token();
+    let expires_at = Some(crate::build::record::Micros(1));
+    let row = crate::store::TokenRow { id, secret_hash, expires_at, revoked_at: None, ..row };
+    system.add_token(&row).await.unwrap();
+    let expired = list(&secret).await;
+    assert_eq!((expired.status, &expired.body), (unknown.status, &unknown.body));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn whoever_keeps_guessing_must_wait() {
+    let server = Server::start(Mode::Tokens).await;
+    let good = server.token("a", &Right::ALL).await;
+    let mut last = StatusCode::OK;
+    for _ in 0..60 {
+        last = send(server.plain("ListBuilds").bearer_auth("bld_guess")).await.status;
+    }
+    assert_eq!(last, StatusCode::TOO_MANY_REQUESTS);
+    let reply = send(server.plain("ListBuilds").bearer_auth(good)).await;
+    assert_eq!(reply.status, StatusCode::OK, "the owner of a token is not shut out by guesses");
+    server.stop().await;
+}

@@ -1,0 +1,179 @@
+//! `StreamBuildLogs`: backlog, following, resuming, heartbeats and every kind of end.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::Server;
+use crate::api::Mode;
+use crate::clock::{Clock as _, WallClock};
+use crate::store::Outcome;
+
+/// A follower that speaks Connect's streaming JSON.
+struct Follower {
+    response: reqwest::Response,
+    buffer: Vec<u8>,
+}
+
+impl Follower {
+    async fn open(server: &Server, body: Value) -> Self {
+        let body = body.to_string();
+        let length = u32::try_from(body.len()).unwrap().to_be_bytes();
+        let response = server
+            .request(Method::POST, &format!("/{}/StreamBuildLogs", api::SERVICE))
+            .header("content-type", "application/connect+json")
+            .header("connect-protocol-version", "1")
+            .header("x-tenant-id", "t")
+            .body([&[0], &length[..], body.as_bytes()].concat())
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(response.status(), 200);
+        Self { response, buffer: Vec::new() }
+    }
+
+    /// The next frame: its flags and its message.
+    async fn frame(&mut self) -> (u8, Value) {
+        let waiting = async {
+            loop {
+                if let Some((head, rest)) = self.buffer.split_at_checked(5) {
+                    let length = u32::from_be_bytes(head[1..].try_into().unwrap()) as usize;
+                    if let Some(message) = rest.get(..length) {
+                        let frame = (head[0], serde_json::from_slice(message).unwrap());
+                        self.buffer.drain(..5 + length);
+                        return frame;
+                    }
+                }
+                let more = self.response.chunk().await.unwrap().expect("the stream goes on");
+                self.buffer.extend_from_slice(&more);
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), waiting).await.expect("a frame in time")
+    }
+
+    /// Messages until one is `last`.
+    async fn until(&mut self, last: &str) -> Vec<String> {
+        let mut messages = Vec::new();
+        while messages.last().map(String::as_str) != Some(last) {
+            let (flags, line) = self.frame().await;
+            assert_eq!(flags, 0, "{messages:?} and then {line}");
+            messages.push(line["message"].as_str().unwrap_or_default().to_owned());
+        }
+        messages
+    }
+
+    /// The end of the stream, with what comes before it.
+    async fn end(&mut self) -> (Vec<Value>, Value) {
+        let mut lines = Vec::new();
+        loop {
+            match self.frame().await {
+                (2, end) => return (lines, end),
+                (_, line) => lines.push(line),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_follower_gets_the_backlog_what_comes_and_the_end() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    let backlog: Vec<String> = (0..450).map(|index| format!("line {index}")).collect();
+    server.log(&claimed, &backlog.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let mut follower = Follower::open(&server, json!({"buildId": id, "follow": true})).await;
+    let seen = follower.until("line 449").await;
+    assert!(seen.ends_with(&backlog), "every line of the backlog, in order");
+    server.log(&claimed, &["live"]).await;
+    assert_eq!(follower.until("live").await, ["live"]);
+    server.complete(&claimed, b"image", "none").await;
+    let (_, end) = follower.end().await;
+    assert_eq!(end, json!({}), "a finished build ends the stream well");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_follower_that_was_cut_goes_on_where_it_was() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    server.log(&claimed, &["a", "b", "c"]).await;
+    let all = Follower::open(&server, json!({ "buildId": id })).await.end().await.0;
+    let offset = |line: &Value| line["offset"].as_str().map_or(0, |text| text.parse().unwrap());
+    let offsets: Vec<i64> = all.iter().map(offset).collect();
+    assert_eq!(offsets, (0..offsets.len() as i64).collect::<Vec<_>>());
+    let next = offset(&all[all.len() - 2]) + 1;
+    let (rest, end) =
+        Follower::open(&server, json!({"buildId": id, "offset": next})).await.end().await;
+    assert_eq!(rest.len(), 1);
+    assert_eq!(rest[0]["message"], "c");
+    assert_eq!((&rest[0]["level"], &rest[0]["component"]), (&json!("info"), &json!("builder")));
+    assert_eq!(end, json!({}), "without follow a stream ends with the log");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn heartbeats_come_when_asked_for_and_only_then() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    server.log(&claimed, &["a"]).await;
+    let wish = json!({"buildId": id, "follow": true, "heartbeatSecs": 1});
+    let mut follower = Follower::open(&server, wish).await;
+    follower.until("a").await;
+    let (flags, beat) = follower.frame().await;
+    assert_eq!((flags, &beat["heartbeat"]), (0, &json!(true)));
+    let lease = server.store.lease(&claimed.lease);
+    lease.finish(None, Outcome::Cancelled, WallClock.now()).await.unwrap();
+    let (lines, end) = follower.end().await;
+    assert!(lines.iter().all(|line| line["heartbeat"] == true || line.get("message").is_some()));
+    assert_eq!(end, json!({}));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn streams_say_why_they_end_early() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    server.log(&claimed, &["a"]).await;
+    let (_, end) = Follower::open(&server, json!({"buildId": "build_0"})).await.end().await;
+    assert_eq!(end["error"]["code"], "not_found");
+    assert_eq!(end["error"]["details"][0]["type"], "builder.v1.ErrorDetail");
+    let (_, end) = Follower::open(&server, json!({"buildId": id, "offset": -1})).await.end().await;
+    assert_eq!(end["error"]["code"], "invalid_argument");
+
+    let mut follower = Follower::open(&server, json!({"buildId": id, "follow": true})).await;
+    follower.until("a").await;
+    server.begin_stop();
+    let (_, end) = follower.end().await;
+    assert_eq!(end["error"]["code"], "unavailable");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_plain_log_is_read_page_by_page() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    server.log(&claimed, &["a", "b", "c"]).await;
+    server.complete(&claimed, b"image", "none").await;
+    let mut messages = Vec::new();
+    let mut offset = 0;
+    loop {
+        let route = format!("GetBuildLogs/{id}?offset={offset}&limit=2");
+        let page = super::send(server.plain(&route).header("x-tenant-id", "t")).await.well();
+        assert_eq!(page["build_id"], id);
+        for line in page["logs"].as_array().unwrap() {
+            messages.push(line["message"].as_str().unwrap().to_owned());
+        }
+        offset = page["next_offset"].as_u64().unwrap();
+        if page["is_end"] == true {
+            break;
+        }
+    }
+    let ours: Vec<&str> = messages.iter().map(String::as_str).filter(|m| m.len() == 1).collect();
+    assert_eq!(ours, ["a", "b", "c"]);
+    server.stop().await;
+}

@@ -1,0 +1,267 @@
+//! One build in a process of its own: `builderd build-child`.
+//!
+//! The service writes a [`ChildSpec`] to its standard input and reads one [`ChildLine`] per line
+//! from its standard output; killing it ends the build and leaves nothing, since all it makes is
+//! nameless until it is done. Secrets come by standard input, never by argument or environment.
+//! The child knows no database, no tenant and no other build.
+
+use std::io::{self, Read as _, Write as _};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use oci::{ClientOptions, Credentials, Platform, Source};
+use rustix::process::{Resource, Rlimit, Signal};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Deserialize, Serialize};
+
+use super::disk::lock;
+use super::record::Failure;
+use super::service::RegistryCredentials;
+use super::{
+    BuildEvent, BuildSpec, Checksum, Compression, ImageOptions, Observer, PackStorage, Phase,
+};
+use crate::packs::{PackCache, SharingDomain};
+
+/// Longest line that the service reads from a child.
+pub(super) const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// How registries are reached: the part of the settings that a child needs.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct RegistrySpec {
+    /// Asked before the registry itself, each `[HOST=]MIRROR`.
+    pub(crate) mirrors: Vec<String>,
+    /// Reached over plain HTTP.
+    pub(crate) insecure: Vec<String>,
+    /// Largest image, compressed.
+    pub(crate) image_bytes_max: u64,
+    /// For the build's own registry.
+    pub(crate) credentials: Option<SentCredentials>,
+}
+
+/// Credentials on their way through the pipe.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct SentCredentials {
+    registry: String,
+    username: String,
+    secret: String,
+}
+
+impl std::fmt::Debug for SentCredentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SentCredentials").field("registry", &self.registry).finish_non_exhaustive()
+    }
+}
+
+impl SentCredentials {
+    /// For the registry they name, else for `home`.
+    pub(crate) fn new(credentials: &RegistryCredentials, home: &str) -> Self {
+        let named = credentials.registry.trim_start_matches("https://").trim_end_matches('/');
+        Self {
+            registry: if named.is_empty() { home } else { named }.to_owned(),
+            username: credentials.username.clone(),
+            secret: credentials.secret.expose_secret().to_owned(),
+        }
+    }
+}
+
+impl RegistrySpec {
+    /// The same for the client. No file and no environment of the service's user takes part.
+    pub(crate) fn client_options(&self) -> ClientOptions {
+        let mut options = ClientOptions { system_proxy: false, ..ClientOptions::default() };
+        options.limits.image_bytes_max = self.image_bytes_max;
+        options.limits.layer_bytes_max = self.image_bytes_max;
+        options.plain_http.extend(self.insecure.iter().cloned());
+        self.mirrors.iter().for_each(|mirror| options.add_mirror(mirror));
+        if let Some(sent) = &self.credentials {
+            let secret = SecretString::from(sent.secret.clone());
+            let credentials = match sent.username.is_empty() {
+                true => Credentials::RegistryToken(secret),
+                false => {
+                    Credentials::Password { username: sent.username.clone(), password: secret }
+                }
+            };
+            options.credentials.insert(sent.registry.clone(), credentials);
+        }
+        options
+    }
+}
+
+/// Where the layer packs of a child's build are.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct PackSpec {
+    pub(crate) directory: PathBuf,
+    pub(crate) domain: String,
+    pub(crate) limit_bytes: u64,
+}
+
+/// One build, as the service tells its child.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ChildSpec {
+    /// The image by digest.
+    pub(crate) image: String,
+    /// Which platform of it.
+    pub(crate) platform: String,
+    pub(crate) registry: RegistrySpec,
+    pub(crate) output: PathBuf,
+    /// `none`, `gzip` or `zstd`.
+    pub(crate) compression: String,
+    /// Nameless files beside the output when there is no cache.
+    pub(crate) packs: Option<PackSpec>,
+    pub(crate) jobs: usize,
+    /// Largest uncompressed image.
+    pub(crate) image_bytes_max: Option<u64>,
+    /// Memory the process may use for data; the kernel keeps it to that.
+    pub(crate) memory_bytes: u64,
+    /// Largest file it may write.
+    pub(crate) disk_bytes: u64,
+}
+
+/// What a child says, one JSON object per line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum ChildLine {
+    /// The build goes on.
+    Event(BuildEvent),
+    /// The image is there.
+    Done(Box<ChildReport>),
+    /// There will be none.
+    Failed(Failure),
+}
+
+/// What a child has made.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ChildReport {
+    pub(super) metadata: serde_json::Value,
+    pub(super) artifact_bytes: u64,
+    pub(super) image_bytes: u64,
+    pub(super) sha256: String,
+    pub(super) fetched_bytes: u64,
+    pub(super) layers_cached: usize,
+    pub(super) phase_secs: Vec<(Phase, f64)>,
+    pub(super) memory_peak_bytes: u64,
+    pub(super) cpu_ms: u64,
+}
+
+/// The whole life of a child.
+///
+/// # Errors
+/// When its pipes are of no use; the build's own failure is a line and no error.
+pub(crate) fn main() -> io::Result<()> {
+    // Whoever started us may be killed at any moment; then nobody would want the result.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let mut text = String::new();
+    io::stdin().lock().read_to_string(&mut text)?;
+    let spec: ChildSpec = serde_json::from_str(&text)?;
+    drop(text);
+    limit(Resource::Data, spec.memory_bytes)?;
+    limit(Resource::Fsize, spec.disk_bytes)?;
+    let speaker = Speaker(Mutex::new(io::stdout()));
+    let line = match run(&spec, &speaker) {
+        Ok(report) => ChildLine::Done(Box::new(report)),
+        Err(failure) => ChildLine::Failed(failure),
+    };
+    speaker.say(&line)
+}
+
+fn limit(resource: Resource, bytes: u64) -> io::Result<()> {
+    let most = rustix::process::getrlimit(resource).maximum;
+    let bytes = most.map_or(bytes, |most| most.min(bytes));
+    let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+    Ok(rustix::process::setrlimit(resource, limit)?)
+}
+
+fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
+    let step = Mutex::new(Phase::Resolve);
+    let observer = Steps { speaker, step: &step };
+    let failed = |error: super::BuildError| error.failure(*lock(&step));
+    let report = super::run(&engine_spec(spec).map_err(failed)?, &observer).map_err(failed)?;
+    let metadata = &report.metadata;
+    Ok(ChildReport {
+        artifact_bytes: metadata.artifact.size_bytes,
+        image_bytes: metadata.filesystem.size_bytes,
+        sha256: metadata.artifact.sha256.clone().unwrap_or_default(),
+        fetched_bytes: report.fetched_bytes,
+        layers_cached: report.layers_cached,
+        phase_secs: report.phase_secs,
+        memory_peak_bytes: memory_peak_bytes(),
+        cpu_ms: cpu_ms(),
+        metadata: serde_json::to_value(&report.metadata).unwrap_or_default(),
+    })
+}
+
+fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
+    let wrong = |problem| super::BuildError::OutputName { path: spec.output.clone(), problem };
+    let source: Source = spec.image.parse().map_err(|_| wrong("its image has no valid name"))?;
+    let platform: Platform =
+        spec.platform.parse().map_err(|_| wrong("its platform has no valid name"))?;
+    let packs = match &spec.packs {
+        None => PackStorage::Temporary,
+        Some(packs) => PackStorage::Cache {
+            cache: PackCache::open(&packs.directory)?,
+            domain: SharingDomain::named(&packs.domain),
+            limit_bytes: packs.limit_bytes,
+        },
+    };
+    Ok(BuildSpec {
+        source,
+        platform,
+        client: spec.registry.client_options(),
+        metadata_file: super::sibling(&spec.output, ".metadata.json"),
+        output: spec.output.clone(),
+        image: ImageOptions { bytes_max: spec.image_bytes_max, ..ImageOptions::default() },
+        compression: match spec.compression.as_str() {
+            "gzip" => Compression::Gzip,
+            "zstd" => Compression::Zstd,
+            _ => Compression::None,
+        },
+        checksum: Checksum::Sha256,
+        packs,
+        jobs: spec.jobs,
+        layer_limits: rootfs::Limits::default(),
+        tree_limits: rootfs::TreeLimits::default(),
+    })
+}
+
+/// Writes lines to the service.
+struct Speaker(Mutex<io::Stdout>);
+
+impl Speaker {
+    fn say(&self, line: &ChildLine) -> io::Result<()> {
+        let mut text = serde_json::to_vec(line)?;
+        text.push(b'\n');
+        let mut out = lock(&self.0);
+        out.write_all(&text)?;
+        out.flush()
+    }
+}
+
+/// Passes events on and remembers the step, for the failure.
+struct Steps<'a> {
+    speaker: &'a Speaker,
+    step: &'a Mutex<Phase>,
+}
+
+impl Observer for Steps<'_> {
+    fn event(&self, event: &BuildEvent) {
+        if let BuildEvent::PhaseStarted { phase } = event {
+            *lock(self.step) = *phase;
+        }
+        // A service that does not listen any more has killed us already.
+        let _ = self.speaker.say(&ChildLine::Event(event.clone()));
+    }
+}
+
+/// `VmHWM` of proc_pid_status(5).
+fn memory_peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+fn cpu_ms() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let time = Duration::try_from(time).unwrap_or_default();
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

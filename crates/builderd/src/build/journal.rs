@@ -1,0 +1,144 @@
+//! What a running build tells the store: its log and its progress, gathered so that a chatty
+//! build costs a few writes a second. Secrets are blotted out before anything is kept.
+
+use std::mem;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use secrecy::{ExposeSecret as _, SecretString};
+use tokio::time::Instant;
+
+use super::disk::lock;
+use super::record::LogLine;
+use super::state::BuildState;
+use crate::clock::Clock;
+use crate::store::{Lease, Store};
+
+/// Progress is written at most so often, unless the state changes.
+const PROGRESS_EVERY: Duration = Duration::from_millis(250);
+/// Lines that wait for the store; more are counted and left out.
+const LINES_WAITING_MAX: usize = 4096;
+/// What stands where a secret stood.
+const BLOT: &str = "***";
+
+/// See the module.
+pub(super) struct Journal<'a> {
+    store: &'a Store,
+    lease: &'a Lease,
+    clock: &'a dyn Clock,
+    book: Mutex<Book>,
+    /// Lines reach the store in the order they were said.
+    writing: tokio::sync::Mutex<()>,
+}
+
+struct Book {
+    lines: Vec<LogLine>,
+    left_out: u64,
+    state: BuildState,
+    percent: u32,
+    step: String,
+    is_told: bool,
+    told: Option<Instant>,
+    secrets: Vec<SecretString>,
+}
+
+impl<'a> Journal<'a> {
+    pub(super) fn new(store: &'a Store, lease: &'a Lease, clock: &'a dyn Clock) -> Self {
+        let book = Book {
+            lines: Vec::new(),
+            left_out: 0,
+            state: BuildState::Preparing,
+            percent: 0,
+            step: "prepare".into(),
+            is_told: true,
+            told: None,
+            secrets: Vec::new(),
+        };
+        Self { store, lease, clock, book: Mutex::new(book), writing: tokio::sync::Mutex::new(()) }
+    }
+
+    /// From now on `secret` is blotted out of every line.
+    pub(super) fn hide(&self, secret: SecretString) {
+        if !secret.expose_secret().is_empty() {
+            lock(&self.book).secrets.push(secret);
+        }
+    }
+
+    /// The step the build is at.
+    pub(super) fn step(&self) -> String {
+        lock(&self.book).step.clone()
+    }
+
+    /// The text without secrets.
+    pub(super) fn blotted(&self, text: &str) -> String {
+        let book = lock(&self.book);
+        book.secrets
+            .iter()
+            .fold(text.to_owned(), |text, secret| text.replace(secret.expose_secret(), BLOT))
+    }
+
+    /// One line for the log.
+    pub(super) fn say(&self, level: &str, component: &str, message: String) {
+        let message = self.blotted(&message);
+        let at = self.clock.now();
+        let mut book = lock(&self.book);
+        if book.lines.len() >= LINES_WAITING_MAX {
+            book.left_out += 1;
+            return;
+        }
+        let (level, component) = (level.to_owned(), component.to_owned());
+        book.lines.push(LogLine { offset: 0, at, level, component, message });
+    }
+
+    /// Enters a step or goes on in it.
+    pub(super) async fn enter(&self, state: BuildState, percent: u32, step: &str) {
+        let due = {
+            let mut book = lock(&self.book);
+            let is_new_state = book.state != state;
+            if is_new_state || book.percent != percent || book.step != step {
+                book.is_told = false;
+            }
+            book.state = state;
+            book.percent = percent;
+            step.clone_into(&mut book.step);
+            let rested = book.told.is_none_or(|told| told.elapsed() >= PROGRESS_EVERY);
+            !book.is_told && (is_new_state || rested)
+        };
+        if due {
+            self.flush().await;
+        }
+    }
+
+    /// Writes what waits. What cannot be written now is kept for the next time; a lost lease is
+    /// noticed by the next heartbeat.
+    pub(super) async fn flush(&self) {
+        let _turn = self.writing.lock().await;
+        let (lines, progress) = self.waiting();
+        let store = self.store.lease(self.lease);
+        if let Some((state, percent, step)) = progress {
+            let now = self.clock.now();
+            if store.progress(state, percent, &step, now).await.is_err() {
+                lock(&self.book).is_told = false;
+            }
+        }
+        // Taken out only when written: this future may be dropped while it waits.
+        if !lines.is_empty() && store.append_log(&lines).await.is_ok() {
+            lock(&self.book).lines.drain(..lines.len());
+        }
+    }
+
+    fn waiting(&self) -> (Vec<LogLine>, Option<(BuildState, u32, String)>) {
+        let mut book = lock(&self.book);
+        let left_out = mem::take(&mut book.left_out);
+        if left_out > 0 {
+            let message = format!("{left_out} lines were left out: the log came too fast");
+            let (level, component) = ("warn".to_owned(), "queue".to_owned());
+            let at = self.clock.now();
+            book.lines.push(LogLine { offset: 0, at, level, component, message });
+        }
+        let progress = (!book.is_told).then(|| (book.state, book.percent, book.step.clone()));
+        book.is_told = true;
+        book.told = Some(Instant::now());
+        (book.lines.clone(), progress)
+    }
+}

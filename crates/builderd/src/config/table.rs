@@ -1,0 +1,824 @@
+//! The table of settings: every name this service knows, what it means, and what may stand there.
+//!
+//! Reading, checking, `builderd config` and `docs/configuration.md` are made from this table; a
+//! name that is not in it stops the start. A setting whose part of the service does not exist
+//! is in it as well, so that it is refused by name and never ignored.
+
+/// The beginning of every name in the environment.
+pub(crate) const PREFIX: &str = "UNKEY_BUILDERD_";
+
+/// What may stand in a setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Anything.
+    Text,
+    /// Anything, and it is never shown.
+    Secret,
+    /// A file or directory.
+    Path,
+    /// `true` or `false`.
+    Flag,
+    /// A whole number.
+    Number {
+        /// The smallest.
+        min: u32,
+        /// The largest.
+        max: u32,
+    },
+    /// A number from 0.0 to 1.0.
+    Ratio,
+    /// A duration, as Go writes it.
+    Duration,
+    /// Bytes, or with a unit; under a name that ends in `_GB` a number of GiB.
+    Size,
+    /// Words, with commas between them.
+    Names,
+    /// One of these words.
+    OneOf(&'static [&'static str]),
+    /// One of these words; others are known, but do not exist yet.
+    Choice {
+        /// The words.
+        words: &'static [&'static str],
+        /// The others.
+        later: &'static [&'static str],
+        /// What is there instead of them.
+        why: &'static str,
+    },
+    /// An IP address, or `localhost`.
+    Ip,
+    /// Of a part that does not exist yet: anything but these values is refused.
+    Later {
+        /// Values that ask for nothing.
+        accepts: &'static [&'static str],
+        /// What is there instead.
+        why: &'static str,
+    },
+    /// Of something that this service does not do: anything but these values is refused.
+    Never {
+        /// Values that ask for nothing, or for what happens anyway.
+        accepts: &'static [&'static str],
+        /// Why, and what to do.
+        why: &'static str,
+    },
+}
+
+impl Kind {
+    /// In a word, for people.
+    pub(super) fn in_words(self) -> String {
+        match self {
+            Self::Text => "text".into(),
+            Self::Secret => "secret".into(),
+            Self::Path => "path".into(),
+            Self::Flag => "true or false".into(),
+            Self::Number { .. } => "number".into(),
+            Self::Ratio => "0.0 to 1.0".into(),
+            Self::Duration => "duration".into(),
+            Self::Size => "size".into(),
+            Self::Names => "list".into(),
+            Self::OneOf(words) | Self::Choice { words, .. } => words.join(", "),
+            Self::Ip => "address".into(),
+            Self::Later { accepts, .. } if !accepts.is_empty() => accepts.join(", "),
+            Self::Never { accepts, .. } if !accepts.is_empty() => accepts.join(", "),
+            Self::Later { .. } | Self::Never { .. } => "none".into(),
+        }
+    }
+}
+
+/// Who reads a setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reader {
+    /// `builderd serve` and the commands that work on its database.
+    Server,
+    /// The commands that talk to a server.
+    Client,
+}
+
+/// One setting.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setting {
+    /// Its name, without [`PREFIX`]; the last sign is `*` for all names that begin so.
+    pub(crate) name: &'static str,
+    /// Other names for the same thing.
+    pub(crate) others: &'static [&'static str],
+    /// What may stand there.
+    pub(crate) kind: Kind,
+    /// What stands there if nothing was said; nothing when empty.
+    pub(crate) default: &'static str,
+    /// The same under `--dev`, where it differs.
+    pub(crate) dev_default: Option<&'static str>,
+    /// Where it comes from: `README`, `guide` (the configuration guide), `code` (the service
+    /// this one follows) or `ours`.
+    pub(crate) origin: &'static str,
+    /// Who reads it.
+    pub(crate) reader: Reader,
+    /// What it means.
+    pub(crate) meaning: &'static str,
+}
+
+impl Setting {
+    const fn also(self, others: &'static [&'static str]) -> Self {
+        Self { others, ..self }
+    }
+
+    const fn dev(self, default: &'static str) -> Self {
+        Self { dev_default: Some(default), ..self }
+    }
+
+    const fn read_by(self, reader: Reader) -> Self {
+        Self { reader, ..self }
+    }
+
+    /// Whether `name`, without the prefix, is a name of this setting.
+    pub(super) fn is_called(&self, name: &str) -> bool {
+        let matches = |own: &str| match own.strip_suffix('*') {
+            Some(beginning) => name.starts_with(beginning),
+            None => own == name,
+        };
+        matches(self.name) || self.others.iter().any(|other| matches(other))
+    }
+
+    /// Every name of the setting.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'static str> {
+        std::iter::once(self.name).chain(self.others.iter().copied())
+    }
+
+    /// Whether it is refused, whatever it says.
+    pub(super) fn is_refused(&self) -> bool {
+        matches!(self.kind, Kind::Later { .. } | Kind::Never { .. })
+    }
+
+    /// Whether what stands there may be shown, in errors too.
+    pub(super) fn may_be_shown(&self) -> bool {
+        self.kind != Kind::Secret && !self.name.ends_with('*')
+    }
+}
+
+const fn setting(
+    name: &'static str,
+    kind: Kind,
+    default: &'static str,
+    origin: &'static str,
+    meaning: &'static str,
+) -> Setting {
+    let (others, dev_default, reader): (&[&str], _, _) = (&[], None, Reader::Server);
+    Setting { name, others, kind, default, dev_default, origin, reader, meaning }
+}
+
+const fn later(
+    name: &'static str,
+    accepts: &'static [&'static str],
+    origin: &'static str,
+    why: &'static str,
+) -> Setting {
+    setting(name, Kind::Later { accepts, why }, "", origin, why)
+}
+
+const fn never(
+    name: &'static str,
+    accepts: &'static [&'static str],
+    origin: &'static str,
+    why: &'static str,
+) -> Setting {
+    setting(name, Kind::Never { accepts, why }, "", origin, why)
+}
+
+const ANY: Kind = Kind::Number { min: 0, max: u32::MAX };
+const SOME: Kind = Kind::Number { min: 1, max: u32::MAX };
+const PORT: Kind = Kind::Number { min: 1, max: 65_535 };
+const TIERS: Kind = Kind::OneOf(&["free", "pro", "enterprise", "dedicated"]);
+const LEVELS: Kind = Kind::OneOf(&["trace", "debug", "info", "warn", "error"]);
+const BACKENDS: Kind = Kind::Choice {
+    words: &["local", "filesystem", "s3", "minio", "gcs"],
+    later: &["nfs", "iscsi", "azure", "ceph", "distributed"],
+    why: "mount a file system and use `local`, or an S3-compatible server with `s3`",
+};
+const DATABASES: Kind = Kind::OneOf(&["sqlite", "postgres", "postgresql"]);
+const SSL_MODES: Kind =
+    Kind::OneOf(&["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]);
+
+/// Settings in groups, in the order in which they are shown.
+pub(crate) const GROUPS: &[(&str, &[Setting])] = &[
+    ("Server", SERVER),
+    ("Builds", BUILDS),
+    ("Storage", STORAGE),
+    ("Registries", REGISTRIES),
+    ("Tenants", TENANTS),
+    ("Database", DATABASE),
+    ("Telemetry", TELEMETRY),
+    ("Client", CLIENT),
+    ("Refused: parts that do not exist yet", LATER),
+    ("Refused: things this service does not do", NEVER),
+];
+
+const SERVER: &[Setting] = &[
+    setting("ADDRESS", Kind::Ip, "0.0.0.0", "README", "Address to listen on.")
+        .also(&["HOST"])
+        .dev("127.0.0.1"),
+    setting(
+        "PORT",
+        Kind::Number { min: 0, max: 65_535 },
+        "8082",
+        "README",
+        "Port to listen on; 0 takes a free one.",
+    ),
+    setting(
+        "DEV",
+        Kind::Flag,
+        "false",
+        "ours",
+        "Development mode: headers and request bodies are believed without a credential. \
+         On the loopback address alone. The same as `--dev`.",
+    ),
+    setting(
+        "CONFIG",
+        Kind::Path,
+        "",
+        "ours",
+        "A TOML file with settings, the same as `--config`; not to be set in the file itself.",
+    ),
+    setting(
+        "MASTER_KEY_FILE",
+        Kind::Path,
+        "",
+        "ours",
+        "The key under which secrets of waiting builds are sealed; made at the first \
+         start. `master.key` in DATABASE_DATA_DIR when empty. All nodes on one database \
+         need the same key.",
+    ),
+    setting(
+        "SHUTDOWN_TIMEOUT",
+        Kind::Duration,
+        "15s",
+        "README",
+        "How long a stopping server waits for its builds and requests; builds that are \
+         not done by then go back to the queue.",
+    ),
+    setting(
+        "RATE_LIMIT",
+        SOME,
+        "100",
+        "README",
+        "Requests to `/health` each second. Requests of tenants are limited by tier.",
+    ),
+    setting("LOG_LEVEL", LEVELS, "info", "guide", "What is logged."),
+    setting(
+        "LOG_FORMAT",
+        Kind::OneOf(&["json", "text"]),
+        "json",
+        "guide",
+        "One JSON object for each line, or text for people.",
+    ),
+];
+
+const BUILDS: &[Setting] = &[
+    setting(
+        "MAX_CONCURRENT_BUILDS",
+        Kind::Number { min: 1, max: 1024 },
+        "5",
+        "README",
+        "Builds that run at once on this node; more wait.",
+    ),
+    setting(
+        "BUILD_TIMEOUT",
+        Kind::Duration,
+        "15m",
+        "README",
+        "The longest any build may take. A tenant's own limit may be shorter, never longer.",
+    ),
+    setting(
+        "SCRATCH_DIR",
+        Kind::Path,
+        "/tmp/builderd",
+        "README",
+        "Where an artifact is made before it goes to an object store; of this server \
+         alone. With local storage artifacts are made in ROOTFS_OUTPUT_DIR, so that \
+         publishing is a rename, and this is not used.",
+    )
+    .dev("builderd-data/scratch"),
+    setting(
+        "ROOTFS_OUTPUT_DIR",
+        Kind::Path,
+        "/opt/builderd/rootfs",
+        "README",
+        "Where artifacts lie with local storage.",
+    )
+    .dev("builderd-data/rootfs"),
+    setting(
+        "WORKSPACE_DIR",
+        Kind::Path,
+        "/opt/builderd/workspace",
+        "README",
+        "What builds share: the layer cache is `cache` in it unless CACHE_DIR says \
+         otherwise. A build has no other files of its own.",
+    )
+    .dev("builderd-data/workspace"),
+    setting(
+        "CLEANUP_INTERVAL",
+        Kind::Duration,
+        "1h",
+        "code",
+        "How often artifacts that are too old, too many or nobody's are removed.",
+    ),
+];
+
+const STORAGE: &[Setting] = &[
+    setting(
+        "STORAGE_BACKEND",
+        BACKENDS,
+        "local",
+        "README",
+        "Where artifacts are kept; `filesystem` is `local`, `minio` is `s3`. `nfs`, \
+         `iscsi`, `azure`, `ceph` and `distributed` are unimplemented: mount a file \
+         system and use `local`, or an S3-compatible server.",
+    ),
+    setting(
+        "STORAGE_RETENTION_DAYS",
+        SOME,
+        "30",
+        "README",
+        "Days after which an artifact is removed.",
+    ),
+    setting(
+        "STORAGE_MAX_SIZE_GB",
+        Kind::Size,
+        "100",
+        "README",
+        "All artifacts together; the oldest go when there are more.",
+    )
+    .also(&["MAX_STORAGE_SIZE"]),
+    setting(
+        "STORAGE_CACHE_ENABLED",
+        Kind::Flag,
+        "true",
+        "README",
+        "Whether layers are kept for the next build, and whether the same image is built \
+         only once.",
+    ),
+    setting(
+        "STORAGE_CACHE_MAX_SIZE_GB",
+        Kind::Size,
+        "50",
+        "README",
+        "What the layer cache is pruned to. `builderd build` reads it under the name \
+         CACHE_LIMIT.",
+    )
+    .also(&["CACHE_LIMIT"]),
+    setting(
+        "CACHE_DIR",
+        Kind::Path,
+        "",
+        "guide",
+        "Where the layer cache is; `cache` in WORKSPACE_DIR when empty. `builderd build` \
+         reads it, too.",
+    ),
+    setting("S3_BUCKET", Kind::Text, "", "guide", "Bucket of `s3` and `minio`.")
+        .also(&["MINIO_BUCKET"]),
+    setting("S3_REGION", Kind::Text, "us-east-1", "guide", "Its region."),
+    setting(
+        "S3_ENDPOINT",
+        Kind::Text,
+        "",
+        "ours",
+        "URL of an S3-compatible server; Amazon's when empty.",
+    )
+    .also(&["MINIO_ENDPOINT"]),
+    setting("S3_ACCESS_KEY_ID", Kind::Text, "", "guide", "Access key.").also(&["MINIO_ACCESS_KEY"]),
+    setting("S3_SECRET_ACCESS_KEY", Kind::Secret, "", "guide", "Its secret.")
+        .also(&["MINIO_SECRET_KEY"]),
+    setting("STORAGE_PREFIX", Kind::Text, "", "ours", "Put before every key of the bucket."),
+    setting(
+        "S3_ALLOW_HTTP",
+        Kind::Flag,
+        "false",
+        "ours",
+        "Whether S3_ENDPOINT may be a plain `http://` URL.",
+    ),
+    setting("GCS_BUCKET", Kind::Text, "", "guide", "Bucket of `gcs`."),
+    setting(
+        "GCS_CREDENTIALS_FILE",
+        Kind::Path,
+        "",
+        "guide",
+        "Key file of the service account of `gcs`; the machine's own when empty.",
+    ),
+];
+
+const REGISTRIES: &[Setting] = &[
+    setting(
+        "DOCKER_REGISTRY_AUTH",
+        Kind::Flag,
+        "true",
+        "README",
+        "Whether a build may bring credentials for its registry.",
+    ),
+    setting(
+        "DOCKER_MAX_IMAGE_SIZE_GB",
+        Kind::Size,
+        "5",
+        "README",
+        "The largest image, compressed as its registry stores it.",
+    ),
+    setting(
+        "DOCKER_ALLOWED_REGISTRIES",
+        Kind::Names,
+        "",
+        "code",
+        "Registries images may come from, for every tenant; all when empty. A tier may \
+         allow fewer.",
+    )
+    .also(&["ALLOWED_REGISTRIES"]),
+    setting(
+        "DOCKER_PULL_TIMEOUT",
+        Kind::Duration,
+        "10m",
+        "README",
+        "How long fetching an image may take.",
+    )
+    .also(&["DOCKER_TIMEOUT"]),
+    setting(
+        "DOCKER_REGISTRY_MIRROR",
+        Kind::Text,
+        "",
+        "README",
+        "`[HOST=]MIRROR`, with commas between several: ask MIRROR before HOST; without \
+         HOST, before Docker Hub. `builderd build` reads it, too.",
+    ),
+    setting(
+        "DOCKER_INSECURE_REGISTRIES",
+        Kind::Names,
+        "",
+        "code",
+        "`HOST[:PORT]` of registries that are reached over plain HTTP; no other is. \
+         `builderd build` reads it, too.",
+    ),
+    setting(
+        "DOCKER_PULL_POLICY",
+        Kind::Never {
+            accepts: &["always", "missing"],
+            why: "a registry is always asked what a tag names, and what is known by digest is \
+         never fetched again: `always` and `missing` are the same here, `never` is not \
+         possible",
+        },
+        "",
+        "guide",
+        "`always` and `missing` are what happens anyway: a registry is asked what the tag \
+         names, and what is known by digest is not fetched again.",
+    ),
+];
+
+const TENANTS: &[Setting] = &[
+    setting(
+        "TENANT_DEFAULT_TIER",
+        TIERS,
+        "free",
+        "README",
+        "Tier of a tenant for which none was set.",
+    )
+    .also(&["DEFAULT_TENANT_TIER"]),
+    setting(
+        "TENANT_DEFAULT_MAX_MEMORY_BYTES",
+        Kind::Size,
+        "",
+        "README",
+        "Memory of one build, in the default tier; the tier table's when empty. So are \
+         the next ones.",
+    ),
+    setting("TENANT_DEFAULT_MAX_CPU_CORES", SOME, "", "README", "CPU cores of one build."),
+    setting("TENANT_DEFAULT_MAX_DISK_BYTES", Kind::Size, "", "README", "Disk of one build."),
+    setting(
+        "TENANT_DEFAULT_TIMEOUT_SECONDS",
+        SOME,
+        "",
+        "README",
+        "Wall time of one build, in seconds.",
+    ),
+    setting(
+        "TENANT_DEFAULT_MAX_CONCURRENT_BUILDS",
+        SOME,
+        "",
+        "README",
+        "Builds of a tenant that run at once.",
+    ),
+    setting(
+        "TENANT_DEFAULT_MAX_DAILY_BUILDS",
+        ANY,
+        "",
+        "README",
+        "Builds of a tenant in one day (UTC).",
+    ),
+    setting("TENANT_DEFAULT_MAX_STORAGE_BYTES", Kind::Size, "", "code", "Artifacts of a tenant."),
+    setting(
+        "TENANT_DEFAULT_MAX_BUILD_TIME_MINUTES",
+        SOME,
+        "",
+        "code",
+        "Wall time of one build, in minutes; the shorter of both counts.",
+    ),
+];
+
+const DATABASE: &[Setting] = &[
+    setting(
+        "DATABASE_TYPE",
+        DATABASES,
+        "sqlite",
+        "code",
+        "`sqlite` for one node, `postgres` for several.",
+    ),
+    setting(
+        "DATABASE_DATA_DIR",
+        Kind::Path,
+        "/opt/builderd/data",
+        "code",
+        "What this node keeps: the SQLite database `builderd.db` and the master key. Not \
+         on a network file system.",
+    )
+    .dev("builderd-data/data"),
+    setting(
+        "DATABASE_URL",
+        Kind::Secret,
+        "",
+        "guide",
+        "`postgres://user:password@host:port/name?sslmode=…`, in the place of the next \
+         six. For SQLite `file:PATH`, which must be `builderd.db` in DATABASE_DATA_DIR.",
+    ),
+    setting("DATABASE_HOST", Kind::Text, "localhost", "code", "PostgreSQL's host."),
+    setting("DATABASE_PORT", PORT, "5432", "code", "Its port."),
+    setting("DATABASE_NAME", Kind::Text, "builderd", "code", "The database."),
+    setting("DATABASE_USERNAME", Kind::Text, "builderd", "code", "The user."),
+    setting("DATABASE_PASSWORD", Kind::Secret, "", "code", "Its password."),
+    setting(
+        "DATABASE_SSL_MODE",
+        SSL_MODES,
+        "disable",
+        "code",
+        "Whether the connection is encrypted, and what is checked.",
+    ),
+    setting(
+        "DATABASE_MAX_CONNECTIONS",
+        Kind::Number { min: 2, max: 1000 },
+        "25",
+        "guide",
+        "Connections to PostgreSQL. SQLite has one writer and four readers.",
+    ),
+];
+
+const TELEMETRY: &[Setting] = &[
+    setting(
+        "OTEL_ENABLED",
+        Kind::Flag,
+        "false",
+        "README",
+        "Whether traces and metrics are sent to OTEL_ENDPOINT.",
+    ),
+    setting(
+        "OTEL_SERVICE_NAME",
+        Kind::Text,
+        "builderd",
+        "README",
+        "What this service calls itself there.",
+    ),
+    setting(
+        "OTEL_SERVICE_VERSION",
+        Kind::Text,
+        "",
+        "code",
+        "Its version; the program's when empty.",
+    ),
+    setting(
+        "OTEL_SAMPLING_RATE",
+        Kind::Ratio,
+        "1.0",
+        "README",
+        "Share of the traces that are sent, unless the caller's trace decides.",
+    )
+    .also(&["OTEL_SAMPLE_RATE"]),
+    setting(
+        "OTEL_ENDPOINT",
+        Kind::Text,
+        "localhost:4318",
+        "README",
+        "OTLP over HTTP: `host:port` or a URL, to which `/v1/traces` and `/v1/metrics` \
+         are added.",
+    ),
+    setting(
+        "OTEL_INSECURE",
+        Kind::Flag,
+        "true",
+        "guide",
+        "Whether OTEL_ENDPOINT is reached over plain HTTP if it names no scheme.",
+    ),
+    setting(
+        "OTEL_PROMETHEUS_ENABLED",
+        Kind::Flag,
+        "true",
+        "README",
+        "Whether `/metrics` has a port of its own; it is on PORT in any case.",
+    )
+    .also(&["METRICS_ENABLED"]),
+    setting("OTEL_PROMETHEUS_PORT", PORT, "9466", "README", "That port.").also(&["METRICS_PORT"]),
+    setting(
+        "OTEL_PROMETHEUS_INTERFACE",
+        Kind::Ip,
+        "127.0.0.1",
+        "code",
+        "The address it listens on.",
+    ),
+    setting(
+        "OTEL_HIGH_CARDINALITY_ENABLED",
+        Kind::Flag,
+        "false",
+        "code",
+        "Whether metrics carry `tenant_id`: one series for each tenant.",
+    ),
+];
+
+const CLIENT: &[Setting] = &[
+    setting(
+        "SERVER_ADDRESS",
+        Kind::Text,
+        "http://localhost:8082",
+        "code",
+        "The server, for `--server`.",
+    )
+    .read_by(Reader::Client),
+    setting("TOKEN", Kind::Secret, "", "ours", "The token, for `--token`.").read_by(Reader::Client),
+    setting("TENANT_ID", Kind::Text, "", "code", "Sent as `X-Tenant-ID`, for `--tenant`.")
+        .read_by(Reader::Client),
+    setting("CUSTOMER_ID", Kind::Text, "", "ours", "Sent as `X-Customer-ID`, for `--customer`.")
+        .also(&["USER_ID"])
+        .read_by(Reader::Client),
+];
+
+const LATER: &[Setting] = &[
+    later(
+        "TLS_MODE",
+        &["disabled"],
+        "README",
+        "`file` and `spiffe` do not exist yet: put a proxy that speaks TLS in front, and \
+         set `disabled`",
+    ),
+    later("TLS_ENABLED", &["false"], "guide", "see TLS_MODE"),
+    later("TLS_CERT_FILE", &[], "code", "see TLS_MODE"),
+    later("TLS_KEY_FILE", &[], "code", "see TLS_MODE"),
+    later("TLS_CA_FILE", &[], "code", "see TLS_MODE"),
+    later("SPIFFE_*", &[], "README", "SPIFFE does not exist yet; see TLS_MODE"),
+    later(
+        "STORAGE_TLS_*",
+        &[],
+        "guide",
+        "certificates of object stores are those the system trusts",
+    ),
+    later(
+        "ASSETMANAGER_ENABLED",
+        &["false"],
+        "README",
+        "artifacts are not registered with assetmanagerd yet: download them, and set `false`",
+    ),
+    later("ASSETMANAGER_ENDPOINT", &[], "README", "see ASSETMANAGER_ENABLED"),
+    later(
+        "ENABLE_ENCRYPTION",
+        &["false"],
+        "guide",
+        "artifacts are not encrypted yet (registry credentials always are): use an \
+         encrypted file system or bucket, and set `false`",
+    ),
+    later("S3_ENCRYPTION", &[], "guide", "set the encryption of the bucket itself"),
+    later(
+        "ENABLE_SECCOMP",
+        &["false"],
+        "guide",
+        "no program of an image is run yet, so there is none to confine",
+    ),
+    later(
+        "ENABLE_CGROUPS",
+        &["false"],
+        "guide",
+        "no program of an image is run yet; limit the service itself, see contrib/systemd",
+    ),
+    later(
+        "BUILD_USER_ID",
+        &[],
+        "guide",
+        "no program of an image is run yet: every file is written as the service's own user",
+    ),
+    later("BUILD_GROUP_ID", &[], "guide", "see BUILD_USER_ID"),
+    later(
+        "APPARMOR_PROFILE",
+        &[],
+        "guide",
+        "no program of an image is run yet; confine the service itself from outside",
+    ),
+    later("SELINUX_CONTEXT", &[], "guide", "see APPARMOR_PROFILE"),
+    later(
+        "NETWORK_MODE",
+        &[],
+        "guide",
+        "no program of an image is run yet, so none reaches the network",
+    ),
+    later(
+        "BLOCKED_DOMAINS",
+        &[],
+        "guide",
+        "name what is allowed instead: DOCKER_ALLOWED_REGISTRIES",
+    ),
+    later(
+        "ENABLE_AUDIT_LOGGING",
+        &["false"],
+        "guide",
+        "there is no audit log yet; the log has tenant and build of every request",
+    ),
+    later("AUDIT_LOG_FILE", &[], "guide", "see ENABLE_AUDIT_LOGGING"),
+    later("ISCSI_*", &[], "guide", "mount the volume and use STORAGE_BACKEND=local"),
+    later("AZURE_*", &[], "guide", "Azure's store does not exist yet: use `s3` or `gcs`"),
+    later("CEPH_*", &[], "guide", "use Ceph's S3 gateway with STORAGE_BACKEND=s3"),
+    later(
+        "STORAGE_NODES",
+        &[],
+        "guide",
+        "there is no store of our own over several nodes: use `s3` or `gcs`",
+    ),
+    later(
+        "DATABASE_BACKUP_*",
+        &[],
+        "guide",
+        "nothing is backed up by itself: see docs/operations.md",
+    ),
+];
+
+const NEVER: &[Setting] = &[
+    never(
+        "USE_PIPELINE_EXECUTOR",
+        &["false"],
+        "code",
+        "there is one engine; leave it out or set `false`",
+    ),
+    never(
+        "TENANT_ISOLATION_ENABLED",
+        &["true"],
+        "README",
+        "tenants are always kept apart; leave it out or set `true`",
+    )
+    .also(&["ENABLE_ISOLATION"]),
+    never(
+        "TENANT_QUOTA_CHECK_INTERVAL",
+        &["5m", "300s"],
+        "README",
+        "quotas are checked in the transaction that accepts a build, not now and then; \
+         leave it out",
+    ),
+    never(
+        "DOCKER_SOCKET",
+        &[],
+        "guide",
+        "no Docker is used: images come straight from their registry; leave it out",
+    ),
+    never(
+        "RATE_LIMIT_ENABLED",
+        &["true"],
+        "guide",
+        "every tier has its rate limit; leave it out or set `true`",
+    ),
+    never("RATE_LIMIT_REQUESTS", &[], "guide", "each tier has its own rate limit; leave it out"),
+    never(
+        "HEALTH_CHECK_ENABLED",
+        &["true"],
+        "guide",
+        "`/health` always answers; leave it out or set `true`",
+    ),
+    never(
+        "HEALTH_CHECK_INTERVAL",
+        &["30s"],
+        "guide",
+        "`/health` looks when it is asked, never in between; leave it out",
+    ),
+    never(
+        "DATABASE_IDLE_TIMEOUT",
+        &["10m", "600s"],
+        "guide",
+        "a connection without work is closed after 10 minutes; leave it out",
+    ),
+    never(
+        "DATABASE_PRAGMA_*",
+        &[],
+        "guide",
+        "journal and synchronous mode decide whether an accepted build survives a power \
+         failure, so they are fixed; leave it out",
+    ),
+    never(
+        "NFS_*",
+        &[],
+        "guide",
+        "mount the export and use STORAGE_BACKEND=local, with DATABASE_DATA_DIR elsewhere",
+    ),
+    never("GCS_PROJECT", &[], "guide", "a bucket's name is enough; leave it out"),
+];
+
+/// Every setting.
+pub(crate) fn all() -> impl Iterator<Item = &'static Setting> {
+    GROUPS.iter().flat_map(|(_, settings)| settings.iter())
+}
+
+/// The setting called `name`, without the prefix.
+pub(super) fn find(name: &str) -> Option<&'static Setting> {
+    all().find(|setting| setting.is_called(name))
+}

@@ -1,0 +1,310 @@
+//! The service, wired together top to bottom: settings → database and artifacts → service →
+//! doors, workers, janitor. It decides nothing; each part is told what it needs and no more.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use object_store::ObjectStore;
+use object_store::aws::AmazonS3Builder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use secrecy::ExposeSecret as _;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::api::{self, ApiRules, Meters, Mode};
+use crate::artifact::{ArtifactStore, LocalArtifacts, ObjectArtifacts};
+use crate::build::child::RegistrySpec;
+use crate::build::janitor::{Janitor, JanitorRules};
+use crate::build::service::{BuildService, ServiceRules};
+use crate::build::worker::{WorkerRules, Workers, clear_leftovers};
+use crate::clock::{Clock, WallClock};
+use crate::config::{Config, DatabaseConfig, StorageBackend};
+use crate::packs::{CacheError, PackCache};
+use crate::seal::{MasterKey, SealError};
+use crate::store::{Store, StoreError};
+use crate::telemetry::{self, TelemetryError};
+
+/// Why the service did not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServeError {
+    /// A directory or file cannot be used.
+    #[error("cannot use {}", path.display())]
+    Path {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Which.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another server works in the same place.
+    #[error("another builderd uses {}: stop it, or choose another directory", .0.display())]
+    InUse(PathBuf),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The master key.
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    /// The pack cache.
+    #[error(transparent)]
+    Packs(#[from] CacheError),
+    /// The object store's settings.
+    #[error("the object store cannot be used")]
+    Objects(#[source] object_store::Error),
+    /// Logs, metrics or traces.
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
+    /// The runtime.
+    #[error("the service stopped")]
+    Runtime(#[source] io::Error),
+}
+
+/// Runs the service until SIGTERM or SIGINT, and a second signal ends it at once.
+///
+/// # Errors
+/// [`ServeError`]
+pub(crate) fn run(config: Config) -> Result<(), ServeError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(ServeError::Runtime)?;
+    runtime.block_on(async {
+        let telemetry = telemetry::start(&config)?;
+        let (stop, stopped) = watch::channel(false);
+        tokio::spawn(stop_on_signals(stop));
+        let address = config.listen.to_string();
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .map_err(|source| ServeError::Listen { address, source })?;
+        let listening = |source| ServeError::Listen { address: "/metrics".into(), source };
+        if let Some(port) = telemetry::bind_metrics(&config.telemetry).await.map_err(listening)? {
+            let mut stopped = stopped.clone();
+            let until = async move { drop(stopped.wait_for(|stopping| *stopping).await) };
+            tokio::spawn(telemetry::serve_metrics(port, telemetry.metrics(), until));
+        }
+        let served = serve(config, listener, telemetry.metrics(), stopped).await;
+        telemetry.finish().await;
+        served
+    })
+}
+
+async fn stop_on_signals(stop: watch::Sender<bool>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return;
+    };
+    for turn in 0..2 {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        if turn == 0 {
+            tracing::info!("stopping; builds that do not finish go back to the queue");
+            // The receivers live as long as the service.
+            let _ = stop.send(true);
+        }
+    }
+    std::process::exit(130);
+}
+
+/// The wiring; tests give a listener on port 0 and their own `stopped`.
+pub(crate) async fn serve(
+    config: Config,
+    listener: TcpListener,
+    metrics: Arc<telemetry::Metrics>,
+    stopped: watch::Receiver<bool>,
+) -> Result<(), ServeError> {
+    let clock: Arc<dyn Clock> = Arc::new(WallClock);
+    make_directory(&config.data_dir)?;
+    make_directory(&config.rootfs_output_dir)?;
+    let _ours = claim_directory(&config.rootfs_output_dir)?;
+    let store = open_store(&config).await?;
+    let key = Arc::new(MasterKey::load_or_create(&config.master_key_file)?);
+    let artifacts = open_artifacts(&config)?;
+    clear_leftovers(artifacts.staging())
+        .map_err(|source| ServeError::Path { path: artifacts.staging().to_owned(), source })?;
+    let packs = match config.storage.cache_enabled {
+        true => Some(PackCache::open(&config.storage.cache_dir)?),
+        false => None,
+    };
+    let service = Arc::new(BuildService::new(
+        store.clone(),
+        Arc::clone(&artifacts),
+        Arc::clone(&key),
+        Arc::clone(&clock),
+        service_rules(&config),
+        Arc::clone(&metrics),
+    ));
+    let workers = Arc::new(Workers::new(
+        store.clone(),
+        Arc::clone(&artifacts),
+        key,
+        Arc::clone(&clock),
+        Arc::clone(&metrics),
+        worker_rules(&config)?,
+    ));
+    let janitor = Janitor::new(
+        store.clone(),
+        Arc::clone(&artifacts),
+        Arc::clone(&clock),
+        Arc::clone(&metrics),
+        janitor_rules(&config, packs),
+    );
+    let (meters, rules) = (meters(&metrics), api_rules(&config));
+    let state = api::ApiState::new(service, store, clock, meters, rules, stopped.clone());
+    let address = listener.local_addr().map_err(ServeError::Runtime)?;
+    tracing::info!(%address, dev = config.dev, "listening");
+    let work = tokio::spawn(Arc::clone(&workers).run(stopped.clone()));
+    let tidy = tokio::spawn(janitor.run(stopped.clone()));
+    let answered = api::serve(listener, api::router(state), stopped, config.shutdown_timeout).await;
+    let ended = tokio::join!(work, tidy);
+    answered.map_err(ServeError::Runtime)?;
+    ended.0.and(ended.1).map_err(|error| ServeError::Runtime(io::Error::other(error)))
+}
+
+fn make_directory(path: &Path) -> Result<(), ServeError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o750)
+        .create(path)
+        .map_err(|source| ServeError::Path { path: path.to_owned(), source })
+}
+
+/// Staged files belong to one process: another one would remove them at its start.
+fn claim_directory(path: &Path) -> Result<std::fs::File, ServeError> {
+    let lock = path.join(".lock");
+    let failed = |source| ServeError::Path { path: lock.clone(), source };
+    let file = std::fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&lock)
+        .map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(ServeError::InUse(path.to_owned())),
+        Err(std::fs::TryLockError::Error(source)) => Err(failed(source)),
+    }
+}
+
+async fn open_store(config: &Config) -> Result<Store, StoreError> {
+    match &config.database {
+        DatabaseConfig::Sqlite => Store::open_sqlite(&config.data_dir).await,
+        DatabaseConfig::Postgres { url, max_connections } => {
+            Store::open_postgres(url.expose_secret(), *max_connections).await
+        }
+    }
+}
+
+fn open_artifacts(config: &Config) -> Result<Arc<dyn ArtifactStore>, ServeError> {
+    let root = &config.rootfs_output_dir;
+    let failed = |source| ServeError::Path { path: root.clone(), source };
+    let objects: (Arc<dyn ObjectStore>, String, &str) = match &config.storage.backend {
+        StorageBackend::Local => {
+            return Ok(Arc::new(LocalArtifacts::open(root).map_err(failed)?));
+        }
+        StorageBackend::S3 {
+            bucket,
+            region,
+            endpoint,
+            access_key_id,
+            secret,
+            prefix,
+            allow_http,
+        } => {
+            let mut builder = AmazonS3Builder::new()
+                .with_bucket_name(bucket)
+                .with_region(region)
+                .with_allow_http(*allow_http);
+            if let Some(endpoint) = endpoint {
+                builder = builder.with_endpoint(endpoint);
+            }
+            if let (Some(id), Some(secret)) = (access_key_id, secret) {
+                builder =
+                    builder.with_access_key_id(id).with_secret_access_key(secret.expose_secret());
+            }
+            let store = builder.build().map_err(ServeError::Objects)?;
+            (Arc::new(store), format!("s3://{bucket}"), prefix)
+        }
+        StorageBackend::Gcs { bucket, credentials_file, prefix } => {
+            let mut builder = GoogleCloudStorageBuilder::new().with_bucket_name(bucket);
+            if let Some(file) = credentials_file {
+                builder = builder.with_service_account_path(file.to_string_lossy());
+            }
+            let store = builder.build().map_err(ServeError::Objects)?;
+            (Arc::new(store), format!("gs://{bucket}"), prefix)
+        }
+    };
+    let (store, url, prefix) = objects;
+    Ok(Arc::new(ObjectArtifacts::open(store, &url, prefix, root).map_err(failed)?))
+}
+
+fn api_rules(config: &Config) -> ApiRules {
+    ApiRules {
+        mode: if config.dev { Mode::Development } else { Mode::Tokens },
+        default_tier: config.tenants.default_tier,
+        health_per_sec: config.health_rate_per_sec,
+    }
+}
+
+fn meters(metrics: &Arc<telemetry::Metrics>) -> Meters {
+    let (shown, told, counted) = (Arc::clone(metrics), Arc::clone(metrics), Arc::clone(metrics));
+    Meters {
+        render: Box::new(move || shown.render()),
+        observe: Arc::new(move |method, code, time| match code {
+            api::PANICKED => told.rpc_panicked(method),
+            code => told.rpc(method, code, time.as_secs_f64()),
+        }),
+        begin: Box::new(move || Box::new(counted.rpc_begun())),
+    }
+}
+
+fn service_rules(config: &Config) -> ServiceRules {
+    ServiceRules {
+        limits: config.tenants.limits.clone(),
+        registry_auth: config.docker.registry_auth,
+        allowed_registries: config.docker.allowed_registries.clone(),
+        build_secs_max: config.build_timeout.as_secs(),
+    }
+}
+
+fn worker_rules(config: &Config) -> Result<WorkerRules, ServeError> {
+    let program = std::env::current_exe()
+        .map_err(|source| ServeError::Path { path: "/proc/self/exe".into(), source })?;
+    let storage = &config.storage;
+    Ok(WorkerRules {
+        concurrent_max: config.max_concurrent_builds,
+        registry: RegistrySpec {
+            mirrors: config.docker.mirrors.clone(),
+            insecure: config.docker.insecure_registries.clone(),
+            image_bytes_max: config.docker.image_bytes_max,
+            credentials: None,
+        },
+        pull_timeout: config.docker.pull_timeout,
+        packs: storage.cache_enabled.then(|| (storage.cache_dir.clone(), storage.cache_max_bytes)),
+        cache_enabled: storage.cache_enabled,
+        program,
+        shutdown_timeout: config.shutdown_timeout,
+    })
+}
+
+fn janitor_rules(config: &Config, packs: Option<PackCache>) -> JanitorRules {
+    let storage = &config.storage;
+    JanitorRules {
+        sweep_every: config.cleanup_interval,
+        retention_secs: u64::from(storage.retention_days) * 86_400,
+        storage_bytes_max: storage.max_bytes,
+        packs: packs.map(|packs| (packs, storage.cache_max_bytes)),
+    }
+}

@@ -1,0 +1,631 @@
+//! What outlives the process: builds, their logs, tenants, tokens and artifacts, in SQL.
+//!
+//! One body (`sql/`) for two engines (`engine.rs`), SQLite and PostgreSQL, one schema
+//! (`migrations/`), one conformance suite that runs on both (`tests/`). A tenant's rows are reached with a [`Permit`]
+//! through [`TenantStore`], a running build's with its [`Lease`] through [`LeaseStore`]; what
+//! belongs to nobody is [`SystemStore`]'s. Every change of a build's state is one transaction
+//! that asks [`BuildState::next`], compares and sets, counts, and adds an event row.
+//!
+//! It does not know doors, the engine, or where artifacts lie.
+
+pub mod admin;
+mod changes;
+mod engine;
+mod open;
+mod sql;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub use changes::Changes;
+pub(crate) use sql::Rows;
+
+use crate::build::record::{
+    Build, BuildId, BuildRequest, BuildResult, Failure, LogLine, Micros, Stats, Usage,
+};
+use crate::build::state::{BuildState, IllegalTransition};
+use crate::tenant::{Permit, TenantId, TenantLimits, Tier};
+
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be reached, or is too busy.
+    #[error("the database is not available")]
+    Unavailable(#[source] sqlx::Error),
+    /// The disk of the database is full.
+    #[error("the disk of the database is full")]
+    Full(#[source] sqlx::Error),
+    /// What stands in the database is not what was written there.
+    #[error("the database holds something it should not: {0}")]
+    Corrupt(String),
+    /// A build's state does not allow it.
+    #[error(transparent)]
+    Illegal(#[from] IllegalTransition),
+    /// Anything else the database said.
+    #[error("the database failed")]
+    Database(#[source] sqlx::Error),
+    /// The data directory cannot be used.
+    #[error("the data directory {path:?} cannot be used: {problem}")]
+    DataDirectory {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// A migration failed.
+    #[error("the database's schema could not be brought up to date")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+}
+
+/// A build to be accepted.
+#[derive(Clone, Debug)]
+pub struct NewBuild {
+    /// Its name.
+    pub id: BuildId,
+    /// What was asked.
+    pub request: BuildRequest,
+    /// The tenant's limits lowered by the request.
+    pub limits: TenantLimits,
+    /// The customer within the tenant.
+    pub customer: Option<String>,
+    /// Registry credentials, sealed; erased when the build ends.
+    pub sealed_credentials: Option<Vec<u8>>,
+    /// Two builds of a tenant with the same key are one.
+    pub idempotency_key: Option<String>,
+    /// SHA-256 over the request; the same key with another hash is refused.
+    pub request_hash: String,
+    /// W3C trace context of the request.
+    pub traceparent: Option<String>,
+    /// When.
+    pub created_at: Micros,
+}
+
+/// What became of a [`NewBuild`].
+#[derive(Clone, Debug)]
+pub enum Accepted {
+    /// It is in the queue.
+    Created(Build),
+    /// The same request was accepted before.
+    Known(Build),
+    /// The key was used for another request.
+    KeyReused,
+    /// The tenant has no more.
+    Quota(QuotaExceeded),
+}
+
+/// A quota that is used up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuotaExceeded {
+    /// `daily_builds`, `storage` or `queued_builds`.
+    pub quota_type: &'static str,
+    /// What is used.
+    pub current: u64,
+    /// What may be used.
+    pub limit: u64,
+    /// When it starts again, if it does by itself.
+    pub reset_at: Option<Micros>,
+}
+
+/// Which builds of a tenant.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Any when empty.
+    pub states: Vec<BuildState>,
+    /// Builds older than this one: the last of the page before.
+    pub before: Option<BuildId>,
+    /// Builds to skip; `before` is faster.
+    pub offset: u64,
+    /// At most so many.
+    pub limit: u32,
+}
+
+/// A page of builds, newest first.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The builds.
+    pub builds: Vec<Build>,
+    /// How many fit the filter in all.
+    pub total: u64,
+    /// Whether more follow.
+    pub has_more: bool,
+}
+
+/// What became of a cancel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancel {
+    /// It was queued and is cancelled.
+    Done,
+    /// It runs; its worker is told.
+    Requested,
+    /// It had ended in this state.
+    Ended(BuildState),
+}
+
+/// What became of a delete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Delete {
+    /// It is gone.
+    Done,
+    /// It has not ended; with force it is cancelled now, and is to be deleted again after that.
+    Running(BuildState),
+}
+
+/// One worker's claim on one try of one build. Every write with it names `token`; a lease that
+/// was lost changes nothing any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub(crate) build: BuildId,
+    pub(crate) tenant: TenantId,
+    pub(crate) token: i64,
+}
+
+impl Lease {
+    /// The build.
+    pub fn build(&self) -> &BuildId {
+        &self.build
+    }
+
+    /// Its tenant.
+    pub fn tenant(&self) -> &TenantId {
+        &self.tenant
+    }
+
+    /// Rises with every claim of the build.
+    pub fn token(&self) -> i64 {
+        self.token
+    }
+}
+
+/// A build that was claimed.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// The leave to work on it.
+    pub lease: Lease,
+    /// The build, already in [`BuildState::Preparing`].
+    pub build: Build,
+    /// Registry credentials, sealed.
+    pub sealed_credentials: Option<Vec<u8>>,
+}
+
+/// What a worker hears when it says it lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heartbeat {
+    /// Go on.
+    GoOn,
+    /// Stop, and end the build as cancelled.
+    Cancel {
+        /// Why.
+        reason: String,
+    },
+    /// The lease is lost: stop and write nothing.
+    Lost,
+}
+
+/// How a try ends.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// With an artifact.
+    Completed(Box<BuildResult>),
+    /// Without one.
+    Failed(Failure),
+    /// As somebody wished.
+    Cancelled,
+    /// Too late.
+    TimedOut(Failure),
+    /// Back to the queue, to be taken again from `run_at` on.
+    Retry {
+        /// Why this try failed; none when the worker shuts down, which counts no try.
+        failure: Option<Failure>,
+        /// Not before.
+        run_at: Micros,
+    },
+}
+
+/// Whether a write with a lease was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fenced {
+    /// It was.
+    Written,
+    /// The lease is lost; nothing was written.
+    Lost,
+}
+
+/// An artifact that a build can be given without building.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KnownArtifact {
+    /// What the build that made it got.
+    pub result: BuildResult,
+}
+
+/// Which artifact a build would make: who may share it, and what decides its bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArtifactName {
+    /// `public` or `tenant:<id>`.
+    pub domain: String,
+    /// Digest over manifest digest, options and engine version, in hex.
+    pub recipe: String,
+}
+
+/// A token as it is kept: the secret's hash, never the secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenRow {
+    /// Public part, for lists and revoking.
+    pub id: String,
+    /// SHA-256 of the secret, in hex.
+    pub secret_hash: String,
+    /// Whose.
+    pub tenant: TenantId,
+    /// The customer within the tenant.
+    pub customer: Option<String>,
+    /// Names of [`crate::tenant::Right`]s.
+    pub rights: Vec<String>,
+    /// A note for people.
+    pub note: String,
+    /// When it was made.
+    pub created_at: Micros,
+    /// When it stops to work.
+    pub expires_at: Option<Micros>,
+    /// When it was revoked.
+    pub revoked_at: Option<Micros>,
+}
+
+/// A tenant as the operator set it up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TenantRow {
+    /// Its id.
+    pub id: TenantId,
+    /// Its tier.
+    pub tier: Tier,
+    /// Limits in the place of the tier's.
+    pub limits: Option<TenantLimits>,
+}
+
+/// How full the queue is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Depth {
+    /// Builds that wait.
+    pub queued: u64,
+    /// Builds that run.
+    pub running: u64,
+}
+
+/// The database.
+#[derive(Clone)]
+pub struct Store {
+    rows: Arc<Rows>,
+}
+
+impl Store {
+    /// The rows of the permit's tenant.
+    pub fn tenant<'a>(&'a self, permit: &'a Permit<'_>) -> TenantStore<'a> {
+        TenantStore { rows: &self.rows, permit }
+    }
+
+    /// The build that the lease is for.
+    pub fn lease<'a>(&'a self, lease: &'a Lease) -> LeaseStore<'a> {
+        LeaseStore { rows: &self.rows, lease }
+    }
+
+    /// What belongs to no tenant.
+    pub fn system(&self) -> SystemStore<'_> {
+        SystemStore { rows: &self.rows }
+    }
+}
+
+/// One tenant's rows, and no others.
+#[derive(Clone, Copy)]
+pub struct TenantStore<'a> {
+    rows: &'a Rows,
+    permit: &'a Permit<'a>,
+}
+
+/// A build with a lease on it.
+#[derive(Clone, Copy)]
+pub struct LeaseStore<'a> {
+    rows: &'a Rows,
+    lease: &'a Lease,
+}
+
+/// The queue, tenants, tokens, artifacts.
+#[derive(Clone, Copy)]
+pub struct SystemStore<'a> {
+    rows: &'a Rows,
+}
+
+impl TenantStore<'_> {
+    fn tenant(&self) -> &TenantId {
+        self.permit.tenant()
+    }
+
+    /// Puts a build into the queue, unless a quota is used up: counted in the same transaction.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn create(
+        &self,
+        tenant_limits: &TenantLimits,
+        build: NewBuild,
+    ) -> Result<Accepted, StoreError> {
+        let tier = self.permit.principal().tier();
+        self.rows.create(self.tenant(), tier, tenant_limits, &build).await
+    }
+
+    /// One build.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn get(&self, id: &BuildId) -> Result<Option<Build>, StoreError> {
+        self.rows.get(self.tenant(), id).await
+    }
+
+    /// A page of builds.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn list(&self, filter: &Filter) -> Result<Page, StoreError> {
+        self.rows.list(self.tenant(), filter).await
+    }
+
+    /// Cancels a queued build, asks the worker of a running one to stop; none if there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn cancel(
+        &self,
+        id: &BuildId,
+        reason: &str,
+        now: Micros,
+    ) -> Result<Option<Cancel>, StoreError> {
+        self.rows.cancel(self.tenant(), id, reason, now).await
+    }
+
+    /// Deletes a build that has ended; none if there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn delete(&self, id: &BuildId) -> Result<Option<Delete>, StoreError> {
+        self.rows.delete(self.tenant(), id).await
+    }
+
+    /// At most `limit` lines of a log from line `offset` on.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn log(
+        &self,
+        id: &BuildId,
+        offset: u64,
+        limit: u32,
+    ) -> Result<Vec<LogLine>, StoreError> {
+        self.rows.log(self.tenant(), id, offset, limit).await
+    }
+
+    /// The last lines of a log, oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn log_tail(&self, id: &BuildId, lines: u32) -> Result<Vec<LogLine>, StoreError> {
+        self.rows.log_tail(self.tenant(), id, lines).await
+    }
+
+    /// What the tenant uses now.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn usage(&self, now: Micros) -> Result<Usage, StoreError> {
+        self.rows.usage(self.tenant(), now).await
+    }
+
+    /// Figures over the builds accepted in `from..to`.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn stats(
+        &self,
+        from: Option<Micros>,
+        to: Option<Micros>,
+    ) -> Result<Stats, StoreError> {
+        self.rows.stats(self.tenant(), from, to).await
+    }
+}
+
+impl LeaseStore<'_> {
+    /// Says that the worker lives, and hears whether to go on.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn heartbeat(&self, lease_secs: u64, now: Micros) -> Result<Heartbeat, StoreError> {
+        self.rows.heartbeat(self.lease, lease_secs, now).await
+    }
+
+    /// Enters a step, or goes on in it.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn progress(
+        &self,
+        state: BuildState,
+        percent: u32,
+        step: &str,
+        now: Micros,
+    ) -> Result<Fenced, StoreError> {
+        self.rows.progress(self.lease, state, percent, step, now).await
+    }
+
+    /// Adds lines to the log; their offsets are given by the store.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn append_log(&self, lines: &[LogLine]) -> Result<Fenced, StoreError> {
+        self.rows.append_log(self.lease, lines).await
+    }
+
+    /// Ends the try. With [`Outcome::Completed`] the artifact is published in the same
+    /// transaction, under `artifact` for other builds to find.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn finish(
+        &self,
+        artifact: Option<&ArtifactName>,
+        outcome: Outcome,
+        now: Micros,
+    ) -> Result<Fenced, StoreError> {
+        self.rows.finish(self.lease, artifact, &outcome, now).await
+    }
+
+    /// An artifact that was made for the same name and still exists. It goes on to exist until
+    /// this try ends, so that the try can end with it.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn known_artifact(
+        &self,
+        name: &ArtifactName,
+    ) -> Result<Option<KnownArtifact>, StoreError> {
+        self.rows.known_artifact(self.lease, name).await
+    }
+}
+
+impl SystemStore<'_> {
+    /// Takes the next build from the queue: tenants by share, a tenant's builds in order.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn claim(
+        &self,
+        worker: &str,
+        lease_secs: u64,
+        now: Micros,
+    ) -> Result<Option<Claimed>, StoreError> {
+        self.rows.claim(worker, lease_secs, now).await
+    }
+
+    /// Puts builds whose lease has run out back into the queue, ends those to be cancelled and
+    /// those that were tried `attempts_max` times. Returns how many.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn reap(&self, attempts_max: u32, now: Micros) -> Result<u64, StoreError> {
+        self.rows.reap(attempts_max, now).await
+    }
+
+    /// Forgets the artifacts of builds that ended before `older_than`; the builds stay. Returns
+    /// how many.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn expire(&self, older_than: Micros) -> Result<u64, StoreError> {
+        self.rows.expire(older_than).await
+    }
+
+    /// Forgets the oldest artifacts until all take at most `bytes_max`. Returns how many.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn evict(&self, bytes_max: u64) -> Result<u64, StoreError> {
+        self.rows.evict(bytes_max).await
+    }
+
+    /// Whether any build has the artifact.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn artifact_is_referenced(&self, key: &str) -> Result<bool, StoreError> {
+        self.rows.artifact_is_referenced(key).await
+    }
+
+    /// How full the queue is.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn depth(&self) -> Result<Depth, StoreError> {
+        self.rows.depth().await
+    }
+
+    /// Bytes of all artifacts.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn storage_bytes(&self) -> Result<u64, StoreError> {
+        self.rows.storage_bytes().await
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        self.rows.ping().await
+    }
+
+    /// Adds a tenant or changes it.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn put_tenant(&self, tenant: &TenantRow) -> Result<(), StoreError> {
+        self.rows.put_tenant(tenant).await
+    }
+
+    /// What the operator set for a tenant.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn tenant(&self, id: &TenantId) -> Result<Option<TenantRow>, StoreError> {
+        self.rows.tenant(id).await
+    }
+
+    /// Every tenant the operator set up, or that ever built.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn tenants(&self) -> Result<Vec<TenantRow>, StoreError> {
+        self.rows.tenants().await
+    }
+
+    /// Keeps a new token.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn add_token(&self, token: &TokenRow) -> Result<(), StoreError> {
+        self.rows.add_token(token).await
+    }
+
+    /// The token with this secret, revoked and expired ones too.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn token_by_hash(&self, secret_hash: &str) -> Result<Option<TokenRow>, StoreError> {
+        self.rows.token_by_hash(secret_hash).await
+    }
+
+    /// Every token.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {
+        self.rows.tokens().await
+    }
+
+    /// Revokes a token; false if there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn revoke_token(&self, id: &str, now: Micros) -> Result<bool, StoreError> {
+        self.rows.revoke_token(id, now).await
+    }
+
+    /// Changes in queue or logs from now on. Who looks, waits and looks again misses none that
+    /// way: take this first.
+    pub fn changes(&self) -> Changes {
+        self.rows.announcer.subscribe()
+    }
+
+    /// Waits until something may have changed in queue or logs, at most so long: a hint, never
+    /// more. What changed before the call is not noticed; see [`changes`](Self::changes).
+    pub async fn wait_for_change(&self, at_most: std::time::Duration) {
+        self.changes().wait(at_most).await;
+    }
+}

@@ -1,0 +1,210 @@
+//! How a database is found, locked, opened and brought up to date.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{PgPool, SqlSafeStr as _, SqlitePool};
+
+use super::changes::Announcer;
+use super::engine::Engine;
+use super::{Rows, Store, StoreError};
+
+/// The database's file in the data directory.
+pub(super) const DATABASE_FILE: &str = "builderd.db";
+/// Held by the one server of a data directory.
+const LOCK_FILE: &str = "builderd.lock";
+/// How long one connection waits for another that writes.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a caller waits for a connection: SQLite's writers queue up for one.
+const SQLITE_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
+const POSTGRES_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+const READERS: u32 = 4;
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// Every migration, oldest first; both engines take the same.
+const MIGRATIONS: &[(i64, &str, &str)] =
+    &[(1, "store", include_str!("../../migrations/0001_store.sql"))];
+
+/// What keeps a second server away from a data directory.
+#[derive(Debug)]
+pub(super) struct DirectoryLock {
+    /// Locked until it is closed.
+    _file: File,
+}
+
+impl Store {
+    /// Opens the database in `data_dir`, which is made if need be, for the one server that uses
+    /// it. Others may [`attach`](Self::attach_sqlite).
+    ///
+    /// # Errors
+    /// [`StoreError::DataDirectory`] if another server has it, or it lies on a network file
+    /// system.
+    pub async fn open_sqlite(data_dir: &Path) -> Result<Self, StoreError> {
+        make_directory(data_dir)?;
+        Self::sqlite(data_dir, Some(lock(data_dir).await?)).await
+    }
+
+    /// Opens the database in `data_dir` beside the server that may be using it: for an
+    /// operator's commands, which do not take builds from the queue.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn attach_sqlite(data_dir: &Path) -> Result<Self, StoreError> {
+        make_directory(data_dir)?;
+        // A server that is there has brought the schema up to date; else that is done here, and
+        // no server may start meanwhile.
+        let _lock = try_lock(data_dir)?;
+        Self::sqlite(data_dir, None).await
+    }
+
+    async fn sqlite(data_dir: &Path, lock: Option<DirectoryLock>) -> Result<Self, StoreError> {
+        let options = sqlite_options(&data_dir.join(DATABASE_FILE));
+        let pool = || {
+            SqlitePoolOptions::new()
+                .acquire_timeout(SQLITE_ACQUIRE_TIMEOUT)
+                // A file needs no ping, and its connections do not grow stale.
+                .test_before_acquire(false)
+                .max_lifetime(None::<Duration>)
+                .idle_timeout(None::<Duration>)
+        };
+        let write: SqlitePool =
+            pool().max_connections(1).connect_with(options.clone().create_if_missing(true)).await?;
+        migrator().run(&write).await?;
+        let read = pool()
+            .max_connections(READERS)
+            .connect_with(options.read_only(true).create_if_missing(false))
+            .await?;
+        let engine = Engine::Sqlite { write, read };
+        Ok(Self { rows: Arc::new(Rows::new(engine, Announcer::alone(), lock)) })
+    }
+
+    /// Opens a PostgreSQL database, shared with other nodes, with at most so many connections.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn open_postgres(url: &str, max_connections: u32) -> Result<Self, StoreError> {
+        let options: PgConnectOptions = url.parse()?;
+        let options = options
+            .application_name("builderd")
+            // Nobody waits for ever for somebody who is gone.
+            .options([("lock_timeout", "10s"), ("idle_in_transaction_session_timeout", "60s")]);
+        let pool: PgPool = PgPoolOptions::new()
+            .max_connections(max_connections.max(1))
+            .acquire_timeout(POSTGRES_ACQUIRE_TIMEOUT)
+            .connect_with(options)
+            .await?;
+        migrator().run(&pool).await?;
+        let announcer = Announcer::shared(&pool);
+        Ok(Self { rows: Arc::new(Rows::new(Engine::Postgres(pool), announcer, None)) })
+    }
+
+    /// Waits until every connection is closed; a data directory is free then.
+    pub async fn close(&self) {
+        self.rows.engine.close().await;
+    }
+}
+
+pub(super) fn sqlite_options(file: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(file)
+        .journal_mode(SqliteJournalMode::Wal)
+        // Less would lose what was answered when the power fails.
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY_TIMEOUT)
+        .foreign_keys(true)
+}
+
+/// Nodes of a fleet are not all replaced at once: one that is older meets migrations it does
+/// not know, and lives with them.
+pub(super) fn migrator() -> Migrator {
+    let migrations = MIGRATIONS.iter().map(|&(version, description, text)| {
+        let kind = MigrationType::Simple;
+        Migration::new(version, description.into(), kind, text.into_sql_str(), false)
+    });
+    let mut migrator = Migrator::with_migrations(migrations.collect());
+    migrator.set_ignore_missing(true);
+    migrator
+}
+
+fn directory_error(path: &Path, problem: impl ToString) -> StoreError {
+    StoreError::DataDirectory { path: path.to_owned(), problem: problem.to_string() }
+}
+
+fn make_directory(data_dir: &Path) -> Result<(), StoreError> {
+    fs::create_dir_all(data_dir).map_err(|error| directory_error(data_dir, error))?;
+    match network_file_system(data_dir)? {
+        None => Ok(()),
+        Some(name) => Err(directory_error(
+            data_dir,
+            format!("it is on {name}, where SQLite's locks do not hold: use a local disk"),
+        )),
+    }
+}
+
+/// The name of the network file system that a directory is on, if it is (statfs(2)).
+fn network_file_system(path: &Path) -> Result<Option<&'static str>, StoreError> {
+    const NETWORK: &[(u32, &str)] = &[
+        (0x6969, "NFS"),
+        (0xff53_4d42, "CIFS"),
+        (0xfe53_4d42, "SMB"),
+        (0x517b, "SMB"),
+        (0x00c3_6400, "Ceph"),
+        (0x0bd0_0bd0, "Lustre"),
+        (0x5346_414f, "AFS"),
+    ];
+    let found = rustix::fs::statfs(path).map_err(|error| directory_error(path, error))?;
+    // The magic has 32 bits, whatever the type.
+    let magic = i128::from(found.f_type) & 0xffff_ffff;
+    Ok(NETWORK.iter().find(|(known, _)| i128::from(*known) == magic).map(|(_, name)| *name))
+}
+
+/// The lock of a data directory. An operator's command may have it for a moment.
+pub(super) async fn lock(data_dir: &Path) -> Result<DirectoryLock, StoreError> {
+    for _ in 0..LOCK_TRIES {
+        if let Some(lock) = try_lock(data_dir)? {
+            return Ok(lock);
+        }
+        tokio::time::sleep(LOCK_PAUSE).await;
+    }
+    let problem = "a server uses it: stop that one, or use another directory \
+                   (UNKEY_BUILDERD_DATABASE_DATA_DIR)";
+    Err(directory_error(data_dir, problem))
+}
+
+/// The lock of a data directory; none if somebody has it.
+pub(super) fn try_lock(data_dir: &Path) -> Result<Option<DirectoryLock>, StoreError> {
+    let path: PathBuf = data_dir.join(LOCK_FILE);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|error| directory_error(&path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(DirectoryLock { _file: file })),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(directory_error(&path, error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_migration_of_the_folder_is_run() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations");
+        let mut names: Vec<String> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        let known: Vec<String> = MIGRATIONS
+            .iter()
+            .map(|(version, description, _)| format!("{version:04}_{description}.sql"))
+            .collect();
+        assert_eq!(names, known);
+    }
+}

@@ -1,0 +1,307 @@
+//! A try ends: with an artifact, without one, or back in the queue. Cancel and delete.
+
+use crate::build::record::{Attempt, BuildId, BuildResult, Failure, Micros};
+use crate::build::state::{BuildState, Happening};
+use crate::store::engine::{Tx, sql, to_json};
+use crate::store::{ArtifactName, Cancel, Delete, Fenced, Lease, Outcome, StoreError};
+use crate::tenant::TenantId;
+
+use super::artifacts::{drop_claim, keep, remove_if_unused};
+use super::{Held, Rows, Tally, arrears, was_held};
+
+/// How a build ends.
+pub(super) struct Ending<'a> {
+    pub(super) actor: &'a str,
+    pub(super) happening: Happening,
+    pub(super) failure: Option<&'a Failure>,
+    /// What came of it, and under which name others find it.
+    pub(super) published: Option<(&'a BuildResult, Option<&'a ArtifactName>)>,
+    /// The token from now on; never below the row's.
+    pub(super) token: i64,
+}
+
+/// How a build goes back to the queue.
+pub(super) struct Requeue<'a> {
+    /// None when the try does not count.
+    pub(super) failure: Option<&'a Failure>,
+    pub(super) run_at: Micros,
+    pub(super) token: i64,
+    pub(super) actor: &'a str,
+}
+
+impl<'a> Ending<'a> {
+    pub(super) fn by(actor: &'a str, happening: Happening) -> Self {
+        Self { actor, happening, failure: None, published: None, token: 0 }
+    }
+
+    /// Ends the build: artifact, row, counters and event.
+    pub(super) async fn apply(
+        self,
+        tx: &mut Tx,
+        held: &Held,
+        now: Micros,
+    ) -> Result<(), StoreError> {
+        let to = held.state.next(self.happening)?;
+        let token = self.token.max(held.token);
+        let kept = match self.published {
+            Some((result, name)) => Some(keep(tx, &held.tenant, result, name, now).await?),
+            None => None,
+        };
+        let key = self.published.map(|(result, _)| result.artifact_key.as_str());
+        self.write(tx, held, to, key, kept.map(|kept| kept.size_bytes), now).await?;
+        if let Some(other) = held.artifact_key.as_deref().filter(|other| Some(*other) != key) {
+            remove_if_unused(tx, other).await?;
+        }
+        let attempt_us = held.attempt_us(now);
+        let tally = Tally {
+            compute_us: attempt_us,
+            storage_bytes: kept.map_or(0, |kept| kept.added_bytes),
+            ..Tally::moved(Some(held.state), Some(to))
+        };
+        tally.apply(tx, &held.tenant).await?;
+        count_day(tx, &held.tenant, to, now).await?;
+        held.record(tx, to, token, self.actor, now).await
+    }
+
+    async fn write(
+        &self,
+        tx: &mut Tx,
+        held: &Held,
+        to: BuildState,
+        artifact_key: Option<&str>,
+        artifact_bytes: Option<i64>,
+        now: Micros,
+    ) -> Result<(), StoreError> {
+        let query = sql("UPDATE build SET state = $4, ended_at = $5, updated_at = $5, \
+             lease_token = $7, lease_owner = NULL, lease_expires_at = NULL, \
+             attempt_started_at = NULL, sealed_credentials = NULL, wall_us = wall_us + $8, \
+             progress_percent = $9, failure = $10, result = $11, artifact_key = $12, \
+             artifact_bytes = $13, event_seq = event_seq + 1 \
+             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $6");
+        let is_completed = to == BuildState::Completed;
+        let percent = if is_completed { 100 } else { held.progress_percent };
+        let failure = self.failure.map(to_json).transpose()?;
+        let result = self.published.map(|(result, _)| to_json(result)).transpose()?;
+        let query = held
+            .key(query)
+            .text(to.as_str())
+            .at(now)
+            .int(held.token)
+            .int(self.token.max(held.token))
+            .int(held.attempt_us(now))
+            .int(i64::from(percent))
+            .maybe_text(failure.as_deref())
+            .maybe_text(result.as_deref())
+            .maybe_text(artifact_key)
+            .int(artifact_bytes);
+        was_held(tx.execute(query).await?)
+    }
+}
+
+impl Requeue<'_> {
+    /// Puts the build back: row, counters and event.
+    pub(super) async fn apply(
+        self,
+        tx: &mut Tx,
+        held: &Held,
+        now: Micros,
+    ) -> Result<(), StoreError> {
+        let to = held.state.next(Happening::Released)?;
+        let query = sql("UPDATE build SET state = $4, run_at = $5, updated_at = $6, \
+             lease_token = $8, lease_owner = NULL, lease_expires_at = NULL, \
+             attempt_started_at = NULL, wall_us = wall_us + $9, progress_percent = 0, \
+             step = '', attempt = $10, attempts = $11, artifact_key = NULL, \
+             event_seq = event_seq + 1 \
+             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $7");
+        let attempt = match self.failure {
+            Some(_) => held.attempt,
+            None => held.attempt.saturating_sub(1),
+        };
+        let query = held
+            .key(query)
+            .text(to.as_str())
+            .at(self.run_at)
+            .at(now)
+            .int(held.token)
+            .int(self.token)
+            .int(held.attempt_us(now))
+            .int(i64::from(attempt))
+            .text(&self.attempts(held, now)?);
+        was_held(tx.execute(query).await?)?;
+        if let Some(key) = &held.artifact_key {
+            remove_if_unused(tx, key).await?;
+        }
+        let virtual_time = arrears(tx, &held.tenant, &held.id, now).await?;
+        let tally = Tally {
+            compute_us: held.attempt_us(now),
+            virtual_time,
+            ..Tally::moved(Some(held.state), Some(to))
+        };
+        tally.apply(tx, &held.tenant).await?;
+        held.record(tx, to, self.token, self.actor, now).await
+    }
+
+    /// The build's list of tries, with this one if it counts.
+    fn attempts(&self, held: &Held, now: Micros) -> Result<String, StoreError> {
+        let Some(failure) = self.failure else { return Ok(held.attempts.clone()) };
+        let mut attempts: Vec<Attempt> = serde_json::from_str(&held.attempts)
+            .map_err(|error| StoreError::Corrupt(format!("attempts cannot be read: {error}")))?;
+        attempts.push(Attempt {
+            attempt: held.attempt,
+            started_at: held.attempt_started_at.unwrap_or(now),
+            ended_at: now,
+            failure: failure.clone(),
+        });
+        to_json(&attempts)
+    }
+}
+
+impl Rows {
+    pub(crate) async fn finish(
+        &self,
+        lease: &Lease,
+        artifact: Option<&ArtifactName>,
+        outcome: &Outcome,
+        now: Micros,
+    ) -> Result<Fenced, StoreError> {
+        let done = self.again(|| self.finish_once(lease, artifact, outcome, now)).await?;
+        self.announcer.announce();
+        Ok(done)
+    }
+
+    async fn finish_once(
+        &self,
+        lease: &Lease,
+        artifact: Option<&ArtifactName>,
+        outcome: &Outcome,
+        now: Micros,
+    ) -> Result<Fenced, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
+        let ending = |happening| Ending::by(held.worker(), happening);
+        match outcome {
+            // Who was told that the build will be cancelled must never see it complete.
+            Outcome::Completed(_) | Outcome::Retry { .. } if held.is_cancel_requested => {
+                ending(Happening::Cancelled).apply(&mut tx, &held, now).await?;
+            }
+            Outcome::Cancelled => ending(Happening::Cancelled).apply(&mut tx, &held, now).await?,
+            Outcome::Completed(result) => {
+                let published = Some((&**result, artifact));
+                let ending = Ending { published, ..ending(Happening::Published) };
+                ending.apply(&mut tx, &held, now).await?;
+            }
+            Outcome::Failed(failure) => {
+                let ending = Ending { failure: Some(failure), ..ending(Happening::Failed) };
+                ending.apply(&mut tx, &held, now).await?;
+            }
+            Outcome::TimedOut(failure) => {
+                let ending = Ending { failure: Some(failure), ..ending(Happening::TimedOut) };
+                ending.apply(&mut tx, &held, now).await?;
+            }
+            Outcome::Retry { failure, run_at } => {
+                let (failure, token) = (failure.as_ref(), held.token);
+                let requeue = Requeue { failure, run_at: *run_at, token, actor: held.worker() };
+                requeue.apply(&mut tx, &held, now).await?;
+            }
+        }
+        tx.commit().await?;
+        Ok(Fenced::Written)
+    }
+
+    pub(crate) async fn cancel(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+        reason: &str,
+        now: Micros,
+    ) -> Result<Option<Cancel>, StoreError> {
+        let done = self.again(|| self.cancel_once(tenant, id, reason, now)).await?;
+        self.announcer.announce();
+        Ok(done)
+    }
+
+    async fn cancel_once(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+        reason: &str,
+        now: Micros,
+    ) -> Result<Option<Cancel>, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
+        if held.state.is_terminal() {
+            return Ok(Some(Cancel::Ended(held.state)));
+        }
+        if !held.is_cancel_requested {
+            let query = sql("UPDATE build SET cancel_requested_at = $4, cancel_reason = $5, \
+                 updated_at = $4 WHERE tenant_id = $1 AND id = $2 AND state = $3");
+            was_held(tx.execute(held.key(query).at(now).text(reason)).await?)?;
+        }
+        let done = match held.state.is_running() {
+            true => Cancel::Requested,
+            false => {
+                Ending::by("tenant", Happening::Cancelled).apply(&mut tx, &held, now).await?;
+                Cancel::Done
+            }
+        };
+        tx.commit().await?;
+        Ok(Some(done))
+    }
+
+    pub(crate) async fn delete(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+    ) -> Result<Option<Delete>, StoreError> {
+        self.again(|| self.delete_once(tenant, id)).await
+    }
+
+    async fn delete_once(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+    ) -> Result<Option<Delete>, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
+        if !held.state.is_terminal() {
+            return Ok(Some(Delete::Running(held.state)));
+        }
+        let freed_bytes = drop_claim(&mut tx, &held).await?;
+        for statement in [
+            "DELETE FROM build_log WHERE tenant_id = $1 AND build_id = $2",
+            "DELETE FROM build_event WHERE tenant_id = $1 AND build_id = $2",
+            "DELETE FROM build WHERE tenant_id = $1 AND id = $2",
+        ] {
+            tx.execute(sql(statement).text(tenant.as_str()).text(id.as_str())).await?;
+        }
+        let tally = Tally { storage_bytes: -freed_bytes, ..Tally::moved(Some(held.state), None) };
+        tally.apply(&mut tx, tenant).await?;
+        // The day's quota stays used.
+        let query = sql("UPDATE tenant_day SET deleted = deleted + 1 \
+             WHERE tenant_id = $1 AND day = $2");
+        tx.execute(query.text(tenant.as_str()).at(held.created_at.day())).await?;
+        tx.commit().await?;
+        Ok(Some(Delete::Done))
+    }
+}
+
+/// Counts a build that ended in its tenant's day.
+async fn count_day(
+    tx: &mut Tx,
+    tenant: &TenantId,
+    to: BuildState,
+    now: Micros,
+) -> Result<(), StoreError> {
+    let completed = i64::from(to == BuildState::Completed);
+    let failed = i64::from(matches!(to, BuildState::Failed | BuildState::Timeout));
+    if completed + failed == 0 {
+        return Ok(());
+    }
+    let query =
+        sql("INSERT INTO tenant_day (tenant_id, day, created, deleted, completed, failed) \
+         VALUES ($1, $2, 0, 0, $3, $4) ON CONFLICT (tenant_id, day) DO UPDATE SET \
+         completed = tenant_day.completed + excluded.completed, \
+         failed = tenant_day.failed + excluded.failed");
+    tx.execute(query.text(tenant.as_str()).at(now.day()).int(completed).int(failed)).await?;
+    Ok(())
+}

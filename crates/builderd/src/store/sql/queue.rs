@@ -1,0 +1,424 @@
+//! The queue: builds are claimed, worked on and said to live; leases that run out are reaped.
+//!
+//! Tenants are served by virtual time: who got the least for its weight is next. A tenant's
+//! own builds are served in the order in which they became ready. A write by a worker names the
+//! token of its lease; whoever lost the lease changes nothing.
+
+use std::sync::LazyLock;
+
+use crate::build::record::{Build, BuildId, Failure, FailureCode, LogLine, Micros};
+use crate::build::state::{BuildState, Happening};
+use crate::store::engine::{Query, Row, Tx, signed, sql};
+use crate::store::{Claimed, Fenced, Heartbeat, Lease, StoreError};
+use crate::tenant::TenantId;
+
+use super::ending::{Ending, Requeue};
+use super::reading::read_build;
+use super::{Held, Rows, Tally, length, virtual_cost, was_held};
+
+/// How often a claim looks again when others hold what it found.
+const CLAIM_TRIES: u32 = 5;
+/// Expired leases that one call of `reap` looks at.
+const REAP_MAX: i64 = 1000;
+/// Longest log of a build, in lines.
+pub(crate) const LOG_LINES_MAX: u64 = 100_000;
+/// Longest log of a build, in bytes of its messages.
+pub(crate) const LOG_BYTES_MAX: u64 = 16 << 20;
+/// Longest line of a log, in bytes.
+pub(crate) const LOG_LINE_BYTES_MAX: usize = 8 << 10;
+
+/// The builds of a tenant that wait and may run now.
+macro_rules! ready_builds {
+    () => {
+        "SELECT b.id FROM build b WHERE b.tenant_id = t.id AND b.state = 'queued' \
+         AND b.run_at <= $1"
+    };
+}
+
+impl Rows {
+    pub(crate) async fn claim(
+        &self,
+        worker: &str,
+        lease_secs: u64,
+        now: Micros,
+    ) -> Result<Option<Claimed>, StoreError> {
+        for _ in 0..CLAIM_TRIES {
+            let claimed = self.again(|| self.claim_once(worker, lease_secs, now)).await?;
+            if claimed.is_some() {
+                self.announcer.announce();
+                return Ok(claimed);
+            }
+            // Rows that others hold are passed over, so that nothing found can mean that all
+            // that was found is held.
+            if !self.again(|| self.is_work_ready(now)).await? {
+                return Ok(None);
+            }
+            tokio::task::yield_now().await;
+        }
+        Ok(None)
+    }
+
+    async fn is_work_ready(&self, now: Micros) -> Result<bool, StoreError> {
+        let query = sql(concat!(
+            "SELECT t.id FROM tenant t WHERE t.queued > 0 AND t.running < t.running_max \
+             AND EXISTS (",
+            ready_builds!(),
+            ") LIMIT 1"
+        ));
+        Ok(self.engine.optional(query.at(now)).await?.is_some())
+    }
+
+    async fn claim_once(
+        &self,
+        worker: &str,
+        lease_secs: u64,
+        now: Micros,
+    ) -> Result<Option<Claimed>, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let Some((tenant, weight)) = next_tenant(&mut tx, now).await? else { return Ok(None) };
+        let query = sql("SELECT id FROM build WHERE tenant_id = $1 AND state = 'queued' \
+             AND run_at <= $2 ORDER BY run_at, id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED");
+        let found = tx.optional(query.text(tenant.as_str()).at(now)).await?;
+        let Some(found) = found else { return Ok(None) };
+        let id = found.parsed("id")?;
+        let Some(held) = Held::hold(&mut tx, &tenant, &id).await? else { return Ok(None) };
+        let to = held.state.next(Happening::Claimed)?;
+        let token = held.token + 1;
+        let expires_at = tx.lease_clock(now).await?.plus_secs(lease_secs);
+        let query = sql("UPDATE build SET state = $4, attempt = attempt + 1, lease_token = $5, \
+             lease_owner = $6, lease_expires_at = $7, attempt_started_at = $8, \
+             started_at = COALESCE(started_at, $8), updated_at = $8, progress_percent = 0, \
+             step = '', event_seq = event_seq + 1 \
+             WHERE tenant_id = $1 AND id = $2 AND state = $3");
+        let query = held.key(query).text(to.as_str()).int(token).text(worker);
+        was_held(tx.execute(query.at(expires_at).at(now)).await?)?;
+        held.record(&mut tx, to, token, worker, now).await?;
+        let moved = Tally::moved(Some(held.state), Some(to));
+        let tally = Tally { virtual_time: virtual_cost(weight), ..moved };
+        tally.apply(&mut tx, &tenant).await?;
+        let (build, sealed_credentials) = claimed_build(&mut tx, &held).await?;
+        tx.commit().await?;
+        let lease = Lease { build: id, tenant, token };
+        Ok(Some(Claimed { lease, build, sealed_credentials }))
+    }
+
+    pub(crate) async fn heartbeat(
+        &self,
+        lease: &Lease,
+        lease_secs: u64,
+        now: Micros,
+    ) -> Result<Heartbeat, StoreError> {
+        self.again(|| self.heartbeat_once(lease, lease_secs, now)).await
+    }
+
+    async fn heartbeat_once(
+        &self,
+        lease: &Lease,
+        lease_secs: u64,
+        now: Micros,
+    ) -> Result<Heartbeat, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let expires_at = tx.lease_clock(now).await?.plus_secs(lease_secs);
+        let query = sql("UPDATE build SET lease_expires_at = $4 \
+             WHERE tenant_id = $1 AND id = $2 AND lease_token = $3 AND lease_owner IS NOT NULL \
+             RETURNING cancel_requested_at, cancel_reason");
+        let query = query
+            .text(lease.tenant.as_str())
+            .text(lease.build.as_str())
+            .int(lease.token)
+            .at(expires_at);
+        let Some(row) = tx.optional(query).await? else { return Ok(Heartbeat::Lost) };
+        tx.commit().await?;
+        match row.maybe_int("cancel_requested_at")? {
+            None => Ok(Heartbeat::GoOn),
+            Some(_) => {
+                let reason = row.maybe_text("cancel_reason")?.unwrap_or_default();
+                Ok(Heartbeat::Cancel { reason })
+            }
+        }
+    }
+
+    pub(crate) async fn progress(
+        &self,
+        lease: &Lease,
+        state: BuildState,
+        percent: u32,
+        step: &str,
+        now: Micros,
+    ) -> Result<Fenced, StoreError> {
+        let progress = || self.progress_once(lease, state, percent, step, now);
+        let done = self.again(progress).await?;
+        self.announcer.announce();
+        Ok(done)
+    }
+
+    async fn progress_once(
+        &self,
+        lease: &Lease,
+        state: BuildState,
+        percent: u32,
+        step: &str,
+        now: Micros,
+    ) -> Result<Fenced, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
+        let to = held.state.next(Happening::Entered(state))?;
+        let is_new = to != held.state;
+        let query = sql("UPDATE build SET state = $4, progress_percent = $6, step = $7, \
+             updated_at = $8, event_seq = event_seq + $9 \
+             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $5");
+        let query = held
+            .key(query)
+            .text(to.as_str())
+            .int(held.token)
+            .int(i64::from(percent.min(100).max(held.progress_percent)))
+            .text(step)
+            .at(now)
+            .int(i64::from(is_new));
+        was_held(tx.execute(query).await?)?;
+        if is_new {
+            held.record(&mut tx, to, held.token, held.worker(), now).await?;
+        }
+        tx.commit().await?;
+        Ok(Fenced::Written)
+    }
+
+    pub(crate) async fn append_log(
+        &self,
+        lease: &Lease,
+        lines: &[LogLine],
+    ) -> Result<Fenced, StoreError> {
+        let done = self.again(|| self.append_log_once(lease, lines)).await?;
+        self.announcer.announce();
+        Ok(done)
+    }
+
+    async fn append_log_once(
+        &self,
+        lease: &Lease,
+        lines: &[LogLine],
+    ) -> Result<Fenced, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
+        let addition = Addition::to(&held, lines);
+        addition.insert(&mut tx, &held).await?;
+        let query = sql("UPDATE build SET log_lines = $4, log_bytes = $5, log_is_cut = $6 \
+             WHERE tenant_id = $1 AND id = $2 AND state = $3");
+        let query = held
+            .key(query)
+            .count(addition.log_lines)
+            .count(addition.log_bytes)
+            .int(i64::from(addition.log_is_cut));
+        was_held(tx.execute(query).await?)?;
+        tx.commit().await?;
+        Ok(Fenced::Written)
+    }
+
+    pub(crate) async fn reap(&self, attempts_max: u32, now: Micros) -> Result<u64, StoreError> {
+        let mut reaped = 0;
+        for (tenant, id) in self.again(|| self.expired(now)).await? {
+            let reap = || self.reap_once(&tenant, &id, attempts_max, now);
+            reaped += u64::from(self.again(reap).await?);
+        }
+        if reaped > 0 {
+            self.announcer.announce();
+        }
+        Ok(reaped)
+    }
+
+    /// Builds whose lease has run out.
+    async fn expired(&self, now: Micros) -> Result<Vec<(TenantId, BuildId)>, StoreError> {
+        let mut tx = self.engine.snapshot().await?;
+        let clock = tx.lease_clock(now).await?;
+        let query = sql("SELECT tenant_id, id FROM build \
+             WHERE lease_owner IS NOT NULL AND lease_expires_at <= $1 \
+             ORDER BY lease_expires_at LIMIT $2");
+        let found = tx.all(query.at(clock).int(REAP_MAX)).await?;
+        tx.rollback().await?;
+        found.iter().map(|row| Ok((row.parsed("tenant_id")?, row.parsed("id")?))).collect()
+    }
+
+    async fn reap_once(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+        attempts_max: u32,
+        now: Micros,
+    ) -> Result<bool, StoreError> {
+        let mut tx = self.engine.begin().await?;
+        let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(false) };
+        // It may have lived or ended meanwhile.
+        let clock = tx.lease_clock(now).await?;
+        let is_expired = held.lease_expires_at.is_some_and(|expires_at| expires_at <= clock);
+        if !held.state.is_running() || !is_expired {
+            return Ok(false);
+        }
+        let token = held.token + 1;
+        let failure = worker_lost(&held);
+        if held.is_cancel_requested {
+            let ending = Ending { token, ..Ending::by("reaper", Happening::Cancelled) };
+            ending.apply(&mut tx, &held, now).await?;
+        } else if held.attempt >= attempts_max {
+            let ending = Ending::by("reaper", Happening::Failed);
+            let ending = Ending { token, failure: Some(&failure), ..ending };
+            ending.apply(&mut tx, &held, now).await?;
+        } else {
+            let failure = Some(&failure);
+            let requeue = Requeue { failure, run_at: now, token, actor: "reaper" };
+            requeue.apply(&mut tx, &held, now).await?;
+        }
+        tx.commit().await?;
+        Ok(true)
+    }
+}
+
+impl Held {
+    /// The first three values of an update: whose, which, and in which state.
+    pub(super) fn key(&self, query: Query) -> Query {
+        query.text(self.tenant.as_str()).text(self.id.as_str()).text(self.state.as_str())
+    }
+}
+
+/// The tenant whose turn it is, with its weight.
+async fn next_tenant(tx: &mut Tx, now: Micros) -> Result<Option<(TenantId, u32)>, StoreError> {
+    let query = sql(concat!(
+        "SELECT t.id, t.weight FROM tenant t \
+         WHERE t.queued > 0 AND t.running < t.running_max AND EXISTS (",
+        ready_builds!(),
+        ") ORDER BY t.virtual_time, t.id LIMIT 1 FOR NO KEY UPDATE OF t SKIP LOCKED"
+    ));
+    let row = tx.optional(query.at(now)).await?;
+    row.map(|row| Ok((row.parsed("id")?, row.small("weight")?))).transpose()
+}
+
+async fn claimed_build(tx: &mut Tx, held: &Held) -> Result<(Build, Option<Vec<u8>>), StoreError> {
+    let build = read_build(tx, &held.tenant, &held.id).await?;
+    let query = sql("SELECT sealed_credentials FROM build WHERE tenant_id = $1 AND id = $2");
+    let query = query.text(held.tenant.as_str()).text(held.id.as_str());
+    let row: Row = tx.one(query).await?;
+    Ok((build, row.bytes("sealed_credentials")?))
+}
+
+fn worker_lost(held: &Held) -> Failure {
+    let step = match held.step.is_empty() {
+        true => held.state.as_str(),
+        false => &held.step,
+    };
+    Failure {
+        code: FailureCode::TemporaryResourceError,
+        step: step.to_owned(),
+        cause: "the worker stopped answering".into(),
+        blame: "ours".into(),
+        remedy: "build it again; if that fails in the same way, tell the operator the build's id"
+            .into(),
+    }
+}
+
+/// Lines that go to a log, within its bounds.
+struct Addition {
+    lines: Vec<LogLine>,
+    log_lines: u64,
+    log_bytes: u64,
+    log_is_cut: bool,
+}
+
+impl Addition {
+    fn to(held: &Held, lines: &[LogLine]) -> Self {
+        let mut addition = Self {
+            lines: Vec::with_capacity(lines.len()),
+            log_lines: held.log_lines,
+            log_bytes: held.log_bytes,
+            log_is_cut: held.log_is_cut,
+        };
+        for line in lines {
+            addition.add(line);
+        }
+        addition
+    }
+
+    fn add(&mut self, line: &LogLine) {
+        if self.log_is_cut {
+            return;
+        }
+        let message = bounded_line(&line.message);
+        let bytes = self.log_bytes + length(&message);
+        // The last line is kept for saying so.
+        let message = match self.log_lines + 1 < LOG_LINES_MAX && bytes <= LOG_BYTES_MAX {
+            true => message,
+            false => {
+                self.log_is_cut = true;
+                format!(
+                    "the log ends here: a build's log has at most {LOG_LINES_MAX} lines and \
+                     {} MiB; the build goes on",
+                    LOG_BYTES_MAX >> 20
+                )
+            }
+        };
+        let level = if self.log_is_cut { "warn".to_owned() } else { line.level.clone() };
+        self.log_bytes += length(&message);
+        self.lines.push(LogLine { offset: self.log_lines, level, message, ..line.clone() });
+        self.log_lines += 1;
+    }
+
+    async fn insert(&self, tx: &mut Tx, held: &Held) -> Result<(), StoreError> {
+        let mut left = self.lines.as_slice();
+        while let Some((size, statement)) = INSERTS.iter().find(|(size, _)| *size <= left.len()) {
+            let (now, later) = left.split_at(*size);
+            let query = sql(statement).text(held.tenant.as_str()).text(held.id.as_str());
+            let query = now.iter().fold(query, |query, line| {
+                let query = query.int(signed(line.offset)).at(line.at).text(&line.level);
+                query.text(&line.component).text(&line.message)
+            });
+            tx.execute(query).await?;
+            left = later;
+        }
+        Ok(())
+    }
+}
+
+/// A statement for each number of lines that are inserted at once, biggest first.
+static INSERTS: LazyLock<[(usize, String); 3]> =
+    LazyLock::new(|| [64, 8, 1].map(|lines| (lines, insert_lines(lines))));
+
+fn insert_lines(lines: usize) -> String {
+    let rows: Vec<String> = (0..lines)
+        .map(|line| {
+            let first = 3 + 5 * line;
+            let places: Vec<String> = (first..first + 5).map(|place| format!("${place}")).collect();
+            format!("($1, $2, {})", places.join(", "))
+        })
+        .collect();
+    format!(
+        "INSERT INTO build_log (tenant_id, build_id, line, said_at, level, component, message) \
+         VALUES {}",
+        rows.join(", ")
+    )
+}
+
+/// The line, or its beginning and how much is missing.
+fn bounded_line(message: &str) -> String {
+    if message.len() <= LOG_LINE_BYTES_MAX {
+        return message.to_owned();
+    }
+    let end = message.floor_char_boundary(LOG_LINE_BYTES_MAX - 64);
+    format!("{} ... [{} bytes more]", &message[..end], message.len() - end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_line_is_cut_between_characters_and_says_so() {
+        let line = bounded_line(&"é".repeat(LOG_LINE_BYTES_MAX));
+        assert!(line.len() <= LOG_LINE_BYTES_MAX, "{}", line.len());
+        assert!(line.ends_with(" bytes more]"), "{}", &line[line.len() - 40..]);
+        assert_eq!(bounded_line("short"), "short");
+    }
+
+    #[test]
+    fn a_statement_has_a_place_for_every_value() {
+        assert!(insert_lines(1).ends_with("VALUES ($1, $2, $3, $4, $5, $6, $7)"));
+        assert!(insert_lines(2).ends_with("($1, $2, $8, $9, $10, $11, $12)"));
+    }
+}

@@ -1,0 +1,320 @@
+//! Builds, logs and figures, as they are asked for.
+
+use super::{Rows, counter, rows};
+use crate::build::record::{Build, BuildId, LogLine, Micros, Stats, Usage};
+use crate::build::state::BuildState;
+use crate::store::engine::{Row, Tx, signed, sql};
+use crate::store::{Depth, Filter, Page, StoreError};
+use crate::tenant::TenantId;
+
+/// Behind every id.
+const LAST_ID: &str = "build_ZZZZZZZZZZZZZZZZZZZZZZZZZZ";
+
+/// What makes a [`Build`], of the table `build`.
+macro_rules! build_columns {
+    () => {
+        "tenant_id, id, customer, tier, limits, request, state, progress_percent, step, \
+         cancel_requested_at, cancel_reason, attempt, attempts, created_at, started_at, \
+         updated_at, ended_at, artifact_key, result, failure, traceparent"
+    };
+}
+pub(super) use build_columns;
+
+const BUILD: &str =
+    concat!("SELECT ", build_columns!(), " FROM build WHERE tenant_id = $1 AND id = $2");
+
+/// A row with the columns of [`build_columns`].
+pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
+    let reason = row.maybe_text("cancel_reason")?;
+    let cancel_reason = row.maybe_int("cancel_requested_at")?.map(|_| reason.unwrap_or_default());
+    let state: BuildState = row.parsed("state")?;
+    // What came of it is told as long as it is there.
+    let has_artifact = row.maybe_text("artifact_key")?.is_some();
+    let result = match state == BuildState::Completed && has_artifact {
+        true => row.maybe_json("result")?,
+        false => None,
+    };
+    Ok(Build {
+        id: row.parsed("id")?,
+        tenant: row.parsed("tenant_id")?,
+        customer: row.maybe_text("customer")?,
+        tier: row.parsed("tier")?,
+        limits: row.json("limits")?,
+        request: row.json("request")?,
+        state,
+        progress_percent: row.small("progress_percent")?,
+        step: row.text("step")?,
+        cancel_reason,
+        attempt: row.small("attempt")?,
+        attempts: row.json("attempts")?,
+        created_at: row.at("created_at")?,
+        started_at: row.maybe_at("started_at")?,
+        updated_at: row.at("updated_at")?,
+        ended_at: row.maybe_at("ended_at")?,
+        result,
+        failure: row.maybe_json("failure")?,
+        traceparent: row.maybe_text("traceparent")?,
+    })
+}
+
+/// A build that the transaction knows to be there.
+pub(super) async fn read_build(
+    tx: &mut Tx,
+    tenant: &TenantId,
+    id: &BuildId,
+) -> Result<Build, StoreError> {
+    build(&tx.one(sql(BUILD).text(tenant.as_str()).text(id.as_str())).await?)
+}
+
+impl Rows {
+    pub(crate) async fn get(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+    ) -> Result<Option<Build>, StoreError> {
+        let query = sql(BUILD).text(tenant.as_str()).text(id.as_str());
+        let row = self.again(|| self.engine.optional(query.clone())).await?;
+        row.as_ref().map(build).transpose()
+    }
+
+    pub(crate) async fn list(
+        &self,
+        tenant: &TenantId,
+        filter: &Filter,
+    ) -> Result<Page, StoreError> {
+        self.again(|| self.list_once(tenant, filter)).await
+    }
+
+    /// One view of everything: a build that changes its state meanwhile is listed once.
+    async fn list_once(&self, tenant: &TenantId, filter: &Filter) -> Result<Page, StoreError> {
+        let mut tx = self.engine.snapshot().await?;
+        let mut states = filter.states.clone();
+        states.sort_unstable();
+        states.dedup();
+        let total = total(&mut tx, tenant, &states).await?;
+        let before = filter.before.as_ref().map_or(LAST_ID, BuildId::as_str);
+        let mut before = before.to_owned();
+        if filter.offset > 0 {
+            match skip(&mut tx, tenant, &states, &before, filter.offset).await? {
+                Some(last) => before = last,
+                None => return Ok(Page { builds: Vec::new(), total, has_more: false }),
+            }
+        }
+        let page = page(&mut tx, tenant, &states, &before, filter.limit).await;
+        let (builds, has_more) = page?;
+        tx.rollback().await?;
+        Ok(Page { builds, total, has_more })
+    }
+
+    pub(crate) async fn log(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+        offset: u64,
+        limit: u32,
+    ) -> Result<Vec<LogLine>, StoreError> {
+        let query = sql("SELECT line, said_at, level, component, message FROM build_log \
+             WHERE tenant_id = $1 AND build_id = $2 AND line >= $3 ORDER BY line LIMIT $4");
+        let query = query.text(tenant.as_str()).text(id.as_str()).count(offset).int(rows(limit, 0));
+        let found = self.again(|| self.engine.all(query.clone())).await?;
+        found.iter().map(log_line).collect()
+    }
+
+    pub(crate) async fn log_tail(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+        lines: u32,
+    ) -> Result<Vec<LogLine>, StoreError> {
+        let query = sql("SELECT line, said_at, level, component, message FROM build_log \
+             WHERE tenant_id = $1 AND build_id = $2 ORDER BY line DESC LIMIT $3");
+        let query = query.text(tenant.as_str()).text(id.as_str()).int(rows(lines, 0));
+        let found = self.again(|| self.engine.all(query.clone())).await?;
+        found.iter().rev().map(log_line).collect()
+    }
+
+    pub(crate) async fn usage(&self, tenant: &TenantId, now: Micros) -> Result<Usage, StoreError> {
+        let query = sql("SELECT t.queued, t.running, t.storage_bytes, t.compute_us, \
+             COALESCE(d.created, 0) AS created, COALESCE(d.completed, 0) AS completed, \
+             COALESCE(d.failed, 0) AS failed \
+             FROM tenant t LEFT JOIN tenant_day d ON d.tenant_id = t.id AND d.day = $2 \
+             WHERE t.id = $1");
+        let query = query.text(tenant.as_str()).at(now.day());
+        let Some(row) = self.again(|| self.engine.optional(query.clone())).await? else {
+            return Ok(Usage::default());
+        };
+        Ok(Usage {
+            running: row.count("running")?,
+            queued: row.count("queued")?,
+            created_today: row.count("created")?,
+            completed_today: row.count("completed")?,
+            failed_today: row.count("failed")?,
+            storage_bytes: row.count("storage_bytes")?,
+            compute_secs: row.count("compute_us")? / 1_000_000,
+        })
+    }
+
+    pub(crate) async fn stats(
+        &self,
+        tenant: &TenantId,
+        from: Option<Micros>,
+        to: Option<Micros>,
+    ) -> Result<Stats, StoreError> {
+        self.again(|| self.stats_once(tenant, from, to)).await
+    }
+
+    async fn stats_once(
+        &self,
+        tenant: &TenantId,
+        from: Option<Micros>,
+        to: Option<Micros>,
+    ) -> Result<Stats, StoreError> {
+        let (from, to) = (from.unwrap_or(Micros(i64::MIN)), to.unwrap_or(Micros(i64::MAX)));
+        let mut tx = self.engine.snapshot().await?;
+        let query = sql("SELECT COUNT(*) AS total, \
+             CAST(COALESCE(SUM(CASE WHEN state = 'completed' THEN 1 ELSE 0 END), 0) AS BIGINT) \
+             AS completed, \
+             CAST(COALESCE(SUM(CASE WHEN state IN ('failed', 'timeout') THEN 1 ELSE 0 END), 0) \
+             AS BIGINT) AS failed, \
+             CAST(COALESCE(SUM(CASE WHEN state = 'completed' THEN wall_us ELSE 0 END), 0) \
+             AS BIGINT) AS completed_us, \
+             CAST(COALESCE(SUM(wall_us), 0) AS BIGINT) AS wall_us \
+             FROM build WHERE tenant_id = $1 AND created_at >= $2 AND created_at < $3");
+        let row = tx.one(query.text(tenant.as_str()).at(from).at(to)).await?;
+        let kept = sql("SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) AS size_bytes \
+             FROM artifact WHERE artifact_key IN (SELECT artifact_key FROM build \
+             WHERE tenant_id = $1 AND created_at >= $2 AND created_at < $3 \
+             AND state = 'completed' AND artifact_key IS NOT NULL)");
+        let kept = tx.one(kept.text(tenant.as_str()).at(from).at(to)).await?;
+        tx.rollback().await?;
+        let completed = row.count("completed")?;
+        Ok(Stats {
+            total: row.count("total")?,
+            completed,
+            failed: row.count("failed")?,
+            mean_ms: row.count("completed_us")? / completed.max(1) / 1000,
+            storage_bytes: kept.count("size_bytes")?,
+            compute_secs: row.count("wall_us")? / 1_000_000,
+        })
+    }
+
+    pub(crate) async fn depth(&self) -> Result<Depth, StoreError> {
+        let query = || {
+            sql("SELECT CAST(COALESCE(SUM(queued), 0) AS BIGINT) AS queued, \
+                 CAST(COALESCE(SUM(running), 0) AS BIGINT) AS running FROM tenant")
+        };
+        match self.again(|| self.engine.optional(query())).await? {
+            Some(row) => Ok(Depth { queued: row.count("queued")?, running: row.count("running")? }),
+            None => Ok(Depth::default()),
+        }
+    }
+
+    pub(crate) async fn ping(&self) -> Result<(), StoreError> {
+        let query = || sql("SELECT COUNT(*) AS found FROM tenant WHERE id = ''");
+        self.again(|| self.engine.optional(query())).await.map(|_| ())
+    }
+}
+
+fn log_line(row: &Row) -> Result<LogLine, StoreError> {
+    Ok(LogLine {
+        offset: row.count("line")?,
+        at: row.at("said_at")?,
+        level: row.text("level")?,
+        component: row.text("component")?,
+        message: row.text("message")?,
+    })
+}
+
+/// How many builds are in these states: ended ones and waiting ones as counted, running ones,
+/// which are few, one by one.
+async fn total(tx: &mut Tx, tenant: &TenantId, states: &[BuildState]) -> Result<u64, StoreError> {
+    let query = sql("SELECT queued, running, completed, failed, cancelled, timed_out \
+         FROM tenant WHERE id = $1");
+    let Some(row) = tx.optional(query.text(tenant.as_str())).await? else { return Ok(0) };
+    let counters = ["queued", "running", "completed", "failed", "cancelled", "timed_out"];
+    if states.is_empty() {
+        return counters.iter().map(|name| row.count(name)).sum();
+    }
+    let mut sum = 0;
+    for state in states {
+        sum += match state.is_running() {
+            true => running(tx, tenant, *state).await?,
+            false => row.count(counters[counter(*state)])?,
+        };
+    }
+    Ok(sum)
+}
+
+async fn running(tx: &mut Tx, tenant: &TenantId, state: BuildState) -> Result<u64, StoreError> {
+    let query = sql("SELECT COUNT(*) AS found FROM build WHERE tenant_id = $1 AND state = $2");
+    tx.one(query.text(tenant.as_str()).text(state.as_str())).await?.count("found")
+}
+
+/// The id of the `offset`th build before `before`; none if there are fewer.
+async fn skip(
+    tx: &mut Tx,
+    tenant: &TenantId,
+    states: &[BuildState],
+    before: &str,
+    offset: u64,
+) -> Result<Option<String>, StoreError> {
+    const ANY: &str = "SELECT id FROM build WHERE tenant_id = $1 AND id < $2 \
+        ORDER BY id DESC LIMIT $3";
+    const ONE: &str = "SELECT id FROM build WHERE tenant_id = $1 AND id < $2 AND state = $4 \
+        ORDER BY id DESC LIMIT $3";
+    let mut ids = Vec::new();
+    for row in by_state(tx, (ANY, ONE), tenant, states, before, signed(offset)).await? {
+        ids.push(row.text("id")?);
+    }
+    ids.sort_unstable_by(|a, b| b.cmp(a));
+    let last = usize::try_from(offset - 1).unwrap_or(usize::MAX);
+    Ok(ids.into_iter().nth(last))
+}
+
+/// The newest builds before `before`, and whether there are more.
+async fn page(
+    tx: &mut Tx,
+    tenant: &TenantId,
+    states: &[BuildState],
+    before: &str,
+    limit: u32,
+) -> Result<(Vec<Build>, bool), StoreError> {
+    const ANY: &str = concat!(
+        "SELECT ",
+        build_columns!(),
+        " FROM build WHERE tenant_id = $1 AND id < $2 ORDER BY id DESC LIMIT $3"
+    );
+    const ONE: &str = concat!(
+        "SELECT ",
+        build_columns!(),
+        " FROM build WHERE tenant_id = $1 AND id < $2 AND state = $4 ORDER BY id DESC LIMIT $3"
+    );
+    let found = by_state(tx, (ANY, ONE), tenant, states, before, rows(limit, 1)).await?;
+    let mut builds = found.iter().map(build).collect::<Result<Vec<Build>, _>>()?;
+    builds.sort_unstable_by(|a, b| b.id.cmp(&a.id));
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let has_more = builds.len() > limit;
+    builds.truncate(limit);
+    Ok((builds, has_more))
+}
+
+/// Asks once for any state, or once for each: an index gives each answer from its start, so
+/// that rare states among many builds cost nothing.
+async fn by_state(
+    tx: &mut Tx,
+    (any, one): (&'static str, &'static str),
+    tenant: &TenantId,
+    states: &[BuildState],
+    before: &str,
+    limit: i64,
+) -> Result<Vec<Row>, StoreError> {
+    let query = |text| sql(text).text(tenant.as_str()).text(before).int(limit);
+    if states.is_empty() {
+        return tx.all(query(any)).await;
+    }
+    let mut found = Vec::new();
+    for state in states {
+        found.extend(tx.all(query(one).text(state.as_str())).await?);
+    }
+    Ok(found)
+}

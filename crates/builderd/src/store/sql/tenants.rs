@@ -1,0 +1,112 @@
+//! Tenants and tokens as the operator set them up.
+
+use super::{Rows, virtual_start};
+use crate::build::record::Micros;
+use crate::store::engine::{Row, sql, to_json};
+use crate::store::{StoreError, TenantRow, TokenRow};
+use crate::tenant::TenantId;
+
+impl Rows {
+    pub(crate) async fn put_tenant(&self, tenant: &TenantRow) -> Result<(), StoreError> {
+        let own = tenant.limits.as_ref();
+        let running_max = own.unwrap_or(&tenant.tier.limits()).concurrent_builds;
+        let limits = own.map(to_json).transpose()?;
+        // Without limits of its own, what settings say of the tier is known to the next create.
+        let query = sql("INSERT INTO tenant (id, tier, is_set_up, limits, weight, running_max, \
+             virtual_time, queued, running, completed, failed, cancelled, timed_out, \
+             storage_bytes, compute_us) \
+             VALUES ($1, $2, 1, $3, $4, $5, $6, 0, 0, 0, 0, 0, 0, 0, 0) \
+             ON CONFLICT (id) DO UPDATE SET tier = excluded.tier, is_set_up = 1, \
+             limits = excluded.limits, weight = excluded.weight, \
+             running_max = CASE WHEN excluded.limits IS NOT NULL OR tenant.tier <> excluded.tier \
+             THEN excluded.running_max ELSE tenant.running_max END");
+        let query = query
+            .text(tenant.id.as_str())
+            .text(tenant.tier.as_str())
+            .maybe_text(limits.as_deref())
+            .int(i64::from(tenant.tier.weight()))
+            .int(i64::from(running_max))
+            .int(virtual_start(tenant.tier.weight()));
+        self.again(|| self.engine.execute(query.clone())).await?;
+        self.announcer.announce();
+        Ok(())
+    }
+
+    pub(crate) async fn tenant(&self, id: &TenantId) -> Result<Option<TenantRow>, StoreError> {
+        let query = sql("SELECT id, tier, limits FROM tenant WHERE id = $1 AND is_set_up = 1");
+        let query = query.text(id.as_str());
+        let row = self.again(|| self.engine.optional(query.clone())).await?;
+        row.as_ref().map(tenant_row).transpose()
+    }
+
+    pub(crate) async fn tenants(&self) -> Result<Vec<TenantRow>, StoreError> {
+        let query = || sql("SELECT id, tier, limits FROM tenant ORDER BY id");
+        self.again(|| self.engine.all(query())).await?.iter().map(tenant_row).collect()
+    }
+
+    pub(crate) async fn add_token(&self, token: &TokenRow) -> Result<(), StoreError> {
+        let query = sql("INSERT INTO api_token (id, secret_hash, tenant_id, customer, rights, \
+             note, created_at, expires_at, revoked_at) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)");
+        let query = query
+            .text(&token.id)
+            .text(&token.secret_hash)
+            .text(token.tenant.as_str())
+            .maybe_text(token.customer.as_deref())
+            .text(&to_json(&token.rights)?)
+            .text(&token.note)
+            .at(token.created_at)
+            .at(token.expires_at)
+            .at(token.revoked_at);
+        self.again(|| self.engine.execute(query.clone())).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn token_by_hash(
+        &self,
+        secret_hash: &str,
+    ) -> Result<Option<TokenRow>, StoreError> {
+        let query = sql("SELECT id, secret_hash, tenant_id, customer, rights, note, created_at, \
+             expires_at, revoked_at FROM api_token WHERE secret_hash = $1");
+        let query = query.text(secret_hash);
+        let row = self.again(|| self.engine.optional(query.clone())).await?;
+        row.as_ref().map(token_row).transpose()
+    }
+
+    pub(crate) async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {
+        let query = || {
+            sql("SELECT id, secret_hash, tenant_id, customer, rights, note, created_at, \
+                 expires_at, revoked_at FROM api_token ORDER BY created_at, id")
+        };
+        self.again(|| self.engine.all(query())).await?.iter().map(token_row).collect()
+    }
+
+    pub(crate) async fn revoke_token(&self, id: &str, now: Micros) -> Result<bool, StoreError> {
+        let query = sql("UPDATE api_token SET revoked_at = COALESCE(revoked_at, $2) \
+             WHERE id = $1");
+        let query = query.text(id).at(now);
+        Ok(self.again(|| self.engine.execute(query.clone())).await? > 0)
+    }
+}
+
+fn tenant_row(row: &Row) -> Result<TenantRow, StoreError> {
+    Ok(TenantRow {
+        id: row.parsed("id")?,
+        tier: row.parsed("tier")?,
+        limits: row.maybe_json("limits")?,
+    })
+}
+
+fn token_row(row: &Row) -> Result<TokenRow, StoreError> {
+    Ok(TokenRow {
+        id: row.text("id")?,
+        secret_hash: row.text("secret_hash")?,
+        tenant: row.parsed("tenant_id")?,
+        customer: row.maybe_text("customer")?,
+        rights: row.json("rights")?,
+        note: row.text("note")?,
+        created_at: row.at("created_at")?,
+        expires_at: row.maybe_at("expires_at")?,
+        revoked_at: row.maybe_at("revoked_at")?,
+    })
+}

@@ -1,0 +1,105 @@
+//! Pages and figures.
+
+use super::{TestStore, failure, new_build, plenty, tenant};
+use crate::build::record::{BuildId, FailureCode, Micros};
+use crate::build::state::BuildState;
+use crate::store::{Filter, Outcome, Page};
+
+pub(super) fn newest(limit: u32) -> Filter {
+    Filter { limit, ..Filter::default() }
+}
+
+async fn list(t: &TestStore, filter: &Filter) -> Page {
+    t.rows().list(&tenant("a"), filter).await.unwrap()
+}
+
+fn ids(page: &Page) -> Vec<BuildId> {
+    page.builds.iter().map(|build| build.id.clone()).collect()
+}
+
+pub(super) async fn pages_follow_each_other(t: &TestStore) {
+    let mut all = Vec::new();
+    for _ in 0..7 {
+        all.push(t.create("a").await.id);
+        t.create("b").await;
+    }
+    all.reverse();
+    let mut filter = newest(3);
+    let mut seen = Vec::new();
+    loop {
+        let page = list(t, &filter).await;
+        assert_eq!(page.total, 7);
+        seen.extend(ids(&page));
+        assert_eq!(page.has_more, seen.len() < 7);
+        if !page.has_more {
+            break;
+        }
+        filter.before = seen.last().cloned();
+    }
+    assert_eq!(seen, all);
+    for offset in 0..9_usize {
+        let page = list(t, &Filter { offset: offset as u64, ..newest(2) }).await;
+        let expected: Vec<_> = all.iter().skip(offset).take(2).cloned().collect();
+        assert_eq!((ids(&page), page.total), (expected, 7), "offset {offset}");
+        assert_eq!(page.has_more, offset + 2 < 7, "offset {offset}");
+    }
+    let nothing = list(t, &newest(0)).await;
+    assert_eq!((nothing.builds.len(), nothing.total, nothing.has_more), (0, 7, true));
+}
+
+pub(super) async fn filters_find_rare_states(t: &TestStore) {
+    for _ in 0..6 {
+        t.create("a").await;
+    }
+    let failed = t.claim().await;
+    t.finish(&failed, Outcome::Failed(failure(FailureCode::InvalidSource))).await;
+    let completed = t.complete("tenant-a/x", 1).await;
+    let running = t.claim().await;
+    t.pack(&running).await;
+    let queued = list(t, &newest(10)).await.builds.remove(0);
+    t.rows().cancel(&queued.tenant, &queued.id, "", t.now()).await.unwrap();
+
+    let with = |states: &[BuildState]| Filter { states: states.to_vec(), ..newest(10) };
+    let page = list(t, &with(&[BuildState::Failed])).await;
+    assert_eq!((ids(&page), page.total), (vec![failed.lease.build.clone()], 1));
+    let page = list(t, &with(&[BuildState::Packaging, BuildState::Preparing])).await;
+    assert_eq!((ids(&page), page.total), (vec![running.lease.build.clone()], 1));
+    let ended = [BuildState::Failed, BuildState::Completed, BuildState::Cancelled];
+    let page = list(t, &with(&[&ended[..], &ended[..]].concat())).await;
+    let mut expected = vec![queued.id, failed.lease.build, completed.lease.build];
+    expected.sort_unstable_by(|a, b| b.cmp(a));
+    assert_eq!((ids(&page), page.total, page.has_more), (expected.clone(), 3, false));
+    let page = list(t, &Filter { offset: 1, limit: 1, ..with(&ended) }).await;
+    assert_eq!((ids(&page), page.total, page.has_more), (vec![expected[1].clone()], 3, true));
+    let before = Some(expected[1].clone());
+    let page = list(t, &Filter { before, ..with(&ended) }).await;
+    assert_eq!(ids(&page), vec![expected[2].clone()]);
+    let page = list(t, &with(&[BuildState::Timeout])).await;
+    assert_eq!((page.builds.len(), page.total, page.has_more), (0, 0, false));
+    assert_eq!(list(t, &with(&[BuildState::Queued])).await.total, 2);
+}
+
+pub(super) async fn figures_cover_a_stretch_of_time(t: &TestStore) {
+    let from = t.now();
+    t.create("a").await;
+    let claimed = t.claim().await;
+    t.pack(&claimed).await;
+    t.advance_secs(4);
+    let result = super::result("tenant-a/x", 50);
+    t.finish(&claimed, Outcome::Completed(Box::new(result))).await;
+    t.create("a").await;
+    let claimed = t.claim().await;
+    t.advance_secs(2);
+    t.finish(&claimed, Outcome::TimedOut(failure(FailureCode::BuildTimeout))).await;
+    let build = new_build(t.now());
+    t.ask("a", &plenty(), &build).await;
+
+    let stats = |from, to| async move { t.rows().stats(&tenant("a"), from, to).await.unwrap() };
+    let all = stats(None, None).await;
+    assert_eq!((all.total, all.completed, all.failed), (3, 1, 1));
+    assert_eq!((all.mean_ms, all.storage_bytes, all.compute_secs), (4000, 50, 6));
+    let early = stats(Some(from), Some(Micros(from.0 + 1))).await;
+    assert_eq!((early.total, early.completed, early.compute_secs), (1, 1, 4));
+    let late = stats(Some(build.created_at), None).await;
+    assert_eq!((late.total, late.completed, late.mean_ms, late.storage_bytes), (1, 0, 0, 0));
+}

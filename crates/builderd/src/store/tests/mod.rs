@@ -1,0 +1,284 @@
+//! The conformance suite: the same stories on SQLite and on PostgreSQL, so that every statement
+//! runs on both. When a story ends, the database is checked for what should never be in it.
+
+mod artifacts;
+mod lists;
+mod logs;
+mod model;
+mod operations;
+mod queue;
+mod quotas;
+
+#[path = "../../../tests/it/support/postgres.rs"]
+mod postgres;
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use futures_util::future::BoxFuture;
+use tempfile::TempDir;
+
+use super::{Accepted, Claimed, NewBuild, Outcome, Rows, Store, admin};
+use crate::build::record::{
+    Build, BuildId, BuildMetrics, BuildRequest, BuildResult, Failure, FailureCode, Micros,
+    RetryPolicy,
+};
+use crate::build::state::BuildState;
+use crate::tenant::{TenantId, TenantLimits, Tier};
+
+/// Longer than any test.
+const LONG: u64 = 3600;
+
+/// A store of one story, with its own clock.
+struct TestStore {
+    store: Store,
+    now: AtomicI64,
+    directory: Option<TempDir>,
+}
+
+impl TestStore {
+    fn new(store: Store, directory: Option<TempDir>) -> Self {
+        // A day's beginning.
+        let now = AtomicI64::new(1_700_006_400 * Micros::SECOND);
+        Self { store, now, directory }
+    }
+
+    async fn sqlite() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open_sqlite(directory.path()).await.unwrap();
+        Self::new(store, Some(directory))
+    }
+
+    async fn postgres(url: &str) -> Self {
+        Self::new(Store::open_postgres(url, 20).await.unwrap(), None)
+    }
+
+    fn rows(&self) -> &Rows {
+        &self.store.rows
+    }
+
+    fn now(&self) -> Micros {
+        Micros(self.now.load(Ordering::SeqCst))
+    }
+
+    fn advance_secs(&self, secs: i64) {
+        self.now.fetch_add(secs * Micros::SECOND, Ordering::SeqCst);
+    }
+
+    /// Asks for a build as `name` with the limits.
+    async fn ask(&self, name: &str, limits: &TenantLimits, build: &NewBuild) -> Accepted {
+        self.rows().create(&tenant(name), Tier::Pro, limits, build).await.unwrap()
+    }
+
+    /// A build in the queue of a tenant that may do much.
+    async fn create(&self, name: &str) -> Build {
+        self.create_at(name, Tier::Pro).await
+    }
+
+    async fn create_at(&self, name: &str, tier: Tier) -> Build {
+        let build = new_build(self.now());
+        let accepted = self.rows().create(&tenant(name), tier, &plenty(), &build).await.unwrap();
+        match accepted {
+            Accepted::Created(build) => build,
+            other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+                panic!("{other:?}")
+            }
+        }
+    }
+
+    async fn try_claim(&self, lease_secs: u64) -> Option<Claimed> {
+        self.rows().claim("worker-1", lease_secs, self.now()).await.unwrap()
+    }
+
+    async fn claim(&self) -> Claimed {
+        self.try_claim(LONG).await.expect("a build is ready")
+    }
+
+    /// A claim whose lease has run out already.
+    async fn claim_and_die(&self) -> Claimed {
+        self.try_claim(0).await.expect("a build is ready")
+    }
+
+    async fn get(&self, build: &Build) -> Build {
+        self.rows().get(&build.tenant, &build.id).await.unwrap().expect("the build is there")
+    }
+
+    async fn state(&self, build: &Build) -> BuildState {
+        self.get(build).await.state
+    }
+
+    /// Takes the claimed build to its last step.
+    async fn pack(&self, claimed: &Claimed) {
+        let packaging = BuildState::Packaging;
+        let done = self.rows().progress(&claimed.lease, packaging, 90, "storing", self.now());
+        assert_eq!(done.await.unwrap(), super::Fenced::Written);
+    }
+
+    async fn finish(&self, claimed: &Claimed, outcome: Outcome) -> super::Fenced {
+        self.rows().finish(&claimed.lease, None, &outcome, self.now()).await.unwrap()
+    }
+
+    /// Claims the next build and completes it with the artifact.
+    async fn complete(&self, key: &str, bytes: u64) -> Claimed {
+        let claimed = self.claim().await;
+        self.pack(&claimed).await;
+        let outcome = Outcome::Completed(Box::new(result(key, bytes)));
+        assert_eq!(self.finish(&claimed, outcome).await, super::Fenced::Written);
+        claimed
+    }
+
+    /// Asserts that nothing is in the database that should not be.
+    async fn check(&self) {
+        let violations = admin::check(&self.store).await.unwrap();
+        assert!(violations.is_empty(), "{violations:#?}");
+    }
+}
+
+fn tenant(name: &str) -> TenantId {
+    name.parse().unwrap()
+}
+
+/// Limits that no story meets by accident.
+fn plenty() -> TenantLimits {
+    TenantLimits {
+        concurrent_builds: 1000,
+        daily_builds: 100_000,
+        storage_bytes: 1 << 50,
+        ..Tier::Pro.limits()
+    }
+}
+
+fn new_build(now: Micros) -> NewBuild {
+    NewBuild {
+        id: BuildId::new(),
+        request: BuildRequest {
+            image: "nginx:1.21".into(),
+            pull_tags: Vec::new(),
+            compression: "none".into(),
+            size_limit_bytes: None,
+            name: "web".into(),
+            labels: [("team".to_owned(), "a".to_owned())].into(),
+            suggested_asset_id: String::new(),
+            retry: RetryPolicy::default(),
+            echo: "{}".into(),
+        },
+        limits: Tier::Pro.limits(),
+        customer: Some("customer-1".into()),
+        sealed_credentials: Some(vec![1, 2, 0, 255]),
+        idempotency_key: None,
+        request_hash: "hash".into(),
+        traceparent: Some("00-aa-bb-01".into()),
+        created_at: now,
+    }
+}
+
+fn result(key: &str, bytes: u64) -> BuildResult {
+    BuildResult {
+        artifact_key: key.into(),
+        artifact_bytes: bytes,
+        sha256: "ab".repeat(32),
+        image_bytes: 2 * bytes,
+        metadata: serde_json::json!({"user": "app"}),
+        from_cache: false,
+        metrics: BuildMetrics { total_ms: 1200, ..BuildMetrics::default() },
+    }
+}
+
+fn failure(code: FailureCode) -> Failure {
+    Failure {
+        code,
+        step: "pull".into(),
+        cause: "it broke".into(),
+        blame: "upstream".into(),
+        remedy: String::new(),
+    }
+}
+
+/// Every story, once as a test of its own on SQLite, and in a list for PostgreSQL.
+macro_rules! stories {
+    ($($module:ident: $($name:ident),+;)+) => {
+        mod on_sqlite {
+            $($(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $name() {
+                    let store = super::TestStore::sqlite().await;
+                    super::$module::$name(&store).await;
+                    store.check().await;
+                }
+            )+)+
+        }
+
+        const STORIES: &[(&str, fn(&TestStore) -> BoxFuture<'_, ()>)] = &[
+            $($((stringify!($name), |store| Box::pin($module::$name(store))),)+)+
+        ];
+    };
+}
+
+stories! {
+    queue:
+        a_build_goes_from_the_queue_to_its_end,
+        shares_follow_the_weights,
+        an_idle_tenant_saves_nothing_up,
+        who_worked_alone_owes_nothing,
+        a_tenant_never_runs_more_than_it_may,
+        many_workers_never_take_the_same_build,
+        a_worker_without_its_lease_changes_nothing,
+        a_lease_that_runs_out_puts_the_build_back,
+        a_heartbeat_keeps_the_lease,
+        a_build_whose_workers_die_fails_in_the_end,
+        a_cancelled_build_is_never_queued_again,
+        a_queued_build_is_cancelled_at_once,
+        a_cancelled_build_never_completes,
+        a_failed_build_stays_failed,
+        a_retry_waits_until_its_time,
+        a_shutdown_counts_no_try,
+        progress_never_goes_back,
+        ending_erases_the_credentials;
+    quotas:
+        one_of_five_hundred_takes_the_last_build_of_the_day,
+        the_day_ends_and_deleting_gives_nothing_back,
+        full_storage_accepts_no_build,
+        the_queue_of_a_tenant_is_bounded,
+        a_key_makes_one_build,
+        tenants_see_their_own_builds_alone,
+        texts_with_nul_are_stored;
+    lists:
+        pages_follow_each_other,
+        filters_find_rare_states,
+        figures_cover_a_stretch_of_time;
+    logs:
+        lines_are_numbered_from_zero,
+        a_log_has_an_end_in_bytes,
+        a_log_has_an_end_in_lines;
+    artifacts:
+        an_artifact_of_several_builds_counts_once,
+        a_public_artifact_is_found_by_others,
+        what_a_running_build_wants_stays,
+        old_artifacts_are_forgotten,
+        the_oldest_artifacts_make_room;
+    operations:
+        tenants_are_as_they_were_set_up,
+        tokens_are_found_by_their_hash,
+        damage_is_found,
+        a_change_wakes_who_waits;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_story_holds_on_postgresql() {
+    let Some(mut postgres) = postgres::Postgres::start() else { return };
+    let mut failed = Vec::new();
+    for (name, story) in STORIES {
+        let store = TestStore::postgres(&postgres.database()).await;
+        let told = tokio::spawn(async move {
+            story(&store).await;
+            store.check().await;
+            store.store.close().await;
+        });
+        if let Err(error) = told.await {
+            failed.push(format!("{name}: {error}"));
+        }
+    }
+    operations::a_store_moves_to_postgresql(&postgres.database()).await;
+    operations::nodes_hear_of_each_other(&postgres.database()).await;
+    operations::a_lost_database_comes_back(&mut postgres).await;
+    assert!(failed.is_empty(), "{failed:#?}");
+}

@@ -1,0 +1,384 @@
+//! Who is served when, and what leases are worth.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{LONG, TestStore, failure, new_build, plenty, result, tenant};
+use crate::build::record::{FailureCode, LogLine, Micros};
+use crate::build::state::BuildState;
+use crate::store::{
+    Accepted, ArtifactName, Cancel, Claimed, Depth, Fenced, Heartbeat, Outcome, StoreError,
+};
+use crate::tenant::{TenantLimits, Tier};
+
+pub(super) async fn a_build_goes_from_the_queue_to_its_end(t: &TestStore) {
+    let created = t.create("a").await;
+    assert_eq!(created.state, BuildState::Queued);
+    assert_eq!(created, t.get(&created).await);
+    assert_eq!(t.rows().depth().await.unwrap(), Depth { queued: 1, running: 0 });
+
+    t.advance_secs(5);
+    let claimed = t.claim().await;
+    assert_eq!(claimed.build.id, created.id);
+    assert_eq!(claimed.build.state, BuildState::Preparing);
+    assert_eq!(claimed.build.started_at, Some(t.now()));
+    assert_eq!(claimed.build.attempt, 1);
+    assert_eq!(claimed.sealed_credentials, Some(vec![1, 2, 0, 255]));
+    assert_eq!((claimed.lease.token(), claimed.lease.build()), (1, &created.id));
+    assert_eq!(t.rows().depth().await.unwrap(), Depth { queued: 0, running: 1 });
+    assert!(t.try_claim(LONG).await.is_none());
+
+    t.advance_secs(2);
+    t.pack(&claimed).await;
+    let half = t.get(&created).await;
+    assert_eq!((half.progress_percent, half.step.as_str()), (90, "storing"));
+    t.advance_secs(1);
+    let made = result("tenant-a/one", 100);
+    let outcome = Outcome::Completed(Box::new(made.clone()));
+    assert_eq!(t.finish(&claimed, outcome).await, Fenced::Written);
+    let done = t.get(&created).await;
+    assert_eq!((done.state, done.progress_percent), (BuildState::Completed, 100));
+    assert_eq!((done.ended_at, done.updated_at), (Some(t.now()), t.now()));
+    assert_eq!(done.result, Some(made));
+    assert_eq!(t.rows().depth().await.unwrap(), Depth::default());
+    let usage = t.rows().usage(&created.tenant, t.now()).await.unwrap();
+    assert_eq!((usage.completed_today, usage.created_today, usage.compute_secs), (1, 1, 3));
+}
+
+/// How many builds of each tenant are started in so many claims.
+async fn starts(t: &TestStore, claims: usize) -> BTreeMap<String, u32> {
+    let mut starts = BTreeMap::new();
+    for _ in 0..claims {
+        *starts.entry(t.claim().await.lease.tenant.to_string()).or_default() += 1;
+    }
+    starts
+}
+
+pub(super) async fn shares_follow_the_weights(t: &TestStore) {
+    let tiers = [("free", Tier::Free), ("pro", Tier::Pro), ("enterprise", Tier::Enterprise)];
+    for (name, tier) in tiers {
+        for _ in 0..30 {
+            t.create_at(name, tier).await;
+        }
+    }
+    let mut all: BTreeMap<String, u32> = BTreeMap::new();
+    for claims in 1..=42_u32 {
+        for (name, count) in starts(t, 1).await {
+            *all.entry(name).or_default() += count;
+        }
+        // Nobody is further than one build from its share, at any time.
+        for (name, tier) in tiers {
+            let share = f64::from(claims) * f64::from(tier.weight()) / 14.0;
+            let off = (f64::from(*all.get(name).unwrap_or(&0)) - share).abs();
+            assert!(off <= 1.0, "{name} is {off} off after {claims}: {all:?}");
+        }
+    }
+    assert_eq!(all, BTreeMap::from([("enterprise", 30), ("free", 3), ("pro", 9)].map(owned)));
+}
+
+fn owned((name, count): (&str, u32)) -> (String, u32) {
+    (name.to_owned(), count)
+}
+
+pub(super) async fn an_idle_tenant_saves_nothing_up(t: &TestStore) {
+    t.create("late").await;
+    t.complete("tenant-late/x", 1).await;
+    for _ in 0..30 {
+        t.create("busy").await;
+    }
+    starts(t, 10).await;
+    for _ in 0..10 {
+        t.create("late").await;
+    }
+    let starts = starts(t, 10).await;
+    assert_eq!(starts, BTreeMap::from([("busy", 5), ("late", 5)].map(owned)));
+}
+
+pub(super) async fn who_worked_alone_owes_nothing(t: &TestStore) {
+    t.create("other").await;
+    starts(t, 1).await;
+    for _ in 0..20 {
+        t.create("alone").await;
+        starts(t, 1).await;
+    }
+    for _ in 0..10 {
+        t.create("other").await;
+    }
+    for _ in 0..10 {
+        t.create("alone").await;
+    }
+    let starts = starts(t, 10).await;
+    assert_eq!(starts, BTreeMap::from([("alone", 5), ("other", 5)].map(owned)));
+}
+
+pub(super) async fn a_tenant_never_runs_more_than_it_may(t: &TestStore) {
+    let limits = TenantLimits { concurrent_builds: 3, ..plenty() };
+    for _ in 0..10 {
+        t.ask("a", &limits, &new_build(t.now())).await;
+    }
+    let claims = (0..20).map(|_| t.try_claim(LONG));
+    let claimed = futures_util::future::join_all(claims).await;
+    let mut claimed: Vec<Claimed> = claimed.into_iter().flatten().collect();
+    assert!(claimed.len() <= 3, "{} run", claimed.len());
+    // Who found the tenant's row locked too often went away with nothing, and comes again.
+    while let Some(one) = t.try_claim(LONG).await {
+        claimed.push(one);
+    }
+    assert_eq!(claimed.len(), 3);
+    t.finish(&claimed[0], Outcome::Failed(failure(FailureCode::InvalidSource))).await;
+    assert!(t.try_claim(LONG).await.is_some());
+    assert!(t.try_claim(LONG).await.is_none());
+}
+
+pub(super) async fn many_workers_never_take_the_same_build(t: &TestStore) {
+    for name in ["a", "b", "c"] {
+        for _ in 0..20 {
+            t.create(name).await;
+        }
+    }
+    let work = (0..8).map(|_| async {
+        let mut taken = Vec::new();
+        while let Some(claimed) = t.try_claim(LONG).await {
+            taken.push(claimed.lease.build.clone());
+            t.pack(&claimed).await;
+            let outcome = Outcome::Failed(failure(FailureCode::InvalidSource));
+            assert_eq!(t.finish(&claimed, outcome).await, Fenced::Written);
+        }
+        taken
+    });
+    let taken: Vec<_> = futures_util::future::join_all(work).await.concat();
+    assert_eq!(taken.len(), 60);
+    assert_eq!(taken.iter().collect::<BTreeSet<_>>().len(), 60);
+}
+
+pub(super) async fn a_worker_without_its_lease_changes_nothing(t: &TestStore) {
+    let build = t.create("a").await;
+    let stale = t.claim_and_die().await;
+    assert_eq!(t.rows().reap(5, t.now()).await.unwrap(), 1);
+    let current = t.claim().await;
+    assert!(current.lease.token() > stale.lease.token());
+    let before = t.get(&build).await;
+
+    t.advance_secs(1);
+    let (rows, now) = (t.rows(), t.now());
+    assert_eq!(rows.heartbeat(&stale.lease, LONG, now).await.unwrap(), Heartbeat::Lost);
+    let progress = rows.progress(&stale.lease, BuildState::Packaging, 99, "x", now).await;
+    assert_eq!(progress.unwrap(), Fenced::Lost);
+    let log = rows.append_log(&stale.lease, &[line("from the dead")]).await;
+    assert_eq!(log.unwrap(), Fenced::Lost);
+    let name = ArtifactName { domain: "public".into(), recipe: "r".into() };
+    for outcome in [
+        Outcome::Completed(Box::new(result("tenant-a/stale", 7))),
+        Outcome::Failed(failure(FailureCode::Internal)),
+        Outcome::Cancelled,
+        Outcome::TimedOut(failure(FailureCode::BuildTimeout)),
+        Outcome::Retry { failure: None, run_at: now },
+    ] {
+        let done = rows.finish(&stale.lease, Some(&name), &outcome, now).await.unwrap();
+        assert_eq!(done, Fenced::Lost, "{outcome:?}");
+    }
+    assert_eq!(t.get(&build).await, before);
+    assert!(rows.log(&build.tenant, &build.id, 0, 10).await.unwrap().is_empty());
+    assert!(!rows.artifact_is_referenced("tenant-a/stale").await.unwrap());
+    assert!(rows.known_artifact(&stale.lease, &name).await.unwrap().is_none());
+    t.check().await;
+
+    t.pack(&current).await;
+    let outcome = Outcome::Completed(Box::new(result("tenant-a/own", 7)));
+    assert_eq!(t.finish(&current, outcome.clone()).await, Fenced::Written);
+    // And nobody ends it twice.
+    assert_eq!(t.finish(&current, outcome).await, Fenced::Lost);
+    assert_eq!(t.state(&build).await, BuildState::Completed);
+}
+
+fn line(message: &str) -> LogLine {
+    LogLine {
+        offset: 0,
+        at: Micros(5),
+        level: "info".into(),
+        component: "builder".into(),
+        message: message.into(),
+    }
+}
+
+pub(super) async fn a_lease_that_runs_out_puts_the_build_back(t: &TestStore) {
+    let build = t.create("a").await;
+    let claimed = t.claim_and_die().await;
+    t.advance_secs(40);
+    assert_eq!(t.rows().reap(5, t.now()).await.unwrap(), 1);
+    let back = t.get(&build).await;
+    assert_eq!((back.state, back.attempt, back.attempts.len()), (BuildState::Queued, 1, 1));
+    let attempt = &back.attempts[0];
+    assert_eq!(attempt.failure.code, FailureCode::TemporaryResourceError);
+    assert_eq!(attempt.failure.step, "preparing");
+    assert_eq!(attempt.failure.cause, "the worker stopped answering");
+    assert_eq!((attempt.attempt, attempt.ended_at), (1, t.now()));
+    assert_eq!(t.rows().reap(5, t.now()).await.unwrap(), 0);
+    let again = t.claim().await;
+    assert_eq!((again.build.attempt, again.lease.token()), (2, claimed.lease.token() + 2));
+    assert_eq!(again.build.started_at, claimed.build.started_at);
+    assert_eq!(again.sealed_credentials, claimed.sealed_credentials);
+}
+
+pub(super) async fn a_heartbeat_keeps_the_lease(t: &TestStore) {
+    t.create("a").await;
+    let claimed = t.claim_and_die().await;
+    let beat = t.rows().heartbeat(&claimed.lease, LONG, t.now()).await.unwrap();
+    assert_eq!(beat, Heartbeat::GoOn);
+    assert_eq!(t.rows().reap(5, t.now()).await.unwrap(), 0);
+    t.finish(&claimed, Outcome::Failed(failure(FailureCode::Internal))).await;
+    let beat = t.rows().heartbeat(&claimed.lease, LONG, t.now()).await.unwrap();
+    assert_eq!(beat, Heartbeat::Lost);
+}
+
+pub(super) async fn a_build_whose_workers_die_fails_in_the_end(t: &TestStore) {
+    let build = t.create("a").await;
+    for _ in 0..3 {
+        t.claim_and_die().await;
+        assert_eq!(t.rows().reap(3, t.now()).await.unwrap(), 1);
+    }
+    let failed = t.get(&build).await;
+    assert_eq!((failed.state, failed.attempts.len()), (BuildState::Failed, 2));
+    let failure = failed.failure.expect("a failed build says why");
+    assert_eq!(failure.code, FailureCode::TemporaryResourceError);
+    assert!(t.try_claim(LONG).await.is_none());
+}
+
+pub(super) async fn a_cancelled_build_is_never_queued_again(t: &TestStore) {
+    let (first, second) = (t.create("a").await, t.create("a").await);
+    let lost = t.claim_and_die().await;
+    let retried = t.claim().await;
+    for build in [&first, &second] {
+        let done = t.rows().cancel(&build.tenant, &build.id, "no need", t.now()).await;
+        assert_eq!(done.unwrap(), Some(Cancel::Requested));
+    }
+    assert_eq!(t.rows().reap(5, t.now()).await.unwrap(), 1);
+    let failure = Some(failure(FailureCode::NetworkError));
+    let outcome = Outcome::Retry { failure, run_at: t.now() };
+    assert_eq!(t.finish(&retried, outcome).await, Fenced::Written);
+    assert_eq!(t.state(&first).await, BuildState::Cancelled);
+    assert_eq!(t.state(&second).await, BuildState::Cancelled);
+    assert_eq!(t.finish(&lost, Outcome::Cancelled).await, Fenced::Lost);
+    assert!(t.try_claim(LONG).await.is_none());
+}
+
+pub(super) async fn a_queued_build_is_cancelled_at_once(t: &TestStore) {
+    let build = t.create("a").await;
+    t.advance_secs(1);
+    let cancel = || t.rows().cancel(&build.tenant, &build.id, "mistake", t.now());
+    assert_eq!(cancel().await.unwrap(), Some(Cancel::Done));
+    let cancelled = t.get(&build).await;
+    assert_eq!(cancelled.state, BuildState::Cancelled);
+    assert_eq!(cancelled.cancel_reason.as_deref(), Some("mistake"));
+    assert_eq!((cancelled.ended_at, cancelled.started_at), (Some(t.now()), None));
+    assert!(t.try_claim(LONG).await.is_none());
+    assert_eq!(cancel().await.unwrap(), Some(Cancel::Ended(BuildState::Cancelled)));
+}
+
+pub(super) async fn a_cancelled_build_never_completes(t: &TestStore) {
+    let build = t.create("a").await;
+    let claimed = t.claim().await;
+    let cancel = |reason| t.rows().cancel(&build.tenant, &build.id, reason, t.now());
+    assert_eq!(cancel("stop").await.unwrap(), Some(Cancel::Requested));
+    assert_eq!(cancel("again").await.unwrap(), Some(Cancel::Requested));
+    let beat = t.rows().heartbeat(&claimed.lease, LONG, t.now()).await.unwrap();
+    assert_eq!(beat, Heartbeat::Cancel { reason: "stop".into() });
+    // The worker did not hear it in time.
+    t.pack(&claimed).await;
+    let outcome = Outcome::Completed(Box::new(result("tenant-a/late", 7)));
+    assert_eq!(t.finish(&claimed, outcome).await, Fenced::Written);
+    let cancelled = t.get(&build).await;
+    assert_eq!((cancelled.state, cancelled.result), (BuildState::Cancelled, None));
+    assert!(!t.rows().artifact_is_referenced("tenant-a/late").await.unwrap());
+    let usage = t.rows().usage(&build.tenant, t.now()).await.unwrap();
+    assert_eq!((usage.storage_bytes, usage.completed_today), (0, 0));
+}
+
+pub(super) async fn a_failed_build_stays_failed(t: &TestStore) {
+    let (failed, late) = (t.create("a").await, t.create("a").await);
+    let why = failure(FailureCode::AuthenticationFailed);
+    let claimed = t.claim().await;
+    t.finish(&claimed, Outcome::Failed(why.clone())).await;
+    let claimed = t.claim().await;
+    t.finish(&claimed, Outcome::TimedOut(failure(FailureCode::BuildTimeout))).await;
+    let build = t.get(&failed).await;
+    assert_eq!((build.state, build.failure), (BuildState::Failed, Some(why)));
+    assert_eq!(t.state(&late).await, BuildState::Timeout);
+    let ended = t.rows().cancel(&late.tenant, &late.id, "", t.now()).await.unwrap();
+    assert_eq!(ended, Some(Cancel::Ended(BuildState::Timeout)));
+    let usage = t.rows().usage(&late.tenant, t.now()).await.unwrap();
+    assert_eq!((usage.failed_today, usage.running, usage.queued), (2, 0, 0));
+}
+
+pub(super) async fn a_retry_waits_until_its_time(t: &TestStore) {
+    let build = t.create("a").await;
+    let claimed = t.claim().await;
+    t.pack(&claimed).await;
+    t.advance_secs(4);
+    let why = failure(FailureCode::NetworkError);
+    let run_at = t.now().plus_secs(30);
+    t.finish(&claimed, Outcome::Retry { failure: Some(why.clone()), run_at }).await;
+    let waiting = t.get(&build).await;
+    assert_eq!((waiting.state, waiting.progress_percent), (BuildState::Queued, 0));
+    assert_eq!(waiting.attempts.len(), 1);
+    assert_eq!(waiting.attempts[0].failure, why);
+    assert_eq!(waiting.attempts[0].ended_at, t.now());
+    assert!(t.try_claim(LONG).await.is_none());
+    t.advance_secs(30);
+    let again = t.claim().await;
+    assert_eq!((again.build.attempt, again.build.id), (2, build.id));
+}
+
+pub(super) async fn a_shutdown_counts_no_try(t: &TestStore) {
+    let build = t.create("a").await;
+    let claimed = t.claim().await;
+    t.finish(&claimed, Outcome::Retry { failure: None, run_at: t.now() }).await;
+    let back = t.get(&build).await;
+    assert_eq!((back.state, back.attempt, back.attempts.len()), (BuildState::Queued, 0, 0));
+    let again = t.claim().await;
+    assert_eq!(again.build.attempt, 1);
+    assert!(again.lease.token() > claimed.lease.token());
+}
+
+pub(super) async fn progress_never_goes_back(t: &TestStore) {
+    let build = t.create("a").await;
+    let claimed = t.claim().await;
+    let enter =
+        |state, percent| t.rows().progress(&claimed.lease, state, percent, "some step", t.now());
+    enter(BuildState::Downloading, 40).await.unwrap();
+    enter(BuildState::Downloading, 30).await.unwrap();
+    assert_eq!(t.get(&build).await.progress_percent, 40);
+    enter(BuildState::Building, 500).await.unwrap();
+    assert_eq!(t.get(&build).await.progress_percent, 100);
+    for state in [BuildState::Downloading, BuildState::Queued, BuildState::Completed] {
+        let refused = enter(state, 50).await;
+        assert!(matches!(refused, Err(StoreError::Illegal(_))), "{state}: {refused:?}");
+    }
+    // An artifact is published from the last step only.
+    let outcome = Outcome::Completed(Box::new(result("tenant-a/early", 7)));
+    let refused = t.rows().finish(&claimed.lease, None, &outcome, t.now()).await;
+    assert!(matches!(refused, Err(StoreError::Illegal(_))), "{refused:?}");
+    assert_eq!(t.state(&build).await, BuildState::Building);
+}
+
+pub(super) async fn ending_erases_the_credentials(t: &TestStore) {
+    for _ in 0..5 {
+        t.create("a").await;
+    }
+    t.complete("tenant-a/x", 1).await;
+    for outcome in [
+        Outcome::Failed(failure(FailureCode::Internal)),
+        Outcome::Cancelled,
+        Outcome::TimedOut(failure(FailureCode::BuildTimeout)),
+    ] {
+        let claimed = t.claim().await;
+        assert!(claimed.sealed_credentials.is_some());
+        t.finish(&claimed, outcome).await;
+    }
+    let page = t.rows().list(&tenant("a"), &super::lists::newest(1)).await.unwrap();
+    let last = &page.builds[0];
+    t.rows().cancel(&last.tenant, &last.id, "", t.now()).await.unwrap();
+    let left = "SELECT COUNT(*) AS found FROM build WHERE sealed_credentials IS NOT NULL";
+    let left = t.rows().engine.optional(crate::store::engine::sql(left)).await.unwrap();
+    assert_eq!(left.expect("a count").count("found").unwrap(), 0);
+    assert!(matches!(t.ask("a", &plenty(), &new_build(t.now())).await, Accepted::Created(_)));
+}

@@ -1,0 +1,158 @@
+//! What a tenant may not have more of, however many ask at once.
+
+use super::{TestStore, new_build, plenty, tenant};
+use crate::build::record::{Build, LogLine, Usage};
+use crate::build::state::BuildState;
+use crate::store::{Accepted, Delete, NewBuild, QuotaExceeded};
+use crate::tenant::TenantLimits;
+
+fn created(accepted: Accepted) -> Build {
+    match accepted {
+        Accepted::Created(build) => build,
+        other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+            panic!("{other:?}")
+        }
+    }
+}
+
+fn quota(accepted: Accepted) -> QuotaExceeded {
+    match accepted {
+        Accepted::Quota(quota) => quota,
+        other @ (Accepted::Created(_) | Accepted::Known(_) | Accepted::KeyReused) => {
+            panic!("{other:?}")
+        }
+    }
+}
+
+pub(super) async fn one_of_five_hundred_takes_the_last_build_of_the_day(t: &TestStore) {
+    let limits = TenantLimits { daily_builds: 5, ..plenty() };
+    for _ in 0..4 {
+        created(t.ask("a", &limits, &new_build(t.now())).await);
+    }
+    let builds: Vec<NewBuild> = (0..500).map(|_| new_build(t.now())).collect();
+    let asked = builds.iter().map(|build| t.ask("a", &limits, build));
+    let answers = futures_util::future::join_all(asked).await;
+    let (passed, refused): (Vec<_>, Vec<_>) =
+        answers.into_iter().partition(|answer| matches!(answer, Accepted::Created(_)));
+    assert_eq!((passed.len(), refused.len()), (1, 499));
+    let tomorrow = t.now().day().plus_secs(86_400);
+    for answer in refused {
+        let expected = QuotaExceeded {
+            quota_type: "daily_builds",
+            current: 5,
+            limit: 5,
+            reset_at: Some(tomorrow),
+        };
+        assert_eq!(quota(answer), expected);
+    }
+    let usage = t.rows().usage(&tenant("a"), t.now()).await.unwrap();
+    assert_eq!((usage.created_today, usage.queued), (5, 5));
+}
+
+pub(super) async fn the_day_ends_and_deleting_gives_nothing_back(t: &TestStore) {
+    let limits = TenantLimits { daily_builds: 2, ..plenty() };
+    let first = created(t.ask("a", &limits, &new_build(t.now())).await);
+    created(t.ask("a", &limits, &new_build(t.now())).await);
+    let running = t.rows().delete(&first.tenant, &first.id).await.unwrap();
+    assert_eq!(running, Some(Delete::Running(BuildState::Queued)));
+    t.rows().cancel(&first.tenant, &first.id, "", t.now()).await.unwrap();
+    assert_eq!(t.rows().delete(&first.tenant, &first.id).await.unwrap(), Some(Delete::Done));
+    assert_eq!(t.rows().delete(&first.tenant, &first.id).await.unwrap(), None);
+    assert_eq!(t.rows().get(&first.tenant, &first.id).await.unwrap(), None);
+    let refused = quota(t.ask("a", &limits, &new_build(t.now())).await);
+    assert_eq!((refused.quota_type, refused.current), ("daily_builds", 2));
+    t.advance_secs(86_399);
+    quota(t.ask("a", &limits, &new_build(t.now())).await);
+    t.advance_secs(1);
+    created(t.ask("a", &limits, &new_build(t.now())).await);
+    assert_eq!(t.rows().usage(&first.tenant, t.now()).await.unwrap().created_today, 1);
+}
+
+pub(super) async fn full_storage_accepts_no_build(t: &TestStore) {
+    let limits = TenantLimits { storage_bytes: 1000, ..plenty() };
+    created(t.ask("a", &limits, &new_build(t.now())).await);
+    let first = t.complete("tenant-a/one", 999).await;
+    created(t.ask("a", &limits, &new_build(t.now())).await);
+    t.complete("tenant-a/two", 1).await;
+    let refused = quota(t.ask("a", &limits, &new_build(t.now())).await);
+    assert_eq!((refused.quota_type, refused.current, refused.limit), ("storage", 1000, 1000));
+    assert_eq!(refused.reset_at, None);
+    t.rows().delete(&first.build.tenant, &first.build.id).await.unwrap();
+    created(t.ask("a", &limits, &new_build(t.now())).await);
+    // A refused build is not counted.
+    assert_eq!(t.rows().usage(&tenant("a"), t.now()).await.unwrap().created_today, 3);
+}
+
+pub(super) async fn the_queue_of_a_tenant_is_bounded(t: &TestStore) {
+    let limits = TenantLimits { concurrent_builds: 1, ..plenty() };
+    let builds: Vec<NewBuild> = (0..150).map(|_| new_build(t.now())).collect();
+    let asked = builds.iter().map(|build| t.ask("a", &limits, build));
+    let answers = futures_util::future::join_all(asked).await;
+    let passed = answers.iter().filter(|answer| matches!(answer, Accepted::Created(_))).count();
+    assert_eq!(passed, 110);
+    let refused = quota(t.ask("a", &limits, &new_build(t.now())).await);
+    assert_eq!((refused.quota_type, refused.current, refused.limit), ("queued_builds", 110, 110));
+    // One that runs does not wait.
+    t.claim().await;
+    created(t.ask("a", &limits, &new_build(t.now())).await);
+}
+
+pub(super) async fn a_key_makes_one_build(t: &TestStore) {
+    let keyed = |key: &str| NewBuild { idempotency_key: Some(key.into()), ..new_build(t.now()) };
+    let builds: Vec<NewBuild> = (0..40).map(|_| keyed("k")).collect();
+    let limits = plenty();
+    let asked = builds.iter().map(|build| t.ask("a", &limits, build));
+    let mut first = None;
+    let mut known = Vec::new();
+    for answer in futures_util::future::join_all(asked).await {
+        match answer {
+            Accepted::Created(build) => assert!(first.replace(build).is_none()),
+            Accepted::Known(build) => known.push(build),
+            other @ (Accepted::KeyReused | Accepted::Quota(_)) => panic!("{other:?}"),
+        }
+    }
+    let first = first.expect("one was created");
+    assert_eq!(known.len(), 39);
+    assert!(known.iter().all(|build| build.id == first.id));
+    let other = NewBuild { request_hash: "another".into(), ..keyed("k") };
+    assert!(matches!(t.ask("a", &limits, &other).await, Accepted::KeyReused));
+    // Keys are a tenant's own.
+    assert_ne!(created(t.ask("b", &limits, &keyed("k")).await).id, first.id);
+    assert_eq!(t.rows().usage(&tenant("a"), t.now()).await.unwrap().created_today, 1);
+}
+
+pub(super) async fn tenants_see_their_own_builds_alone(t: &TestStore) {
+    let (mine, stranger) = (t.create("a").await, tenant("b"));
+    let rows = t.rows();
+    assert_eq!(rows.get(&stranger, &mine.id).await.unwrap(), None);
+    assert_eq!(rows.cancel(&stranger, &mine.id, "", t.now()).await.unwrap(), None);
+    assert_eq!(rows.delete(&stranger, &mine.id).await.unwrap(), None);
+    assert!(rows.log(&stranger, &mine.id, 0, 10).await.unwrap().is_empty());
+    assert!(rows.log_tail(&stranger, &mine.id, 10).await.unwrap().is_empty());
+    let page = rows.list(&stranger, &super::lists::newest(10)).await.unwrap();
+    assert_eq!((page.builds.len(), page.total, page.has_more), (0, 0, false));
+    assert_eq!(rows.usage(&stranger, t.now()).await.unwrap(), Usage::default());
+    assert_eq!(rows.stats(&stranger, None, None).await.unwrap().total, 0);
+    assert_eq!(t.state(&mine).await, BuildState::Queued);
+}
+
+pub(super) async fn texts_with_nul_are_stored(t: &TestStore) {
+    let mut build = NewBuild { idempotency_key: Some("k\0".into()), ..new_build(t.now()) };
+    build.request.name = "a\0b".into();
+    build.customer = Some("c\0".into());
+    let created = created(t.ask("a", &plenty(), &build).await);
+    assert_eq!(created.customer.as_deref(), Some("c\u{fffd}"));
+    let claimed = t.claim().await;
+    let line = LogLine {
+        offset: 0,
+        at: t.now(),
+        level: "info".into(),
+        component: "builder".into(),
+        message: "x\0y".into(),
+    };
+    t.rows().append_log(&claimed.lease, &[line]).await.unwrap();
+    let log = t.rows().log(&created.tenant, &created.id, 0, 10).await.unwrap();
+    assert_eq!(log[0].message, "x\u{fffd}y");
+    t.rows().cancel(&created.tenant, &created.id, "no\0", t.now()).await.unwrap();
+    assert_eq!(t.get(&created).await.cancel_reason.as_deref(), Some("no\u{fffd}"));
+}

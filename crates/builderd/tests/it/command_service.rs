@@ -1,0 +1,202 @@
+//! The commands against the service itself: tokens made beside a running server, and a build
+//! from the order to the file.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Output, Stdio};
+
+use oci::testing::TestRegistry;
+use serde_json::Value;
+
+use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
+
+/// A server that wants tokens, and a registry.
+struct Site {
+    workshop: Workshop,
+    registry: TestRegistry,
+    server: Child,
+    address: String,
+}
+
+impl Site {
+    fn new() -> Self {
+        let registry = TestRegistry::start().unwrap();
+        let layer =
+            Layer::new().directory("bin").file("bin/app", b"app").file("d", &noise(7, 500_000));
+        let image = TestImage::new(vec![layer]);
+        let config = serde_json::to_vec(&image.config).unwrap();
+        for blob in image.blobs.iter().chain([&config]) {
+            registry.put_blob(blob.clone());
+        }
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = image.manifest(&config);
+        registry.put_manifest_bytes("app", Some("latest"), media_type, manifest);
+        let workshop = Workshop::new();
+        let mut command = workshop.command(&["serve", "--listen", "127.0.0.1:0"]);
+        settings(&mut command, &workshop);
+        let insecure = "UNKEY_BUILDERD_DOCKER_INSECURE_REGISTRIES";
+        command.env(insecure, registry.host()).stderr(Stdio::piped());
+        let mut server = command.spawn().unwrap();
+        let mut lines = BufReader::new(server.stderr.take().unwrap()).lines();
+        let mut said = String::new();
+        let address = loop {
+            let line = lines.next().unwrap_or_else(|| panic!("no server:\n{said}")).unwrap();
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            if event["message"] == "listening" {
+                break event["address"].as_str().unwrap().to_owned();
+            }
+            said.push_str(&line);
+        };
+        // The server must not wait for a full pipe.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
+        Self { workshop, registry, server, address }
+    }
+
+    /// A command of the operator, on the server's database.
+    fn operate(&self, arguments: &[&str]) -> Output {
+        let mut command = self.workshop.command(arguments);
+        settings(&mut command, &self.workshop);
+        command.output().unwrap()
+    }
+
+    /// A command of a user.
+    fn ask(&self, token: &str, arguments: &[&str]) -> Output {
+        let mut command = self.workshop.command(arguments);
+        command.env("UNKEY_BUILDERD_SERVER_ADDRESS", &self.address);
+        command.env("UNKEY_BUILDERD_TOKEN", token).env("NO_PROXY", "127.0.0.1");
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+
+    fn token(&self, arguments: &[&str]) -> String {
+        let all = [&["token", "create", "--tenant", "acme"], arguments].concat();
+        let output = self.operate(&all);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output).trim().to_owned()
+    }
+
+    fn image(&self) -> String {
+        format!("{}/app:latest", self.registry.host())
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+fn settings(command: &mut Command, workshop: &Workshop) {
+    command
+        .env("UNKEY_BUILDERD_DATABASE_DATA_DIR", workshop.path("data"))
+        .env("UNKEY_BUILDERD_ROOTFS_OUTPUT_DIR", workshop.path("rootfs"))
+        .env("UNKEY_BUILDERD_OTEL_PROMETHEUS_ENABLED", "false");
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[test]
+fn a_build_from_the_order_to_the_file() {
+    let site = Site::new();
+    let token = site.token(&["--tier", "pro"]);
+    let output = site.ask(&token, &["builds", "create", &site.image(), "--follow", "--name", "n"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let id = stdout(&output).trim().to_owned();
+    assert!(stderr(&output).contains("completed"), "{}", stderr(&output));
+    let output = site.ask(&token, &["builds", "download", &id, "-o", "out.ext4"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let build: Value =
+        serde_json::from_str(&stdout(&site.ask(&token, &["builds", "get", &id, "-o", "json"])))
+            .unwrap();
+    assert_eq!(build["rootfsChecksum"], sha256(&site.workshop.read("out.ext4")), "{build:#}");
+    let own = site.workshop.run(&["inspect", "out.ext4", "--cat", "/bin/app"]);
+    assert_eq!(own.stdout, b"app");
+    let log = stdout(&site.ask(&token, &["builds", "logs", &id]));
+    assert!(log.lines().count() > 1, "{log}");
+    let tail = stdout(&site.ask(&token, &["builds", "logs", &id, "--from", "1"]));
+    assert_eq!(tail.lines().collect::<Vec<_>>(), log.lines().skip(1).collect::<Vec<_>>());
+    let list = stdout(&site.ask(&token, &["builds", "list", "--state", "completed"]));
+    assert!(list.contains(&id) && list.contains(&site.image()), "{list}");
+    let output = site.ask(&token, &["builds", "retry", &id, "--follow"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_ne!(stdout(&output).trim(), id, "another build");
+    let quotas = stdout(&site.ask(&token, &["quotas"]));
+    assert!(quotas.contains("builds today     2 of 100"), "{quotas}");
+    let stats = stdout(&site.ask(&token, &["stats"]));
+    assert!(stats.contains("2: 2 completed, 0 failed"), "{stats}");
+    let output = site.ask(&token, &["builds", "delete", &id]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = site.ask(&token, &["builds", "get", &id]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+}
+
+#[test]
+fn a_failed_build_fails_the_command_that_follows_it() {
+    let site = Site::new();
+    let token = site.token(&["--tier", "pro"]);
+    let missing = format!("{}/app:missing", site.registry.host());
+    let output = site.ask(&token, &["builds", "create", &missing, "--follow"]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("missing"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_token_opens_the_door_of_its_tenant_until_it_is_revoked() {
+    let site = Site::new();
+    let token = site.token(&["--expires", "90d", "--note", "build farm"]);
+    assert!(token.starts_with("bld_"), "{token}");
+    assert!(site.ask(&token, &["quotas"]).status.success());
+    let list = stdout(&site.operate(&["token", "list", "-o", "json"]));
+    assert!(!list.contains(&token), "the secret is shown once");
+    let tokens: Value = serde_json::from_str(&list).unwrap();
+    let row = &tokens[0];
+    assert_eq!((&row["tenant"], &row["note"]), (&"acme".into(), &"build farm".into()));
+    assert_eq!(row["state"], "valid");
+    assert!(row["expiresAt"].is_string() && row["permissions"].as_array().unwrap().len() == 5);
+    let id = row["id"].as_str().unwrap();
+    assert!(site.operate(&["token", "revoke", id]).status.success());
+    let refused = site.ask(&token, &["quotas"]);
+    assert_eq!(refused.status.code(), Some(3), "{}", stderr(&refused));
+    assert!(stdout(&site.operate(&["token", "list"])).contains("revoked"));
+    assert_eq!(site.operate(&["token", "revoke", "tok_none"]).status.code(), Some(3));
+    let nobody = site.ask("", &["quotas"]);
+    assert_eq!(nobody.status.code(), Some(3), "{}", stderr(&nobody));
+    assert!(stderr(&nobody).contains("UNKEY_BUILDERD_TOKEN"), "{}", stderr(&nobody));
+}
+
+#[test]
+fn a_token_allows_what_it_names() {
+    let site = Site::new();
+    let reader = site.token(&["--permission", "build:read"]);
+    assert!(site.ask(&reader, &["builds", "list"]).status.success());
+    let output = site.ask(&reader, &["builds", "create", &site.image()]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(stderr(&output).contains("build:create"), "{}", stderr(&output));
+    let unknown = site.operate(&["token", "create", "--tenant", "a", "--permission", "build:eat"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(stderr(&unknown).contains("artifact:read"), "{}", stderr(&unknown));
+}
+
+#[test]
+fn a_tenants_tier_and_limits_are_the_operators() {
+    let site = Site::new();
+    let token = site.token(&["--tier", "pro"]);
+    let daily = |token: &str| {
+        let said = stdout(&site.ask(token, &["quotas", "-o", "json"]));
+        serde_json::from_str::<Value>(&said).unwrap()["currentLimits"]["maxDailyBuilds"].clone()
+    };
+    assert_eq!(daily(&token), 100);
+    assert!(site.operate(&["tenant", "set", "acme", "--tier", "enterprise"]).status.success());
+    assert_eq!(daily(&token), 1000);
+    let set = site.operate(&["tenant", "set", "acme", "--daily-builds", "7"]);
+    assert!(stdout(&set).contains("own"), "{}", stderr(&set));
+    assert_eq!(daily(&token), 7);
+    // A new token leaves all that as it is.
+    let second = site.token(&[]);
+    assert_eq!(daily(&second), 7);
+    assert!(site.operate(&["tenant", "set", "acme", "--tier-limits"]).status.success());
+    assert_eq!(daily(&token), 1000);
+    let list = stdout(&site.operate(&["tenant", "list"]));
+    assert!(list.contains("acme") && list.contains("enterprise"), "{list}");
+}

@@ -1,0 +1,118 @@
+//! What the settings are, as an operator meets them: `builderd config`, and a start that is
+//! refused.
+
+use std::process::Output;
+
+use crate::support::{Workshop, stderr};
+
+fn config(workshop: &Workshop, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
+    let mut all = vec!["config"];
+    all.extend(arguments);
+    let mut command = workshop.command(&all);
+    command.env_remove("UNKEY_BUILDERD_CACHE_DIR");
+    command.envs(variables.iter().map(|(name, value)| (format!("UNKEY_BUILDERD_{name}"), value)));
+    command.output().unwrap()
+}
+
+fn line(output: &Output, name: &str) -> String {
+    assert!(output.status.success(), "{}", stderr(output));
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    let beginning = format!("UNKEY_BUILDERD_{name}=");
+    let line = text.lines().find(|line| line.starts_with(&beginning));
+    line.unwrap_or_else(|| panic!("{name} in\n{text}")).to_owned()
+}
+
+#[test]
+fn each_value_says_where_it_comes_from() {
+    let workshop = Workshop::new();
+    std::fs::write(workshop.path("b.toml"), "port = 1\nrate_limit = 7\nlog_level = 'warn'\n")
+        .unwrap();
+    let variables = [("RATE_LIMIT", "8"), ("DEFAULT_TENANT_TIER", "pro")];
+    let output = config(&workshop, &["--config", "b.toml", "--origin"], &variables);
+    assert!(line(&output, "PORT").ends_with("# b.toml: port"));
+    assert!(line(&output, "RATE_LIMIT").starts_with("UNKEY_BUILDERD_RATE_LIMIT=8 "));
+    assert!(line(&output, "RATE_LIMIT").ends_with("# UNKEY_BUILDERD_RATE_LIMIT"));
+    assert!(line(&output, "TENANT_DEFAULT_TIER").ends_with("# UNKEY_BUILDERD_DEFAULT_TENANT_TIER"));
+    assert!(line(&output, "LOG_LEVEL").contains("=warn"));
+    assert!(line(&output, "BUILD_TIMEOUT").ends_with("# default"));
+    let output = config(&workshop, &[], &[("CONFIG", "b.toml")]);
+    assert_eq!(line(&output, "PORT"), "UNKEY_BUILDERD_PORT=1");
+}
+
+#[test]
+fn a_flag_is_before_everything_else() {
+    let workshop = Workshop::new();
+    let output = config(&workshop, &["--dev", "--origin"], &[("DEV", "false")]);
+    assert!(line(&output, "DEV").starts_with("UNKEY_BUILDERD_DEV=true "), "{output:?}");
+    assert!(line(&output, "DEV").ends_with("# --dev"));
+    assert!(line(&output, "ADDRESS").contains("=127.0.0.1 "));
+}
+
+#[test]
+fn secrets_are_stars() {
+    let workshop = Workshop::new();
+    let variables = [
+        ("DATABASE_URL", "postgres://me:canary-1@db/builds"),
+        ("STORAGE_BACKEND", "s3"),
+        ("S3_BUCKET", "b"),
+        ("S3_ACCESS_KEY_ID", "key"),
+        ("S3_SECRET_ACCESS_KEY", "canary-2"),
+    ];
+    let output = config(&workshop, &["--origin"], &variables);
+    assert!(line(&output, "DATABASE_URL").contains("=*** "));
+    assert!(line(&output, "S3_SECRET_ACCESS_KEY").contains("=*** "));
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("canary"));
+}
+
+#[test]
+fn the_start_is_refused_with_every_problem_by_name() {
+    let workshop = Workshop::new();
+    let variables = [
+        ("UNKEY_BUILDERD_TLS_MODE", "spiffe"),
+        ("UNKEY_BUILDERD_BUILD_TIMEOUT", "15"),
+        ("UNKEY_BUILDERD_PROT", "8082"),
+        ("UNKEY_BUILDERD_STORAGE_MAX_SIZE_GB", "100"),
+        ("UNKEY_BUILDERD_MAX_STORAGE_SIZE", "1TB"),
+    ];
+    for command in [&["serve"][..], &["config"], &["token", "list"]] {
+        let output = workshop.command(command).envs(variables).output().unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{command:?}: {said}");
+        for part in [
+            "UNKEY_BUILDERD_TLS_MODE is `spiffe`: unimplemented",
+            "UNKEY_BUILDERD_BUILD_TIMEOUT is `15`, expected a duration",
+            "UNKEY_BUILDERD_PROT is no setting: did you mean UNKEY_BUILDERD_PORT?",
+            "UNKEY_BUILDERD_STORAGE_MAX_SIZE_GB",
+            "two names of one setting",
+            "4 settings cannot be used",
+        ] {
+            assert!(said.contains(part), "{command:?}: no {part:?} in\n{said}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let workshop = Workshop::new();
+    let output = config(&workshop, &["--config", "nowhere.toml"], &[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("nowhere.toml"), "{}", stderr(&output));
+}
+
+#[test]
+fn development_mode_is_not_for_the_network() {
+    let workshop = Workshop::new();
+    let output = workshop.run(&["serve", "--dev", "--listen", "0.0.0.0:0"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("development mode"), "{}", stderr(&output));
+}
+
+#[test]
+fn settings_are_explained() {
+    let workshop = Workshop::new();
+    let output = config(&workshop, &["--explain", "retention"], &[]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("UNKEY_BUILDERD_STORAGE_RETENTION_DAYS"), "{text}");
+    assert!(text.contains("default 30"), "{text}");
+    assert_eq!(config(&workshop, &["--explain", "xyzzy"], &[]).status.code(), Some(2));
+}

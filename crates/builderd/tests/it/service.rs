@@ -1,0 +1,423 @@
+//! Stories about `builderd serve` as a whole: a real server process, a registry in this one.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use oci::testing::{Access, Fault, TestRegistry};
+use serde_json::{Value, json};
+
+use crate::support::{Layer, TestImage, Workshop};
+
+const RPC: &str = "/builder.v1.BuilderService";
+/// Long enough for the slowest machine; a story that works never waits so long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A server of its own, with its data in a directory that several of them may use in turn.
+struct Server {
+    child: Child,
+    address: String,
+    http: reqwest::blocking::Client,
+}
+
+impl Server {
+    fn start(directory: &Path, settings: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_builderd"));
+        command
+            .args(["serve", "--dev", "--listen", "127.0.0.1:0"])
+            .env_clear()
+            .env("UNKEY_BUILDERD_DATABASE_DATA_DIR", directory.join("data"))
+            .env("UNKEY_BUILDERD_ROOTFS_OUTPUT_DIR", directory.join("rootfs"))
+            .env("UNKEY_BUILDERD_CACHE_DIR", directory.join("cache"))
+            .env("UNKEY_BUILDERD_OTEL_PROMETHEUS_ENABLED", "false")
+            .env("UNKEY_BUILDERD_SHUTDOWN_TIMEOUT", "1s")
+            .envs(settings.iter().map(|(name, value)| (format!("UNKEY_BUILDERD_{name}"), value)))
+            .current_dir(directory)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut said = String::new();
+        let address = loop {
+            let Some(line) = lines.next() else { panic!("the server did not start:\n{said}") };
+            let line = line.unwrap();
+            said.push_str(&line);
+            said.push('\n');
+            if let Ok(line) = serde_json::from_str::<Value>(&line)
+                && line["message"].as_str().or(line["fields"]["message"].as_str())
+                    == Some("listening")
+            {
+                let field = line["address"].as_str().or(line["fields"]["address"].as_str());
+                break field.unwrap().to_owned();
+            }
+        };
+        // The server must not wait for a full pipe.
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                if std::env::var_os("BUILDERD_TEST_LOG").is_some() {
+                    eprintln!("{line}");
+                }
+            }
+        });
+        let http = reqwest::blocking::Client::builder().no_proxy().build().unwrap();
+        Self { child, address, http }
+    }
+
+    fn call(&self, tenant: &str, method: &str, body: &Value) -> (u16, Value) {
+        let answer = self
+            .http
+            .post(format!("http://{}{RPC}/{method}", self.address))
+            .header("Content-Type", "application/json")
+            .header("X-Tenant-ID", tenant)
+            .body(body.to_string())
+            .send()
+            .unwrap();
+        let status = answer.status().as_u16();
+        (status, serde_json::from_slice(&answer.bytes().unwrap()).unwrap())
+    }
+
+    fn well(&self, tenant: &str, method: &str, body: &Value) -> Value {
+        let (status, answer) = self.call(tenant, method, body);
+        assert_eq!(status, 200, "{method}: {answer}");
+        answer
+    }
+
+    fn create(&self, tenant: &str, image: &str) -> String {
+        let answer = self.well(tenant, "CreateBuild", &order(image));
+        answer["build_id"].as_str().unwrap().to_owned()
+    }
+
+    fn build(&self, tenant: &str, id: &str) -> Value {
+        self.well(tenant, "GetBuild", &json!({"build_id": id}))["build"].clone()
+    }
+
+    /// Waits until the build's state is one of `states`.
+    fn wait(&self, tenant: &str, id: &str, states: &[&str]) -> Value {
+        let started = Instant::now();
+        loop {
+            let build = self.build(tenant, id);
+            if states.contains(&build["state"].as_str().unwrap()) {
+                return build;
+            }
+            assert!(started.elapsed() < PATIENCE, "still waiting: {build:#}");
+            // Not faster than the tier may ask.
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn finished(&self, tenant: &str, id: &str) -> Value {
+        let ends = ["BUILD_STATE_COMPLETED", "BUILD_STATE_FAILED", "BUILD_STATE_CANCELLED"];
+        self.wait(tenant, id, &ends)
+    }
+
+    fn artifact(&self, tenant: &str, id: &str) -> Vec<u8> {
+        let answer = self
+            .http
+            .get(format!("http://{}{RPC}/GetBuildArtifact/{id}", self.address))
+            .header("X-Tenant-ID", tenant)
+            .send()
+            .unwrap();
+        assert_eq!(answer.status().as_u16(), 200);
+        answer.bytes().unwrap().to_vec()
+    }
+
+    /// Lines of the log.
+    fn log(&self, tenant: &str, id: &str) -> String {
+        self.http
+            .get(format!("http://{}{RPC}/GetBuildLogs/{id}", self.address))
+            .header("X-Tenant-ID", tenant)
+            .send()
+            .unwrap()
+            .text()
+            .unwrap()
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    fn end(mut self) -> std::process::ExitStatus {
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn order(image: &str) -> Value {
+    json!({"config": {
+        "tenant": {"tier": "TENANT_TIER_PRO"},
+        "source": {"docker_image": {"image_uri": image}},
+        "target": {"microvm_rootfs": {"init_strategy": "INIT_STRATEGY_TINI"}},
+        "strategy": {"docker_extract": {}},
+    }})
+}
+
+/// A registry with one image, `app:latest`, and a place for a server.
+struct Stage {
+    registry: TestRegistry,
+    workshop: Workshop,
+    image: TestImage,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let content: Vec<u8> = (0..=250u8).cycle().step_by(7).take(3_000_000).collect();
+        let base = Layer::new().directory("bin").file("bin/app", b"app").file("data", &content);
+        let image = TestImage::new(vec![base, Layer::new().file("etc/conf", b"x=1")]);
+        let stage =
+            Self { registry: TestRegistry::start().unwrap(), workshop: Workshop::new(), image };
+        stage.push("app", &["latest", "other"]);
+        stage
+    }
+
+    fn push(&self, repository: &str, tags: &[&str]) {
+        let config = serde_json::to_vec(&self.image.config).unwrap();
+        for blob in &self.image.blobs {
+            self.registry.put_blob(blob.clone());
+        }
+        self.registry.put_blob(config.clone());
+        let manifest = self.image.manifest(&config);
+        for tag in tags {
+            let media_type = "application/vnd.oci.image.manifest.v1+json";
+            self.registry.put_manifest_bytes(repository, Some(tag), media_type, manifest.clone());
+        }
+    }
+
+    fn reference(&self, tag: &str) -> String {
+        format!("{}/app:{tag}", self.registry.host())
+    }
+
+    fn serve(&self, settings: &[(&str, &str)]) -> Server {
+        let host = self.registry.host();
+        let mut all = vec![("DOCKER_INSECURE_REGISTRIES", host.as_str())];
+        all.extend(settings);
+        Server::start(self.workshop.directory.path(), &all)
+    }
+
+    fn staged(&self) -> Vec<String> {
+        self.workshop.names("rootfs/staging")
+    }
+
+    /// The large layer comes to a standstill after some bytes, so many times.
+    fn stall(&self, times: usize) {
+        let layer = crate::support::sha256(&self.image.blobs[0]);
+        for _ in 0..times {
+            self.registry.fault(&layer, Fault::StallAfter(1000));
+        }
+    }
+
+    /// Build processes of this stage's server.
+    fn children(&self) -> usize {
+        let staging = self.workshop.path("rootfs/staging");
+        let is_ours = |pid: &PathBuf| {
+            std::fs::read_link(pid.join("cwd")).is_ok_and(|cwd| cwd.starts_with(&staging))
+        };
+        std::fs::read_dir("/proc")
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(is_ours)
+            .count()
+    }
+}
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < PATIENCE, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_build_by_the_service_is_the_image_that_the_command_makes() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let id = server.create("t1", &stage.reference("latest"));
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    assert_eq!(build["status"], "BUILD_STATUS_COMPLETED");
+    assert_eq!(build["progress_percent"], 100);
+    assert_eq!(build["image_metadata"]["entrypoint"], json!(["/bin/app"]));
+    assert_eq!(build["image_metadata"]["original_image"], stage.reference("latest"));
+    let artifact = server.artifact("t1", &id);
+    assert_eq!(build["rootfs_checksum"], crate::support::sha256(&artifact));
+    let host = stage.registry.host();
+    let image = stage.reference("latest");
+    let result = stage.workshop.run(&["build", &image, "-o", "own.ext4", "--plain-http", &host]);
+    assert!(result.status.success());
+    assert!(stage.workshop.read("own.ext4") == artifact, "the same bytes");
+    assert_eq!(std::fs::read(build["rootfs_path"].as_str().unwrap()).unwrap(), artifact);
+    assert_eq!(stage.staged(), Vec::<String>::new());
+    let log = server.log("t1", &id);
+    assert!(log.contains("completed:") && log.contains("layer sha256:"), "{log}");
+}
+
+#[test]
+fn the_same_image_under_another_tag_is_not_built_again() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let first = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    let blobs = |stage: &Stage| {
+        stage.registry.requests().iter().filter(|request| request.path.contains("/blobs/")).count()
+    };
+    let before = blobs(&stage);
+    // The config is read again: the registry must still let this tenant have the image.
+    let second = server.finished("t2", &server.create("t2", &stage.reference("other")));
+    assert_eq!(second["rootfs_checksum"], first["rootfs_checksum"]);
+    assert_eq!(second["image_metadata"]["original_image"], stage.reference("other"));
+    assert!(blobs(&stage) <= before + 1, "no layer was fetched");
+}
+
+#[test]
+fn what_was_pulled_with_credentials_is_not_shared_and_the_password_is_nowhere() {
+    let stage = Stage::new();
+    let canary = "canary-7f3a91";
+    stage.registry.set_access(Access::Basic("me".into(), canary.into()));
+    let server = stage.serve(&[]);
+    let mut with_password = order(&stage.reference("latest"));
+    with_password["config"]["source"]["docker_image"]["registry_auth"] =
+        json!({"username": "me", "password": canary});
+    let answer = server.well("t1", "CreateBuild", &with_password);
+    let id = answer["build_id"].as_str().unwrap().to_owned();
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    assert!(build["rootfs_path"].as_str().unwrap().contains("tenant-t1"), "{build:#}");
+    let other = server.finished("t2", &server.create("t2", &stage.reference("latest")));
+    assert_eq!(other["state"], "BUILD_STATE_FAILED");
+    assert_eq!(other["failure"]["code"], "AUTHENTICATION_FAILED", "{other:#}");
+    assert_eq!(other["failure"]["blame"], "yours");
+    let said = format!("{build}{}", server.log("t1", &id));
+    assert!(!said.contains(canary));
+    drop(server);
+    assert_eq!(files_with(stage.workshop.directory.path(), canary), Vec::<PathBuf>::new());
+}
+
+/// Files below `directory` that contain `text`.
+fn files_with(directory: &Path, text: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files_with(&path, text));
+        } else if std::fs::read(&path)
+            .is_ok_and(|bytes| bytes.windows(text.len()).any(|window| window == text.as_bytes()))
+        {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[test]
+fn a_queued_build_keeps_its_password_sealed() {
+    let stage = Stage::new();
+    let canary = "canary-2b8c44";
+    let server = stage.serve(&[("MAX_CONCURRENT_BUILDS", "1")]);
+    stage.stall(10);
+    let busy = server.create("t1", &stage.reference("latest"));
+    server.wait("t1", &busy, &["BUILD_STATE_EXTRACTING"]);
+    let mut waiting = order(&stage.reference("other"));
+    waiting["config"]["source"]["docker_image"]["auth"] =
+        json!({"username": "me", "password": canary});
+    let id = server.well("t2", "CreateBuild", &waiting)["build_id"].as_str().unwrap().to_owned();
+    assert_eq!(server.build("t2", &id)["state"], "BUILD_STATE_PENDING");
+    assert_eq!(files_with(stage.workshop.directory.path(), canary), Vec::<PathBuf>::new());
+    assert!(!server.build("t2", &id).to_string().contains(canary));
+}
+
+#[test]
+fn a_running_build_is_cancelled_within_a_second_and_leaves_nothing() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    stage.stall(10);
+    let id = server.create("t1", &stage.reference("latest"));
+    server.wait("t1", &id, &["BUILD_STATE_EXTRACTING"]);
+    eventually("a build process", || stage.children() == 1);
+    let asked = Instant::now();
+    server.well("t1", "CancelBuild", &json!({"build_id": id, "reason": "changed my mind"}));
+    let build = server.wait("t1", &id, &["BUILD_STATE_CANCELLED"]);
+    assert!(asked.elapsed() < Duration::from_millis(1500), "took {:?}", asked.elapsed());
+    assert_eq!(build["status"], "BUILD_STATUS_CANCELLED");
+    eventually("no build process", || stage.children() == 0);
+    eventually("no staged file", || stage.staged().is_empty());
+}
+
+#[test]
+fn a_build_survives_the_death_of_its_server() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    stage.stall(1);
+    let id = server.create("t1", &stage.reference("latest"));
+    server.wait("t1", &id, &["BUILD_STATE_EXTRACTING"]);
+    server.signal(rustix::process::Signal::KILL);
+    server.end();
+    eventually("no build process", || stage.children() == 0);
+    let server = stage.serve(&[]);
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    assert_eq!(build["attempts"].as_array().map(Vec::len), Some(1), "{build:#}");
+    assert_eq!(stage.staged(), Vec::<String>::new());
+}
+
+#[test]
+fn a_server_that_stops_puts_its_builds_back_into_the_queue() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    stage.stall(1);
+    let id = server.create("t1", &stage.reference("latest"));
+    server.wait("t1", &id, &["BUILD_STATE_EXTRACTING"]);
+    server.signal(rustix::process::Signal::TERM);
+    assert!(server.end().success());
+    assert_eq!(stage.staged(), Vec::<String>::new());
+    let server = stage.serve(&[]);
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    assert!(build["attempts"].as_array().is_none_or(Vec::is_empty), "a stop counts no try");
+}
+
+#[test]
+fn a_build_that_takes_too_long_ends_as_timed_out() {
+    let stage = Stage::new();
+    let server = stage.serve(&[("BUILD_TIMEOUT", "1s")]);
+    stage.stall(10);
+    let id = server.create("t1", &stage.reference("latest"));
+    let build = server.wait("t1", &id, &["BUILD_STATE_FAILED"]);
+    assert_eq!(build["status"], "BUILD_STATUS_TIMEOUT", "{build:#}");
+    assert_eq!(build["failure"]["code"], "BUILD_TIMEOUT");
+    eventually("no build process", || stage.children() == 0);
+}
+
+#[test]
+fn a_failed_build_says_what_is_wrong_whose_fault_it_is_and_what_to_do() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let id = server.create("t1", &stage.reference("missing"));
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_FAILED");
+    let failure = &build["failure"];
+    assert_eq!(failure["code"], "INVALID_SOURCE", "{build:#}");
+    assert_eq!(failure["blame"], "yours");
+    assert_eq!(failure["step"], "resolve");
+    assert!(failure["cause"].as_str().unwrap().contains("missing"), "{build:#}");
+    assert!(build["error_message"].as_str().unwrap().contains("missing"));
+}
+
+#[test]
+fn an_image_larger_than_the_request_allows_fails_before_it_is_written() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let mut small = order(&stage.reference("latest"));
+    small["config"]["target"]["microvm_rootfs"]["size_limit_bytes"] = json!(1_000_000);
+    let id = server.well("t1", "CreateBuild", &small)["build_id"].as_str().unwrap().to_owned();
+    let build = server.finished("t1", &id);
+    assert_eq!(build["failure"]["code"], "INVALID_SOURCE", "{build:#}");
+    assert!(build["failure"]["cause"].as_str().unwrap().contains("1000000"), "{build:#}");
+    assert_eq!(stage.staged(), Vec::<String>::new());
+}

@@ -1,0 +1,111 @@
+//! `docs/api.md`: the reference of the API, made from the comments of the proto file, so that
+//! there is one text. `cargo xtask docs` writes it; a test compares.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+
+use crate::workspace;
+
+const PROTO: &str = "proto/builder/v1/builder.proto";
+const PAGE: &str = "docs/api.md";
+const HEAD: &str = "\
+# API reference
+
+Made from `proto/builder/v1/builder.proto` by `cargo xtask docs`; do not edit.
+
+Base URL `http://HOST:8082`, procedures at `/builder.v1.BuilderService/METHOD`, over Connect (JSON and
+binary, HTTP/1.1 and h2c), gRPC and gRPC-Web. gRPC health and reflection are there. Plain routes for
+people and scripts: `GET .../GetBuildStatus/ID`, `GET .../GetBuildArtifact/ID` (also `ID.sha256`),
+`GET .../GetBuildLogs/ID?offset&limit`, `GET .../ListBuilds?status&limit&offset`, `GET /health`,
+`GET /stats`, `GET /metrics`.
+";
+
+/// `cargo xtask docs`
+pub(crate) fn run() -> Result<()> {
+    std::fs::write(workspace::top().join(PAGE), page()?)?;
+    println!("wrote {PAGE}");
+    Ok(())
+}
+
+fn page() -> Result<String> {
+    Ok(render(&std::fs::read_to_string(workspace::top().join(PROTO))?))
+}
+
+/// A small reader for the one file whose form is ours: a statement a line, comments above.
+fn render(proto: &str) -> String {
+    let mut page = String::from(HEAD);
+    let mut comment: Vec<&str> = Vec::new();
+    let mut oneof = None;
+    for line in proto.lines().map(str::trim) {
+        if let Some(text) = line.strip_prefix("//") {
+            comment.push(text.trim());
+            continue;
+        }
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let said = comment.join(" ");
+        match words[..] {
+            ["service" | "message" | "enum", name, ..] => section(&mut page, &words, name, &said),
+            ["rpc", ..] => rpc(&mut page, line, &said),
+            ["oneof", name, ..] => oneof = Some(name.to_owned()),
+            ["}"] => oneof = None,
+            ["option" | "syntax" | "package" | "import", ..] | [] => {}
+            _ => field(&mut page, &words, oneof.as_deref(), &said),
+        }
+        comment.clear();
+    }
+    page
+}
+
+fn section(page: &mut String, words: &[&str], name: &str, said: &str) {
+    let heads = match words[0] {
+        "service" => "| procedure | request | answer | |\n|---|---|---|---|",
+        "enum" => "| value | number | |\n|---|---:|---|",
+        _ => "| field | number | type | |\n|---|---:|---|---|",
+    };
+    let said = if said.is_empty() { String::new() } else { format!("{said}\n\n") };
+    let empty = words.last() == Some(&"{}");
+    let heads = if empty { "" } else { heads };
+    // Writing to a String cannot fail.
+    let _ = write!(page, "\n## {name}\n\n{said}{heads}\n");
+}
+
+fn rpc(page: &mut String, line: &str, said: &str) {
+    let parts: Vec<&str> = line.split(['(', ')']).map(str::trim).collect();
+    if let [name, request, _, answer, ..] = parts[..] {
+        let name = name.trim_start_matches("rpc ");
+        let _ = writeln!(page, "| `{name}` | `{request}` | `{answer}` | {said} |");
+    }
+}
+
+fn field(page: &mut String, words: &[&str], oneof: Option<&str>, said: &str) {
+    let Some(equals) = words.iter().position(|word| *word == "=") else { return };
+    let (before, number) = (&words[..equals], words[equals + 1].trim_end_matches(';'));
+    let Some((name, kind)) = before.split_last() else { return };
+    if kind.is_empty() {
+        let _ = writeln!(page, "| `{name}` | {number} | {said} |");
+        return;
+    }
+    let choice = oneof.map(|oneof| format!("one of `{oneof}`. ")).unwrap_or_default();
+    let _ = writeln!(page, "| `{name}` | {number} | {} | {choice}{said} |", kind.join(" "));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_is_what_the_proto_file_says() {
+        let written = std::fs::read_to_string(workspace::top().join(PAGE)).unwrap_or_default();
+        assert!(written == page().unwrap(), "run `cargo xtask docs`");
+    }
+
+    #[test]
+    fn comments_become_the_last_column() {
+        let page = render("// What.\nmessage A {\n  // Why.\n  map<string, B> c = 7;\n}\n");
+        assert!(page.ends_with(
+            "## A\n\nWhat.\n\n| field | number | type | |\n|---|---:|---|---|\n\
+             | `c` | 7 | map<string, B> | Why. |\n"
+        ));
+    }
+}

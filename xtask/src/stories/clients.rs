@@ -1,0 +1,221 @@
+//! Stories about clients that other people wrote. Each lives one whole life of a build: create,
+//! follow, get, list, cancel another one, look at quotas and figures, delete.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+
+use super::Verdict;
+use super::lab::Lab;
+use super::service::{place, slow_image, slowly};
+use crate::images;
+use crate::process::Program;
+use crate::service::api::{SERVICE, number};
+use crate::service::{Server, clients, until};
+
+/// How many transports the Node.js client goes through.
+const NODE_TRANSPORTS: usize = 14;
+
+/// A service, an image that it builds, and one that it never gets to the end of.
+fn with_service(
+    lab: &Lab,
+    story: impl FnOnce(&Server, &str, &str) -> Result<()>,
+) -> Result<Verdict> {
+    let corner = lab.corner()?;
+    let (throttle, place) = slowly(lab, place(lab, &corner)?)?;
+    let server = place.start()?;
+    story(&server, &lab.pushed(images::TINY)?, &slow_image(lab, &throttle, 1)?)
+        .with_context(|| last_lines(&server.said()))?;
+    if server.said().contains("panicked") {
+        bail!("the service panicked:\n{}", last_lines(&server.said()));
+    }
+    place.nothing_staged()?;
+    Ok(Verdict::Passed)
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    format!("the service said:\n{}", lines[lines.len().saturating_sub(15)..].join("\n"))
+}
+
+/// Prints what a client says it did, and counts it.
+fn passed(said: &str) -> usize {
+    let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("ok ")).collect();
+    println!("      {}", lines.join("\n      "));
+    lines.len()
+}
+
+pub(super) fn connect_node_lives_a_builds_life_on_every_transport(lab: &Lab) -> Result<Verdict> {
+    let dir = clients::node()?;
+    with_service(lab, |server, image, slow| {
+        let url = format!("http://{}", server.address());
+        let said = Program::new("node").args(["client.mjs", &url, image, slow]).dir(&dir).text()?;
+        let count = passed(&said);
+        if count != NODE_TRANSPORTS {
+            bail!("{count} of {NODE_TRANSPORTS} transports passed:\n{said}");
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn python_grpcio_lives_a_builds_life(lab: &Lab) -> Result<Verdict> {
+    let client = clients::python_client()?;
+    with_service(lab, |server, image, slow| {
+        let said = client.args([server.address(), image, slow]).text()?;
+        if passed(&said) != 1 {
+            bail!("it said:\n{said}");
+        }
+        Ok(())
+    })
+}
+
+/// A way to call one RPC: method and message in, the answers' JSON out, one on each line.
+type Caller<'a> = dyn Fn(&str, &Value) -> Result<Vec<Value>> + 'a;
+
+pub(super) fn buf_curl_lives_a_builds_life_by_reflection_alone(lab: &Lab) -> Result<Verdict> {
+    let buf = clients::buf()?;
+    let buf_curl = || Program::new(&buf).args(["curl", "--http2-prior-knowledge"]);
+    with_service(lab, |server, image, slow| {
+        let url = |rest: &str| format!("http://{}{rest}", server.address());
+        let services = buf_curl().args(["--list-services", &url("")]).text()?;
+        for name in ["builder.v1.BuilderService", "grpc.health.v1.Health"] {
+            if !services.lines().any(|line| line == name) {
+                bail!("reflection does not list {name}: {services}");
+            }
+        }
+        for protocol in ["connect", "grpc", "grpcweb"] {
+            let tenant = format!("buf-{protocol}");
+            let call = |method: &str, message: &Value| {
+                let said = buf_curl()
+                    .args(["--protocol", protocol])
+                    .args(["--header", &format!("X-Tenant-ID: {tenant}")])
+                    .args(["--data", &message.to_string()])
+                    .arg(url(&format!("{SERVICE}/{method}")))
+                    .text()?;
+                let stream = serde_json::Deserializer::from_str(&said).into_iter::<Value>();
+                Ok(stream.collect::<Result<_, _>>()?)
+            };
+            one_life(&call, &tenant, image, slow).with_context(|| format!("by {protocol}"))?;
+            println!("      ok buf curl, {protocol}");
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn plain_curl_lives_a_builds_life(lab: &Lab) -> Result<Verdict> {
+    with_service(lab, |server, image, slow| {
+        for version in ["--http1.1", "--http2-prior-knowledge"] {
+            let tenant = format!("curl{version}").replace(".", "");
+            let call =
+                |method: &str, message: &Value| curl(server, &tenant, version, method, message);
+            one_life(&call, &tenant, image, slow).with_context(|| version.to_owned())?;
+            println!("      ok curl {version}");
+        }
+        Ok(())
+    })
+}
+
+/// Streams come to curl as the documented page of lines: it knows no envelopes.
+fn curl(
+    server: &Server,
+    tenant: &str,
+    version: &str,
+    method: &str,
+    message: &Value,
+) -> Result<Vec<Value>> {
+    let program = Program::new("curl")
+        .args(["--silent", "--show-error", "--fail-with-body", version])
+        .args(["--header", &format!("X-Tenant-ID: {tenant}")]);
+    let url = format!("http://{}{SERVICE}", server.address());
+    if method != "StreamBuildLogs" {
+        let said = program
+            .args(["--header", "Content-Type: application/json", "--data"])
+            .args([message.to_string(), format!("{url}/{method}")])
+            .text()?;
+        return Ok(vec![serde_json::from_str(&said)?]);
+    }
+    let id = message["buildId"].as_str().unwrap_or_default();
+    let route = |name: &str| -> Result<Value> {
+        let said = Program::new("curl")
+            .args(["--silent", "--show-error", "--fail-with-body", version])
+            .args(["--header", &format!("X-Tenant-ID: {tenant}")])
+            .arg(format!("{url}/{name}"))
+            .text()?;
+        Ok(serde_json::from_str(&said)?)
+    };
+    until("the build has ended", Duration::from_secs(120), || {
+        let status = route(&format!("GetBuildStatus/{id}"))?;
+        Ok((status["status"] == "BUILD_STATUS_COMPLETED").then_some(()))
+    })?;
+    let page = route(&format!("GetBuildLogs/{id}?offset=0&limit=1000"))?;
+    page["logs"].as_array().cloned().context("GetBuildLogs gave no lines")
+}
+
+fn one_life(call: &Caller<'_>, tenant: &str, image: &str, slow: &str) -> Result<()> {
+    let one = |method: &str, message: Value| -> Result<Value> {
+        let mut answers = call(method, &message)?;
+        answers.pop().with_context(|| format!("{method} answered nothing"))
+    };
+    let order = |image: &str| {
+        json!({"config": {
+            "tenant": {"tenantId": tenant, "tier": "TENANT_TIER_ENTERPRISE"},
+            "source": {"dockerImage": {"imageUri": image}},
+            "target": {"microvmRootfs": {"initStrategy": "INIT_STRATEGY_TINI"}},
+            "strategy": {"dockerExtract": {}},
+        }})
+    };
+    let id = one("CreateBuild", order(image))?["buildId"].take();
+    let lines = call("StreamBuildLogs", &json!({"buildId": id, "follow": true}))?;
+    for (offset, line) in lines.iter().enumerate() {
+        if number(&line["offset"]) != offset as u64 {
+            bail!("line {offset} of the log is {line}");
+        }
+    }
+    let last = lines.last().context("the log is empty")?["message"].as_str();
+    if !last.is_some_and(|message| message.starts_with("completed: ")) {
+        bail!("the log ends with {last:?}");
+    }
+    let build = one("GetBuild", json!({"buildId": id}))?["build"].take();
+    if build["state"] != "BUILD_STATE_COMPLETED" {
+        bail!("it ended as {build}");
+    }
+    let list = one("ListBuilds", json!({"tenantId": tenant}))?;
+    if number(&list["totalCount"]) != 1 || list["builds"][0]["buildId"] != id {
+        bail!("the list is {list}");
+    }
+    let cancelled = cancel_another(&one, &order(slow))?;
+    let quotas = one("GetTenantQuotas", json!({}))?["currentUsage"].take();
+    if number(&quotas["dailyBuildsUsed"]) != 2
+        || number(&quotas["storageBytesUsed"]) != number(&build["rootfsSizeBytes"])
+    {
+        bail!("the usage is {quotas}");
+    }
+    let stats = one("GetBuildStats", json!({}))?;
+    if (number(&stats["totalBuilds"]), number(&stats["successfulBuilds"])) != (2, 1) {
+        bail!("the figures are {stats}");
+    }
+    for id in [id, cancelled] {
+        if one("DeleteBuild", json!({"buildId": id}))?["success"] != true {
+            bail!("{id} is not deleted");
+        }
+        if one("GetBuild", json!({"buildId": id})).is_ok() {
+            bail!("{id} is deleted and still there");
+        }
+    }
+    Ok(())
+}
+
+fn cancel_another(one: &dyn Fn(&str, Value) -> Result<Value>, order: &Value) -> Result<Value> {
+    let id = one("CreateBuild", order.clone())?["buildId"].take();
+    let reaches = |state: &str| {
+        until(state, Duration::from_secs(30), || {
+            let build = one("GetBuild", json!({"buildId": id}))?;
+            Ok((build["build"]["state"] == state).then_some(()))
+        })
+    };
+    reaches("BUILD_STATE_EXTRACTING")?;
+    one("CancelBuild", json!({"buildId": id, "reason": "a test"}))?;
+    reaches("BUILD_STATE_CANCELLED")?;
+    Ok(id)
+}
