@@ -17,7 +17,7 @@ use crate::artifact::{ArtifactStore, LocalArtifacts, ObjectArtifacts};
 use crate::build::child::RegistrySpec;
 use crate::build::janitor::{Janitor, JanitorRules};
 use crate::build::service::{BuildService, ServiceRules};
-use crate::build::worker::{WorkerRules, Workers, clear_leftovers};
+use crate::build::worker::{ATTEMPTS_MAX, LEASE_SECS, WorkerRules, Workers, clear_leftovers};
 use crate::clock::{Clock, WallClock};
 use crate::config::{Config, DatabaseConfig, StorageBackend};
 use crate::packs::{CacheError, PackCache};
@@ -133,6 +133,11 @@ pub(crate) async fn serve(
     let artifacts = open_artifacts(&config)?;
     clear_leftovers(artifacts.staging())
         .map_err(|source| ServeError::Path { path: artifacts.staging().to_owned(), source })?;
+    if matches!(config.database, DatabaseConfig::Sqlite) {
+        // Its lock says that no other server lives: nobody has to wait for the leases of the last.
+        let past_all_leases = clock.now().plus_secs(LEASE_SECS + 1);
+        store.system().reap(ATTEMPTS_MAX, past_all_leases).await?;
+    }
     let packs = match config.storage.cache_enabled {
         true => Some(PackCache::open(&config.storage.cache_dir)?),
         false => None,

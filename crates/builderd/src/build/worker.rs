@@ -36,7 +36,7 @@ use crate::store::{ArtifactName, Claimed, Fenced, Heartbeat, Lease, Outcome, Sto
 use crate::telemetry::{self, Metrics};
 
 /// A worker that says nothing for so long has lost its build.
-const LEASE_SECS: u64 = 30;
+pub(crate) const LEASE_SECS: u64 = 30;
 /// How often it says that it lives, and hears of a cancel nobody hinted at.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// When heartbeats fail for so long, the worker gives its build up before somebody else takes it.
