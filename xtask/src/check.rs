@@ -8,13 +8,17 @@ use crate::arguments::Arguments;
 use crate::process::{self, Program};
 use crate::stories::{self, Size, Tally};
 use crate::workspace::cargo;
-use crate::{fuzz, machine, workspace};
+use crate::{fuzz, machine, mutations, workspace};
 
 /// `cargo xtask test [--no-stories] [--install]`
 pub(crate) fn test(mut arguments: Arguments) -> Result<()> {
     let with_stories = !arguments.flag("--no-stories");
     let install = arguments.flag("--install");
     arguments.end()?;
+    // Tests of the store want a database, those of the metrics their checker.
+    if with_stories {
+        machine::require(&[machine::DEMO, machine::STORIES, machine::SERVICE])?;
+    }
     let mut tally = Tally::default();
     tally.add(step("cargo fmt --check", cargo().args(["fmt", "--all", "--check"])));
     let clippy = ["clippy", "--workspace", "--all-targets", "--", "--deny=warnings"];
@@ -33,10 +37,13 @@ pub(crate) fn test(mut arguments: Arguments) -> Result<()> {
     conclude(tally)
 }
 
-/// `cargo xtask soak`: the stories at the sizes that the specification states.
+/// `cargo xtask soak`: the stories at the sizes that the specification states, and the mutations.
 pub(crate) fn soak(arguments: Arguments) -> Result<()> {
     arguments.end()?;
-    conclude(run_stories(Size::Full)?)
+    let mut tally = run_stories(Size::Full)?;
+    heading("mutations");
+    tally.add(mutations::check()?);
+    conclude(tally)
 }
 
 fn run_stories(size: Size) -> Result<Tally> {

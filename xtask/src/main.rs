@@ -13,6 +13,7 @@ mod http;
 mod images;
 mod machine;
 mod mount;
+mod mutations;
 mod process;
 mod registry;
 mod service;
@@ -38,6 +39,7 @@ usage: cargo xtask CHORE
   bench --service      the service's figures; [--binary FILE]
   docs                 write docs/api.md from the proto file
   fuzz [TARGET...]     every parser of foreign bytes; [--seconds N]
+  mutations            take the queue's fence out and see that the tests notice
   stories [WORDS]      stories whose sentence contains WORDS; [--full] [--binary FILE] [--seed N]
   images [NAME...]     make the test images
   serve [NAME...]      serve them from a registry until standard input ends
@@ -70,6 +72,7 @@ fn run() -> Result<()> {
         "stories" => stories(arguments),
         "images" => images::run(arguments.rest()?),
         "serve" => chores::serve(arguments),
+        "mutations" => arguments.end().and_then(|()| mutations::run()),
         "boot" => chores::boot(arguments),
         "compare" => chores::compare(arguments),
         "floor" => floor(arguments),

@@ -67,15 +67,21 @@ pub(crate) fn node() -> Result<PathBuf> {
     for name in NODE_FILES {
         std::fs::copy(source("node").join(name), dir.join(name))?;
     }
-    let script = "PATH=\"$PWD/node_modules/.bin:$PATH\" exec buf generate \"$0\"";
-    Program::shell(script).arg(workspace::top().join("proto")).dir(&dir).run()?;
+    let script = "PATH=\"$PWD/node_modules/.bin:$PATH\" exec \"$0\" generate \"$1\"";
+    let buf = buf_below(&dir)?;
+    Program::shell(script).arg(buf).arg(workspace::top().join("proto")).dir(&dir).run()?;
     Ok(dir)
 }
 
 /// The program `buf`; it is a Go client and knows our proto files by reflection alone.
 pub(crate) fn buf() -> Result<PathBuf> {
-    let packages = node()?.join("node_modules/@bufbuild");
-    // npm installs the one for this machine; starting it through Node.js takes longer than a call.
+    buf_below(&node()?)
+}
+
+/// npm installs the one for this machine. The package `@bufbuild/buf` that would choose it asks for
+/// every platform's, which not every mirror has, and starts it through Node.js.
+fn buf_below(dir: &Path) -> Result<PathBuf> {
+    let packages = dir.join("node_modules/@bufbuild");
     for package in std::fs::read_dir(&packages)? {
         let package = package?;
         let program = package.path().join("bin/buf");
