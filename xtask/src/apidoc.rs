@@ -17,8 +17,13 @@ Made from `proto/builder/v1/builder.proto` by `cargo xtask docs`; do not edit.
 Base URL `http://HOST:8082`, procedures at `/builder.v1.BuilderService/METHOD`, over Connect (JSON and
 binary, HTTP/1.1 and h2c), gRPC and gRPC-Web. gRPC health and reflection are there. Plain routes for
 people and scripts: `GET .../GetBuildStatus/ID`, `GET .../GetBuildArtifact/ID` (also `ID.sha256`),
-`GET .../GetBuildLogs/ID?offset&limit`, `GET .../ListBuilds?status&limit&offset`, `GET /health`,
-`GET /stats`, `GET /metrics`.
+`GET .../GetBuildLogs/ID?offset&limit`, `GET .../ListBuilds?status&limit&offset` (a page may have fewer
+builds than `limit`: go on behind those that came while it says `has_more`), `GET /health`, `GET /stats`,
+`GET /metrics`.
+
+An error has the documentation's HTTP status on the plain routes and for an RPC in JSON without the
+header `Connect-Protocol-Version`: 403 for a used-up quota, 429 for too many requests, 503 for a full
+disk. Connect's own clients get Connect's status for the code, 429 for each of these three.
 ";
 
 /// `cargo xtask docs`

@@ -33,7 +33,7 @@ pub(crate) const STORIES: &[Need] = &[
     ("mkfs.btrfs", "btrfs-progs"),
 ];
 
-/// For the service's stories: databases and other people's clients.
+/// For the service: databases, other people's clients, and who checks its metrics.
 pub(crate) const SERVICE: &[Need] = &[
     ("curl", "curl"),
     ("node", "nodejs"),
@@ -41,6 +41,8 @@ pub(crate) const SERVICE: &[Need] = &[
     ("python3", "python3-venv"),
     ("sqlite3", "sqlite3"),
     ("postgresql", "postgresql"),
+    // Comes with the server, which Debian starts where systemd runs; nothing here needs it.
+    ("promtool", "prometheus"),
 ];
 
 /// Makes sure that every program is there: installs as root, else says what to run.

@@ -16,6 +16,7 @@ pub mod clock;
 pub mod command;
 mod config;
 pub mod packs;
+mod parts;
 mod seal;
 mod serve;
 mod staged;

@@ -10,6 +10,7 @@ use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
+use aws_lc_rs::hmac;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,13 @@ use crate::tenant::TenantId;
 
 const VERSION: u8 = 1;
 const KEY_BYTES: usize = 32;
+/// What the key says under itself to have a name.
+const NAME: &[u8] = b"builderd master key, version 1";
+/// Bytes of the name: enough to tell keys apart.
+const NAME_BYTES: usize = 16;
+/// For whoever has the wrong key, or none.
+const REMEDY: &str = "copy the key file of a server that uses this database; if that key is lost, \
+     stop every server and run `builderd admin forget-key`";
 
 /// Why a secret could not be sealed or opened.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +51,11 @@ pub enum SealError {
 }
 
 /// The key that everything at rest hangs on.
-pub(crate) struct MasterKey(RandomizedNonceKey);
+pub(crate) struct MasterKey {
+    cipher: RandomizedNonceKey,
+    /// HMAC-SHA-256 of [`NAME`] under the key, in hex: tells keys apart, and nothing of the key.
+    id: String,
+}
 
 /// The plain form, inside the seal only.
 #[derive(Serialize, Deserialize)]
@@ -59,16 +71,56 @@ impl MasterKey {
     /// # Errors
     /// [`SealError::KeyFile`]; also if others may read the file.
     pub(crate) fn load_or_create(path: &Path) -> Result<Self, SealError> {
-        let failed = |problem: String| SealError::KeyFile { path: path.to_owned(), problem };
         let bytes = match File::open(path) {
-            Ok(file) => read_key(file).map_err(failed)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                create_key(path).map_err(|error| failed(error.to_string()))?
+                create_key(path).map_err(|error| unusable(path, error.to_string()))?
             }
-            Err(error) => return Err(failed(error.to_string())),
+            found => read_key(path, found)?,
         };
-        let key = RandomizedNonceKey::new(&AES_256_GCM, &bytes);
-        key.map(Self).map_err(|_| failed("it is no AES-256 key".into()))
+        Self::new(path, &bytes)
+    }
+
+    /// Reads the key of a database that has one already: another one would be of no use.
+    ///
+    /// # Errors
+    /// [`SealError::KeyFile`]; also if the file does not exist.
+    pub(crate) fn load(path: &Path) -> Result<Self, SealError> {
+        match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(unusable(
+                path,
+                format!("there is none, and the database has secrets sealed with one: {REMEDY}"),
+            )),
+            found => Self::new(path, &read_key(path, found)?),
+        }
+    }
+
+    fn new(path: &Path, bytes: &[u8; KEY_BYTES]) -> Result<Self, SealError> {
+        let cipher = RandomizedNonceKey::new(&AES_256_GCM, bytes)
+            .map_err(|_| unusable(path, "it is no AES-256 key".into()))?;
+        let name = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, bytes), NAME);
+        let id = crate::build::hex(name.as_ref().get(..NAME_BYTES).unwrap_or_default());
+        Ok(Self { cipher, id })
+    }
+
+    /// Tells it from other keys; not secret.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Whether it is the key that the database names, read from `path`.
+    ///
+    /// # Errors
+    /// [`SealError::KeyFile`]
+    pub(crate) fn must_be(self, id: &str, path: &Path) -> Result<Self, SealError> {
+        match self.id == id {
+            true => Ok(self),
+            false => {
+                let own = &self.id;
+                let problem =
+                    format!("it is key {own}, and the database's secrets need key {id}: {REMEDY}");
+                Err(unusable(path, problem))
+            }
+        }
     }
 
     /// Seals the credentials of one build.
@@ -88,7 +140,7 @@ impl MasterKey {
         };
         let mut bytes = serde_json::to_vec(&plain).map_err(|_| SealError::Cipher)?;
         let context = context(tenant, build);
-        let nonce = self.0.seal_in_place_append_tag(Aad::from(context.as_bytes()), &mut bytes);
+        let nonce = self.cipher.seal_in_place_append_tag(Aad::from(context.as_bytes()), &mut bytes);
         let nonce = nonce.map_err(|_| SealError::Cipher)?;
         let mut sealed = vec![VERSION];
         sealed.extend_from_slice(nonce.as_ref());
@@ -113,7 +165,8 @@ impl MasterKey {
         let nonce = Nonce::try_assume_unique_for_key(&head[1..]).map_err(|_| SealError::Open)?;
         let (context, mut bytes) = (context(tenant, build), body.to_vec());
         let aad = Aad::from(context.as_bytes());
-        let plain = self.0.open_in_place(nonce, aad, &mut bytes).map_err(|_| SealError::Open)?;
+        let plain =
+            self.cipher.open_in_place(nonce, aad, &mut bytes).map_err(|_| SealError::Open)?;
         let plain: Plain = serde_json::from_slice(plain).map_err(|_| SealError::Open)?;
         Ok(RegistryCredentials {
             registry: plain.registry,
@@ -128,15 +181,23 @@ fn context(tenant: &TenantId, build: &BuildId) -> String {
     format!("registry-credentials/{tenant}/{build}")
 }
 
-fn read_key(mut file: File) -> Result<[u8; KEY_BYTES], String> {
-    let mode = file.metadata().map_err(|error| error.to_string())?.permissions().mode();
+fn unusable(path: &Path, problem: String) -> SealError {
+    SealError::KeyFile { path: path.to_owned(), problem }
+}
+
+fn read_key(path: &Path, file: io::Result<File>) -> Result<[u8; KEY_BYTES], SealError> {
+    let failed = |error: io::Error| unusable(path, error.to_string());
+    let mut file = file.map_err(failed)?;
+    let mode = file.metadata().map_err(failed)?.permissions().mode();
     if mode & 0o077 != 0 {
-        return Err(format!("its mode is {:o}, others may read it: chmod 600", mode & 0o777));
+        let problem = format!("its mode is {:o}, others may read it: chmod 600", mode & 0o777);
+        return Err(unusable(path, problem));
     }
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    file.read_to_end(&mut bytes).map_err(failed)?;
     let length = bytes.len();
-    bytes.try_into().map_err(|_| format!("it has {length} bytes, a key has {KEY_BYTES}"))
+    let wrong = |_| unusable(path, format!("it has {length} bytes, a key has {KEY_BYTES}"));
+    bytes.try_into().map_err(wrong)
 }
 
 fn create_key(path: &Path) -> io::Result<[u8; KEY_BYTES]> {
@@ -177,6 +238,26 @@ mod tests {
             assert!(again.open(&tenant, &build, &changed).is_err(), "byte {index}");
             assert!(again.open(&tenant, &build, &sealed[..index]).is_err(), "cut at {index}");
         }
+    }
+
+    #[test]
+    fn a_key_is_told_from_another_by_a_name_that_does_not_give_it_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("key"), directory.path().join("other"));
+        let missing = MasterKey::load(&path).map(|_| ()).unwrap_err().to_string();
+        assert!(missing.contains("forget-key") && !path.exists(), "{missing}");
+        let key = MasterKey::load_or_create(&path).unwrap();
+        let name = key.id().to_owned();
+        assert_eq!(MasterKey::load(&path).unwrap().id(), name);
+        assert!(key.must_be(&name, &path).is_ok());
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(name.len(), 2 * NAME_BYTES);
+        assert!(!crate::build::hex(&bytes).contains(&name));
+        let stranger = MasterKey::load_or_create(&other).unwrap();
+        assert_ne!(stranger.id(), name);
+        let refused = stranger.must_be(&name, &other).map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains(&name) && refused.contains("copy the key file"), "{refused}");
+        assert!(refused.contains(other.to_str().unwrap()), "{refused}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures_util::FutureExt as _;
 use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
 use object_store::gcp::GoogleCloudStorageBuilder;
@@ -13,16 +14,17 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::api::{self, ApiRules, Meters, Mode};
-use crate::artifact::{ArtifactStore, LocalArtifacts, ObjectArtifacts};
+use crate::artifact::{ArtifactStore, LocalArtifacts, MeteredArtifacts, ObjectArtifacts};
 use crate::build::child::RegistrySpec;
 use crate::build::janitor::{Janitor, JanitorRules};
-use crate::build::service::{BuildService, ServiceRules};
-use crate::build::worker::{ATTEMPTS_MAX, LEASE_SECS, WorkerRules, Workers, clear_leftovers};
+use crate::build::service::{BuildService, STOP_WAIT, ServiceRules};
+use crate::build::worker::{ATTEMPTS_MAX, WorkerRules, Workers, clear_leftovers};
 use crate::clock::{Clock, WallClock};
 use crate::config::{Config, DatabaseConfig, StorageBackend};
 use crate::packs::{CacheError, PackCache};
+use crate::parts::{PartError, Parts};
 use crate::seal::{MasterKey, SealError};
-use crate::store::{Store, StoreError};
+use crate::store::{Leases, Store, StoreError};
 use crate::telemetry::{self, TelemetryError};
 
 /// Why the service did not start, or stopped.
@@ -62,6 +64,9 @@ pub(crate) enum ServeError {
     /// Logs, metrics or traces.
     #[error(transparent)]
     Telemetry(#[from] TelemetryError),
+    /// A part of it.
+    #[error("the service stopped")]
+    Part(#[from] PartError),
     /// The runtime.
     #[error("the service stopped")]
     Runtime(#[source] io::Error),
@@ -129,14 +134,13 @@ pub(crate) async fn serve(
     make_directory(&config.rootfs_output_dir)?;
     let _ours = claim_directory(&config.rootfs_output_dir)?;
     let store = open_store(&config).await?;
-    let key = Arc::new(MasterKey::load_or_create(&config.master_key_file)?);
-    let artifacts = open_artifacts(&config)?;
+    let key = Arc::new(master_key(&config.master_key_file, &store).await?);
+    let artifacts = metered(open_artifacts(&config)?, &config, &metrics);
     clear_leftovers(artifacts.staging())
         .map_err(|source| ServeError::Path { path: artifacts.staging().to_owned(), source })?;
     if matches!(config.database, DatabaseConfig::Sqlite) {
         // Its lock says that no other server lives: nobody has to wait for the leases of the last.
-        let past_all_leases = clock.now().plus_secs(LEASE_SECS + 1);
-        store.system().reap(ATTEMPTS_MAX, past_all_leases).await?;
+        store.system().reap(Leases::All, ATTEMPTS_MAX, clock.now()).await?;
     }
     let packs = match config.storage.cache_enabled {
         true => Some(PackCache::open(&config.storage.cache_dir)?),
@@ -166,15 +170,31 @@ pub(crate) async fn serve(
         janitor_rules(&config, packs),
     );
     let (meters, rules) = (meters(&metrics), api_rules(&config));
-    let state = api::ApiState::new(service, store, clock, meters, rules, stopped.clone());
+    let mut parts = Parts::new();
+    let stopping = parts.stopping();
+    let state = api::ApiState::new(service, store, clock, meters, rules, stopping.clone());
     let address = listener.local_addr().map_err(ServeError::Runtime)?;
     tracing::info!(%address, dev = config.dev, "listening");
-    let work = tokio::spawn(Arc::clone(&workers).run(stopped.clone()));
-    let tidy = tokio::spawn(janitor.run(stopped.clone()));
-    let answered = api::serve(listener, api::router(state), stopped, config.shutdown_timeout).await;
-    let ended = tokio::join!(work, tidy);
-    answered.map_err(ServeError::Runtime)?;
-    ended.0.and(ended.1).map_err(|error| ServeError::Runtime(io::Error::other(error)))
+    let router = api::router(state, config.cors_allowed_origins);
+    let answer = api::serve(listener, router, stopping.clone(), config.shutdown_timeout);
+    parts.start("the API", answer);
+    let (work, tidy) = (workers.run(stopping.clone()), janitor.run(stopping));
+    parts.start("the workers", work.map(Ok));
+    parts.start("the janitor", tidy.map(Ok));
+    let ended = parts.run(stopped).await;
+    artifacts.settle().await;
+    Ok(ended?)
+}
+
+/// The key of every server on this database: the first one makes it.
+async fn master_key(path: &Path, store: &Store) -> Result<MasterKey, ServeError> {
+    let system = store.system();
+    let key = match system.master_key().await? {
+        Some(_) => MasterKey::load(path)?,
+        None => MasterKey::load_or_create(path)?,
+    };
+    let held = system.claim_master_key(key.id()).await?;
+    Ok(key.must_be(&held, path)?)
 }
 
 fn make_directory(path: &Path) -> Result<(), ServeError> {
@@ -255,6 +275,20 @@ fn open_artifacts(config: &Config) -> Result<Arc<dyn ArtifactStore>, ServeError>
     Ok(Arc::new(ObjectArtifacts::open(store, &url, prefix, root).map_err(failed)?))
 }
 
+/// The store, with what it does counted.
+fn metered(
+    artifacts: Arc<dyn ArtifactStore>,
+    config: &Config,
+    metrics: &Arc<telemetry::Metrics>,
+) -> Arc<dyn ArtifactStore> {
+    let backend = match &config.storage.backend {
+        StorageBackend::Local => "local",
+        StorageBackend::S3 { .. } => "s3",
+        StorageBackend::Gcs { .. } => "gcs",
+    };
+    Arc::new(MeteredArtifacts::new(artifacts, backend, Arc::clone(metrics)))
+}
+
 fn api_rules(config: &Config) -> ApiRules {
     ApiRules {
         mode: if config.dev { Mode::Development } else { Mode::Tokens },
@@ -281,6 +315,7 @@ fn service_rules(config: &Config) -> ServiceRules {
         registry_auth: config.docker.registry_auth,
         allowed_registries: config.docker.allowed_registries.clone(),
         build_secs_max: config.build_timeout.as_secs(),
+        stop_wait: STOP_WAIT,
     }
 }
 
@@ -311,5 +346,9 @@ fn janitor_rules(config: &Config, packs: Option<PackCache>) -> JanitorRules {
         retention_secs: u64::from(storage.retention_days) * 86_400,
         storage_bytes_max: storage.max_bytes,
         packs: packs.map(|packs| (packs, storage.cache_max_bytes)),
+        tenants: service_rules(config),
     }
 }
+
+#[cfg(test)]
+mod tests;

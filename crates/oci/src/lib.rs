@@ -37,7 +37,7 @@ pub mod testing;
 mod transport;
 
 pub use archive::ArchiveError;
-pub use auth::docker_config::CredentialsError;
+pub use auth::docker_config::{CredentialsError, registry_named};
 pub use auth::{Credentials, HelperError};
 pub use blob::BlobStream;
 pub use client::Client;

@@ -45,7 +45,7 @@ function config(tenantId, imageUri) {
     tenant: { tenantId, tier: TenantTier.ENTERPRISE },
     source: { sourceType: { case: "dockerImage", value: { imageUri } } },
     target: {
-      targetType: { case: "microvmRootfs", value: { initStrategy: InitStrategy.TINI } },
+      targetType: { case: "microvmRootfs", value: { initStrategy: InitStrategy.DIRECT } },
     },
     strategy: { strategyType: { case: "dockerExtract", value: { flattenFilesystem: true } } },
     buildName: "from connect-node",

@@ -21,7 +21,7 @@ def config(image):
         tenant=pb.TenantContext(tenant_id=TENANT, tier=pb.TENANT_TIER_ENTERPRISE),
         source=pb.BuildSource(docker_image=pb.DockerImageSource(image_uri=image)),
         target=pb.BuildTarget(
-            microvm_rootfs=pb.MicroVMRootfs(init_strategy=pb.INIT_STRATEGY_TINI)
+            microvm_rootfs=pb.MicroVMRootfs(init_strategy=pb.INIT_STRATEGY_DIRECT)
         ),
         strategy=pb.BuildStrategy(docker_extract=pb.DockerExtractStrategy()),
         build_name="from grpcio",

@@ -13,9 +13,9 @@ use super::measure::mebibytes;
 use crate::images::{self, generated};
 use crate::process::Program;
 use crate::registry::Registry;
-use crate::service::api::{Api, Order, SERVICE};
+use crate::service::api::{Api, Order};
 use crate::service::throttle::Throttle;
-use crate::service::wire::{Connection, Request};
+use crate::service::wire::Connection;
 use crate::service::{Place, Server, until};
 use crate::{chores, workspace};
 
@@ -278,19 +278,12 @@ fn clone_tenant(sql: &impl Fn(&str) -> Result<String>, tenant: &str) -> Result<S
 }
 
 fn median_of(api: &Api, method: &str, message: &serde_json::Value) -> Result<Duration> {
-    let path = format!("{SERVICE}/{method}");
-    let headers = [
-        ("Content-Type", "application/json"),
-        ("Connect-Protocol-Version", "1"),
-        ("X-Tenant-ID", api.tenant.as_str()),
-    ];
-    let body = message.to_string();
-    let request = Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
+    let rpc = api.rpc(method, message);
     let mut connection = Connection::open(&api.address)?;
     let mut times = Vec::new();
     for _ in 0..CALLS {
         let started = Instant::now();
-        let answer = connection.send(request)?;
+        let answer = connection.send(rpc.request())?;
         times.push(started.elapsed());
         if answer.status() != 200 {
             bail!("{method} answered {}: {}", answer.status(), answer.text());
@@ -304,7 +297,6 @@ fn get_builds(server: &Server, builds_each: u64) -> Result<()> {
     let asked = AtomicU64::new(0);
     let ask = || -> Result<()> {
         let mut connection = Connection::open(server.address())?;
-        let path = format!("{SERVICE}/GetBuild");
         loop {
             let turn = asked.fetch_add(1, Ordering::Relaxed);
             if turn >= REQUESTS as u64 {
@@ -312,16 +304,9 @@ fn get_builds(server: &Server, builds_each: u64) -> Result<()> {
             }
             // Spread over the tenant's builds; a build's number decides its tenant.
             let number = turn % OTHERS + OTHERS * (turn * 7919 % builds_each.max(1));
-            let tenant = other(turn % OTHERS);
-            let body = format!("{{\"buildId\":\"build_{number:026}\"}}");
-            let headers = [
-                ("Content-Type", "application/json"),
-                ("Connect-Protocol-Version", "1"),
-                ("X-Tenant-ID", tenant.as_str()),
-            ];
-            let request =
-                Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
-            let answer = connection.send(request)?;
+            let api = Api::new(server.address(), &other(turn % OTHERS), "DEDICATED");
+            let message = json!({"buildId": format!("build_{number:026}")});
+            let answer = connection.send(api.rpc("GetBuild", &message).request())?;
             if answer.status() != 200 {
                 bail!("GetBuild answered {}: {}", answer.status(), answer.text());
             }

@@ -70,23 +70,42 @@ impl Order {
     }
 }
 
+/// A call that can be sent again and again.
+#[derive(Debug)]
+pub(crate) struct Rpc<'a> {
+    path: String,
+    headers: [(&'static str, &'a str); 3],
+    body: Vec<u8>,
+}
+
+impl Rpc<'_> {
+    pub(crate) fn request(&self) -> Request<'_> {
+        Request { method: "POST", path: &self.path, headers: &self.headers, body: &self.body }
+    }
+}
+
 impl Api {
     pub(crate) fn new(address: &str, tenant: &str, tier: &'static str) -> Self {
         Self { address: address.to_owned(), tenant: tenant.to_owned(), tier }
     }
 
+    /// An RPC in JSON, to be sent as often as wanted.
+    pub(crate) fn rpc(&self, method: &str, message: &Value) -> Rpc<'_> {
+        self.post(method, "application/json", message.to_string().into_bytes())
+    }
+
+    fn post(&self, method: &str, content_type: &'static str, body: Vec<u8>) -> Rpc<'_> {
+        let headers = [
+            ("Content-Type", content_type),
+            ("Connect-Protocol-Version", "1"),
+            ("X-Tenant-ID", self.tenant.as_str()),
+        ];
+        Rpc { path: format!("{SERVICE}/{method}"), headers, body }
+    }
+
     /// An RPC's answer, whatever its status is.
     pub(crate) fn call(&self, method: &str, message: &Value) -> Result<Answer> {
-        let path = format!("{SERVICE}/{method}");
-        let headers = [
-            ("Content-Type", "application/json"),
-            ("Connect-Protocol-Version", "1"),
-            ("X-Tenant-ID", &self.tenant),
-        ];
-        let body = message.to_string();
-        let request =
-            Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
-        Connection::open(&self.address)?.send(request)
+        Connection::open(&self.address)?.send(self.rpc(method, message).request())
     }
 
     /// An RPC that is to succeed.
@@ -119,7 +138,7 @@ impl Api {
             "tenant": {"tenantId": self.tenant, "tier": format!("TENANT_TIER_{}", self.tier)},
             "source": {"dockerImage": {"imageUri": order.image}},
             "target": {"microvmRootfs": {
-                "initStrategy": "INIT_STRATEGY_TINI", "compression": order.compression,
+                "initStrategy": "INIT_STRATEGY_DIRECT", "compression": order.compression,
             }},
             "strategy": {"dockerExtract": {}},
             "idempotencyKey": order.key,
@@ -220,14 +239,8 @@ impl Api {
         let mut enveloped = vec![0];
         enveloped.extend_from_slice(&length.to_be_bytes());
         enveloped.extend_from_slice(message.as_bytes());
-        let path = format!("{SERVICE}/StreamBuildLogs");
-        let headers = [
-            ("Content-Type", "application/connect+json"),
-            ("Connect-Protocol-Version", "1"),
-            ("X-Tenant-ID", &self.tenant),
-        ];
-        let request = Request { method: "POST", path: &path, headers: &headers, body: &enveloped };
-        let (head, mut body) = Connection::open(&self.address)?.stream(request)?;
+        let rpc = self.post("StreamBuildLogs", "application/connect+json", enveloped);
+        let (head, mut body) = Connection::open(&self.address)?.stream(rpc.request())?;
         if head.status != 200 {
             let mut text = String::new();
             body.read_to_string(&mut text)?;

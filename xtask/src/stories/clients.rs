@@ -161,7 +161,7 @@ fn one_life(call: &Caller<'_>, tenant: &str, image: &str, slow: &str) -> Result<
         json!({"config": {
             "tenant": {"tenantId": tenant, "tier": "TENANT_TIER_ENTERPRISE"},
             "source": {"dockerImage": {"imageUri": image}},
-            "target": {"microvmRootfs": {"initStrategy": "INIT_STRATEGY_TINI"}},
+            "target": {"microvmRootfs": {"initStrategy": "INIT_STRATEGY_DIRECT"}},
             "strategy": {"dockerExtract": {}},
         }})
     };

@@ -329,20 +329,13 @@ pub(super) fn of_500_orders_at_once_the_last_place_takes_one(lab: &Lab) -> Resul
 
 /// Sends the same CreateBuild on as many connections, at the same moment.
 fn at_once(api: &Api, message: &Value, callers: usize) -> Result<Vec<u16>> {
-    let path = format!("{SERVICE}/CreateBuild");
-    let headers = [
-        ("Content-Type", "application/json"),
-        ("Connect-Protocol-Version", "1"),
-        ("X-Tenant-ID", api.tenant.as_str()),
-    ];
-    let body = message.to_string();
-    let request = Request { method: "POST", path: &path, headers: &headers, body: body.as_bytes() };
+    let rpc = api.rpc("CreateBuild", message);
     let barrier = Barrier::new(callers);
     std::thread::scope(|scope| {
         let call = || {
             let connection = Connection::open(&api.address);
             barrier.wait();
-            Ok(connection?.send(request)?.status())
+            Ok(connection?.send(rpc.request())?.status())
         };
         let threads: Vec<_> = (0..callers).map(|_| scope.spawn(call)).collect();
         let ended = threads.into_iter().map(|thread| thread.join());

@@ -11,7 +11,6 @@ use std::sync::{Arc, OnceLock};
 use flate2::Crc;
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
-use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
@@ -30,6 +29,8 @@ const TOKEN_PREFIX: &str = "bld_";
 const SECRET_DIGITS: usize = 64;
 const TENANT_HEADER: &str = "x-tenant-id";
 const CUSTOMER_HEADER: &str = "x-customer-id";
+/// Longest name of a customer; it is kept with each build.
+const CUSTOMER_BYTES_MAX: usize = 256;
 
 /// Why somebody may not come in.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,9 @@ pub(crate) enum Refusal {
     /// The request names another customer than the credential.
     #[error("the customer of this request is not the credential's")]
     OtherCustomer,
+    /// The request names a customer by more than is kept.
+    #[error("the customer of this request is longer than {} bytes", CUSTOMER_BYTES_MAX)]
+    CustomerTooLong,
     /// The request names something that cannot be a tenant.
     #[error(transparent)]
     TenantId(#[from] TenantIdError),
@@ -106,7 +110,7 @@ enum Credential {
 #[derive(Debug, Default)]
 struct Notes {
     rate: OnceLock<Rate>,
-    error: OnceLock<Value>,
+    error: OnceLock<Answer>,
 }
 
 impl Caller {
@@ -115,14 +119,14 @@ impl Caller {
         self.notes.rate.get()
     }
 
-    /// Keeps the plain form of an error for an answer in both spellings.
+    /// Keeps an error for an answer to a person.
     pub(crate) fn note(&self, answer: &Answer) {
         // The first error of a request is the one it is answered with.
-        let _ = self.notes.error.set(answer.plain());
+        let _ = self.notes.error.set(answer.clone());
     }
 
-    /// The plain form of the error the request was answered with.
-    pub(crate) fn error(&self) -> Option<&Value> {
+    /// The error the request was answered with.
+    pub(crate) fn error(&self) -> Option<&Answer> {
         self.notes.error.get()
     }
 }
@@ -199,14 +203,13 @@ impl Auth {
     /// The principal of a token that is in force. The store is asked by the secret's hash, so
     /// that the time it takes tells nothing about secrets.
     async fn known(&self, token: &str) -> Result<Option<Principal>, Refusal> {
-        let system = self.store.system();
-        let Some(row) = system.token_by_hash(&hash(token)).await? else { return Ok(None) };
+        let found = self.store.system().token_by_hash(&hash(token)).await?;
+        let Some((row, tier)) = found else { return Ok(None) };
         let expired = row.expires_at.is_some_and(|at| at <= self.clock.now());
         if expired || row.revoked_at.is_some() {
             return Ok(None);
         }
-        let tenant = system.tenant(&row.tenant).await?;
-        let tier = tenant.map_or(self.rules.default_tier, |tenant| tenant.tier);
+        let tier = tier.unwrap_or(self.rules.default_tier);
         // A right that this version does not know is no right.
         let rights = row.rights.iter().filter_map(|right| right.parse().ok()).collect();
         Ok(Some(Principal::new(Checked(()), row.tenant, row.customer, tier, rights)))
@@ -292,11 +295,15 @@ impl Auth {
 
 /// The customer that header and body name; they must not differ.
 fn named(caller: &Caller, claim: &Claim) -> Result<Option<String>, Refusal> {
-    match (caller.customer.as_str(), claim.customer.as_str()) {
-        ("", "") => Ok(None),
-        ("", one) | (one, "") => Ok(Some(one.to_owned())),
-        (one, other) if one == other => Ok(Some(one.to_owned())),
-        _ => Err(Refusal::OtherCustomer),
+    let one = match (caller.customer.as_str(), claim.customer.as_str()) {
+        ("", "") => return Ok(None),
+        ("", one) | (one, "") => one,
+        (one, other) if one == other => one,
+        _ => return Err(Refusal::OtherCustomer),
+    };
+    match one.len() <= CUSTOMER_BYTES_MAX {
+        true => Ok(Some(one.to_owned())),
+        false => Err(Refusal::CustomerTooLong),
     }
 }
 

@@ -20,6 +20,8 @@ use crate::tenant::Principal;
 
 /// Lines of the log that `GetBuild` shows.
 const TAIL_LINES: u32 = 50;
+/// Longest trace context: 55 bytes in its version 00, and a later version may be longer.
+const TRACEPARENT_BYTES_MAX: usize = 256;
 /// Heartbeats come at least so far apart.
 const HEARTBEAT_SECS_MIN: u64 = 1;
 
@@ -89,9 +91,10 @@ async fn admitted<T, F: Future<Output = Answered<T>>>(
     })
 }
 
-/// A header of the request as text.
-fn header(context: &RequestContext, name: &str) -> Option<String> {
-    context.header(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+/// The caller's trace; one that cannot be one is none (W3C Trace Context, section 4.3).
+fn traceparent_of_header(context: &RequestContext) -> Option<String> {
+    let text = context.header("traceparent")?.to_str().ok()?;
+    (text.len() <= TRACEPARENT_BYTES_MAX).then(|| text.to_owned())
 }
 
 #[expect(refining_impl_trait, reason = "the messages themselves are answered with")]
@@ -112,9 +115,10 @@ impl v1::BuilderService for Door {
         let build = admitted(&self.state, context, claim, |who| async move {
             let mut order = convert::order(request)?;
             order.traceparent =
-                crate::telemetry::traceparent().or_else(|| header(context, "traceparent"));
-            order.idempotency_key =
-                order.idempotency_key.or_else(|| header(context, "idempotency-key"));
+                crate::telemetry::traceparent().or_else(|| traceparent_of_header(context));
+            if let (None, Some(key)) = (&order.idempotency_key, context.header("idempotency-key")) {
+                order.idempotency_key = convert::idempotency_key_of_header(key)?;
+            }
             Ok(self.state.service.create(&who, order).await?)
         });
         let build = build.await?;
@@ -179,7 +183,7 @@ impl v1::BuilderService for Door {
         let claim = Claim::tenant(&request.tenant_id);
         let response = admitted(&self.state, &context, claim, |who| async move {
             let (service, id) = (&self.state.service, &request.build_id);
-            let cancel = service.cancel(&who, id, &request.reason).await?;
+            let cancel = service.cancel(&who, id, &convert::reason(&request.reason)?).await?;
             let state = self.state_after(&who, id, cancel).await?;
             let is_cancelled = state == v1::BuildState::BUILD_STATE_CANCELLED;
             let (success, status) = match cancel {

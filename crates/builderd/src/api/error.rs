@@ -26,7 +26,7 @@ use crate::store::{QuotaExceeded, StoreError};
 pub(crate) struct Answer {
     /// For Connect and gRPC.
     code: ErrorCode,
-    /// For the plain routes.
+    /// For the plain routes, and for people who call an RPC by hand.
     status: StatusCode,
     /// The documented word.
     word: &'static str,
@@ -81,6 +81,9 @@ impl Answer {
             E::NotEnded(_) => {
                 Self::new(Code::FailedPrecondition, Http::CONFLICT, "CONFLICT", error)
             }
+            E::NotStopped { .. } => {
+                Self::new(Code::DeadlineExceeded, Http::GATEWAY_TIMEOUT, "DEADLINE_EXCEEDED", error)
+            }
             E::NoArtifact(state) => {
                 let word = match state {
                     BuildState::Timeout => "BUILD_TIMEOUT",
@@ -126,7 +129,7 @@ impl Answer {
             Refusal::OtherTenant | Refusal::OtherCustomer => {
                 (ErrorCode::PermissionDenied, StatusCode::FORBIDDEN, "PERMISSION_DENIED")
             }
-            Refusal::TenantId(_) => {
+            Refusal::TenantId(_) | Refusal::CustomerTooLong => {
                 (ErrorCode::InvalidArgument, StatusCode::BAD_REQUEST, "INVALID_ARGUMENT")
             }
             Refusal::TooManyFailures { retry_after_secs } => {
@@ -227,6 +230,11 @@ impl Answer {
     pub(crate) fn for_tenant(mut self, tenant: &str) -> Self {
         self.tenant = Some(tenant.to_owned());
         self
+    }
+
+    /// The documented status, which is not always what Connect makes of the code.
+    pub(crate) fn status(&self) -> StatusCode {
+        self.status
     }
 
     /// Connect's name of the code, for metrics.

@@ -6,6 +6,7 @@
 mod auth;
 mod builder;
 mod convert;
+mod cors;
 mod download;
 mod error;
 mod follow;
@@ -15,12 +16,13 @@ mod limits;
 mod rest;
 mod server;
 mod spelling;
+mod swallow;
 #[cfg(test)]
 mod tests;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use api::v1::BuilderServiceExt as _;
 use axum::body::Body;
@@ -34,7 +36,6 @@ use connectrpc_health::{HealthExt as _, HealthService};
 use connectrpc_reflection::Reflector;
 use futures_util::FutureExt as _;
 use http::Method;
-use http_body_util::{BodyExt as _, Limited};
 use tokio::sync::watch;
 use tower::ServiceExt as _;
 
@@ -46,18 +47,19 @@ pub(crate) use server::serve;
 use crate::build::record::Micros;
 use crate::build::service::BuildService;
 use crate::clock::Clock;
+use crate::config::Origins;
 use crate::store::Store;
 use crate::tenant::Tier;
 use error::Answer;
 use guard::Guard;
 use spelling::Form;
+use swallow::Swallow;
 use tracing::Instrument as _;
 
 /// Longest message, and longest body of an RPC.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
-/// What is read of a refused request's body, so that its sender reads the answer.
-const REFUSED_BYTES_MAX: usize = 8 << 20;
-const REFUSED_TIME_MAX: Duration = Duration::from_secs(3);
+/// The same for those that anybody may call, who asks about health or reflection.
+const OPEN_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
 /// Proof that a credential was checked; only this module's `auth` can make one.
 #[derive(Debug)]
@@ -97,6 +99,7 @@ pub(crate) struct ApiState {
     clock: Arc<dyn Clock>,
     started_at: Micros,
     meters: Meters,
+    refused: Swallow,
     /// True once the service stops: ends streams, and makes `/health` say so.
     stopped: watch::Receiver<bool>,
 }
@@ -113,7 +116,8 @@ impl ApiState {
     ) -> Self {
         let started_at = clock.now();
         let auth = Auth::new(store, Arc::clone(&clock), rules);
-        Self { service, auth, clock, started_at, meters, stopped }
+        let refused = Swallow::new();
+        Self { service, auth, clock, started_at, meters, refused, stopped }
     }
 
     fn uptime_secs(&self) -> i64 {
@@ -124,12 +128,12 @@ impl ApiState {
 /// An RPC service as it is mounted.
 type Rpc = ConnectRpcService<Guard<connectrpc::Router>>;
 
-/// Every way in.
-pub(crate) fn router(state: ApiState) -> axum::Router {
+/// Every way in, for programs and for pages of `origins`.
+pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
     let state = Arc::new(state);
     let at = |route: &str| format!("/{}/{route}", api::SERVICE);
     let door = Arc::new(builder::Door::new(Arc::clone(&state)));
-    let rpc = rpc(&state, door.register(connectrpc::Router::new()));
+    let rpc = rpc(&state, door.register(connectrpc::Router::new()), MESSAGE_BYTES_MAX);
     let call_any = any({
         let rpc = rpc.clone();
         move |request| call(rpc.clone(), request)
@@ -144,7 +148,7 @@ pub(crate) fn router(state: ApiState) -> axum::Router {
         .layer(from_fn_with_state(Arc::clone(&state), gate));
     let open = open_services(&state);
     let call_open = any(move |request| call(open.clone(), request));
-    axum::Router::new()
+    let router = axum::Router::new()
         .merge(builds)
         .route("/grpc.health.v1.Health/{method}", call_open.clone())
         .route("/grpc.reflection.v1.ServerReflection/{method}", call_open.clone())
@@ -155,7 +159,8 @@ pub(crate) fn router(state: ApiState) -> axum::Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn(catch_panics))
-        .with_state(state)
+        .with_state(state);
+    cors::open_to(origins, router)
 }
 
 /// Health and reflection, which anybody may ask.
@@ -165,19 +170,20 @@ fn open_services(state: &ApiState) -> Rpc {
     let router = health.register(connectrpc::Router::new());
     let limits = connectrpc_health::request_limits();
     let router = connectrpc_health::apply_request_limits(router, limits);
-    match Reflector::from_descriptor_set_bytes(api::FILE_DESCRIPTOR_SET) {
-        Ok(reflector) => rpc(state, connectrpc_reflection::install(router, reflector)),
+    let router = match Reflector::from_descriptor_set_bytes(api::FILE_DESCRIPTOR_SET) {
+        Ok(reflector) => connectrpc_reflection::install(router, reflector),
         Err(error) => {
             tracing::error!(%error, "the descriptors cannot be read: there is no reflection");
-            rpc(state, router)
+            router
         }
-    }
+    };
+    rpc(state, router, OPEN_MESSAGE_BYTES_MAX)
 }
 
-fn rpc(state: &ApiState, router: connectrpc::Router) -> Rpc {
+fn rpc(state: &ApiState, router: connectrpc::Router, bytes_max: usize) -> Rpc {
     let limits = Limits::default()
-        .with_max_request_body_size(MESSAGE_BYTES_MAX)
-        .with_max_message_size(MESSAGE_BYTES_MAX);
+        .with_max_request_body_size(bytes_max)
+        .with_max_message_size(bytes_max);
     ConnectRpcService::new(Guard::new(router, Arc::clone(&state.meters.observe)))
         .with_limits(limits)
         .with_deadline_policy(DeadlinePolicy::new().with_enforce_on_streams(true))
@@ -228,7 +234,7 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
         Ok(caller) => caller,
         Err((answer, rate)) => {
             (state.meters.observe)("refused", answer.code().as_str(), start.elapsed());
-            swallow(body).await;
+            state.refused.swallow(body).await;
             let mut response = spelling::refuse(answer, form, &head.headers);
             rate.inspect(|rate| rate.write(response.headers_mut()));
             return response;
@@ -254,23 +260,15 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
     response
 }
 
-/// Reads what the sender of a refused request still sends: over HTTP/1.1 it would else see a
-/// broken connection in the place of the answer.
-async fn swallow(body: Body) {
-    let whole = Limited::new(body, REFUSED_BYTES_MAX).collect();
-    // Whoever sends more, or slower, is cut off.
-    let _ = tokio::time::timeout(REFUSED_TIME_MAX, whole).await;
-}
-
 /// Turns a panic of a plain route into an answer; `guard` does it for RPCs.
 async fn catch_panics(request: Request, next: Next) -> Response {
     let caught = AssertUnwindSafe(next.run(request)).catch_unwind().await;
     caught.unwrap_or_else(|_| Answer::panicked().into_response())
 }
 
-async fn no_route(request: Request) -> Response {
+async fn no_route(State(state): State<Arc<ApiState>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
-    swallow(body).await;
+    state.refused.swallow(body).await;
     let is_rpc = Protocol::detect(&head.headers).is_some_and(|protocol| protocol.is_streaming);
     let form = if is_rpc { Form::Program } else { Form::Plain };
     spelling::refuse(Answer::no_route(head.uri.path()), form, &head.headers)

@@ -81,19 +81,13 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-/// Whether accepting may work again: the client is gone already, or the machine is out of
-/// something (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM).
+/// Whether accepting may work again, as it may unless the listener itself is broken: accept(2)
+/// also hands over what the network says of a new connection (EPROTO, ENETDOWN and others), what
+/// a firewall says (EPERM), and that the machine is out of something (EMFILE, ENOBUFS, ...).
 fn is_passing(error: &io::Error) -> bool {
     use rustix::io::Errno;
-    let short = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-    let is_short = Errno::from_io_error(error).is_some_and(|errno| short.contains(&errno));
-    let kinds = [
-        io::ErrorKind::ConnectionAborted,
-        io::ErrorKind::ConnectionReset,
-        io::ErrorKind::ConnectionRefused,
-        io::ErrorKind::Interrupted,
-    ];
-    is_short || kinds.contains(&error.kind())
+    let broken = [Errno::BADF, Errno::FAULT, Errno::INVAL, Errno::NOTSOCK];
+    Errno::from_io_error(error).is_some_and(|errno| !broken.contains(&errno))
 }
 
 fn builder() -> auto::Builder<TokioExecutor> {
@@ -210,6 +204,30 @@ mod tests {
             Ok(read) => read,
             Err(_) => Ok(usize::MAX),
         }
+    }
+
+    #[test]
+    fn what_the_network_says_of_one_connection_does_not_end_the_listener() {
+        use rustix::io::Errno;
+        let network = [
+            Errno::NETDOWN,
+            Errno::PROTO,
+            Errno::NOPROTOOPT,
+            Errno::HOSTDOWN,
+            Errno::NONET,
+            Errno::HOSTUNREACH,
+            Errno::OPNOTSUPP,
+            Errno::NETUNREACH,
+        ];
+        let kernel = [Errno::PERM, Errno::CONNABORTED, Errno::TIMEDOUT, Errno::NOSR, Errno::INTR];
+        let short = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+        for errno in network.into_iter().chain(kernel).chain(short) {
+            assert!(is_passing(&errno.into()), "{errno}");
+        }
+        for errno in [Errno::BADF, Errno::INVAL, Errno::NOTSOCK] {
+            assert!(!is_passing(&errno.into()), "{errno}");
+        }
+        assert!(!is_passing(&io::Error::other("the runtime is gone")));
     }
 
     #[tokio::test]

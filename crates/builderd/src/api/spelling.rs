@@ -1,6 +1,7 @@
 //! JSON for people: whoever sends JSON without Connect's version header gets answers in which
 //! every field also stands under its name of the documentation, in snake_case, with numbers as
-//! numbers. Programs that speak Connect get canonical JSON and nothing else.
+//! numbers, and errors have the documented status. Programs that speak Connect get canonical JSON,
+//! Connect's status for a code, and nothing else.
 //!
 //! The names come from the descriptors; nothing here knows a message.
 
@@ -11,7 +12,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use http_body_util::BodyExt as _;
 use serde_json::{Map, Value};
 
@@ -99,9 +100,19 @@ pub(super) async fn answer_in_both(request: Request, next: Next) -> Response {
         Err(_) => Bytes::new(),
     };
     let error = caller.as_ref().and_then(Caller::error);
-    let spelled = match head.status.is_success() {
-        true => spelled(&bytes, |value| both(method.output, value)),
-        false => spelled(&bytes, |value| with_plain_error(value, error)),
+    let spelled = match (head.status.is_success(), error) {
+        (true, _) => spelled(&bytes, |value| both(method.output, value)),
+        (false, None) => {
+            // What never got to a handler has used nothing up: the message is too long.
+            if head.status == StatusCode::TOO_MANY_REQUESTS {
+                head.status = StatusCode::PAYLOAD_TOO_LARGE;
+            }
+            None
+        }
+        (false, Some(error)) => {
+            head.status = error.status();
+            spelled(&bytes, |value| with_plain_error(value, error))
+        }
     };
     head.headers.remove(CONTENT_LENGTH);
     Response::from_parts(head, Body::from(spelled.unwrap_or(bytes)))
@@ -113,9 +124,9 @@ fn spelled(bytes: &[u8], spell: impl FnOnce(Value) -> Value) -> Option<Bytes> {
 }
 
 /// Connect's error with the documented one beside it.
-fn with_plain_error(mut value: Value, error: Option<&Value>) -> Value {
-    if let (Some(object), Some(error)) = (value.as_object_mut(), error) {
-        object.insert("error".into(), error.clone());
+fn with_plain_error(mut value: Value, error: &Answer) -> Value {
+    if let Some(object) = value.as_object_mut() {
+        object.insert("error".into(), error.plain());
     }
     value
 }
@@ -123,15 +134,15 @@ fn with_plain_error(mut value: Value, error: Option<&Value>) -> Value {
 /// An answer that never reached a handler, in the form its caller expects.
 pub(super) fn refuse(answer: Answer, form: Form, headers: &HeaderMap) -> Response {
     use axum::response::IntoResponse as _;
-    let error = answer.plain();
     match form {
         Form::Plain => answer.into_response(),
         Form::Program => answer.into_connect().into_http_response(headers).map(Body::new),
         Form::Person => {
-            let connect = answer.into_connect();
+            let connect = answer.clone().into_connect();
             let body = serde_json::from_slice(&connect.to_json()).unwrap_or_default();
-            let body = with_plain_error(body, Some(&error)).to_string();
+            let body = with_plain_error(body, &answer).to_string();
             let mut response = connect.into_response();
+            *response.status_mut() = answer.status();
             *response.body_mut() = Body::from(body);
             response
         }
@@ -277,6 +288,21 @@ mod tests {
         assert_eq!(mended(&[("content-type", grpc)]).as_deref(), Some(grpc));
         let from_a_page = mended(&[("content-type", form), ("origin", "https://evil.example")]);
         assert_eq!(from_a_page.as_deref(), Some(form));
+    }
+
+    #[test]
+    fn a_full_disk_has_the_documented_status_for_people_and_connect_s_for_programs() {
+        use crate::build::service::ServiceError;
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let answer = Answer::of(&ServiceError::Artifact(full));
+        let status = |form| {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            refuse(answer.clone(), form, &headers).status()
+        };
+        assert_eq!(status(Form::Plain), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(status(Form::Person), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(status(Form::Program), StatusCode::TOO_MANY_REQUESTS);
     }
 
     #[test]

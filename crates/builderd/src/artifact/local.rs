@@ -78,6 +78,8 @@ impl ArtifactStore for LocalArtifacts {
         .await
     }
 
+    async fn settle(&self) {}
+
     async fn open(&self, key: &str) -> io::Result<Option<OpenArtifact>> {
         let path = self.file(key)?;
         blocking(move || {

@@ -5,7 +5,9 @@
 //! that no row names is removed by the janitor after a grace time.
 
 mod local;
+mod metered;
 mod object;
+mod upload;
 
 use std::io;
 use std::ops::Range;
@@ -16,6 +18,7 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 
 pub(crate) use local::LocalArtifacts;
+pub(crate) use metered::MeteredArtifacts;
 pub(crate) use object::ObjectArtifacts;
 
 /// An artifact, open for reading.
@@ -62,6 +65,8 @@ pub trait ArtifactStore: Send + Sync {
     /// Stores the file at `staged` under `key`; the file is gone afterwards. A key that exists
     /// has the same content and stays.
     async fn publish(&self, staged: &Path, key: &str) -> io::Result<()>;
+    /// Waits a moment until nothing is left of what was broken off: for the end of the service.
+    async fn settle(&self);
     /// Opens an artifact; none if there is none.
     async fn open(&self, key: &str) -> io::Result<Option<OpenArtifact>>;
     /// Removes an artifact; one that is gone is fine.

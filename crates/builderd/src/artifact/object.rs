@@ -10,15 +10,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use object_store::buffered::BufWriter;
 use object_store::path::Path as Key;
 use object_store::{GetOptions, ObjectStore, ObjectStoreExt as _};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+use super::upload::Uploads;
 use super::{ArtifactStore, OpenArtifact, ReadRange, Stored};
 
-/// Bytes of one read and of one part.
-const PIECE_BYTES: u64 = 8 << 20;
+/// Bytes of one part.
+pub(super) const PIECE_BYTES: usize = 8 << 20;
 
 /// See the module.
 #[derive(Debug)]
@@ -28,6 +27,7 @@ pub(crate) struct ObjectArtifacts {
     url: String,
     prefix: String,
     staging: PathBuf,
+    uploads: Uploads,
 }
 
 impl ObjectArtifacts {
@@ -41,7 +41,7 @@ impl ObjectArtifacts {
         let staging = std::path::absolute(staging)?.join("staging");
         std::fs::create_dir_all(&staging)?;
         let prefix = prefix.trim_matches('/').to_owned();
-        Ok(Self { store, url: url.to_owned(), prefix, staging })
+        Ok(Self { store, url: url.to_owned(), prefix, staging, uploads: Uploads::default() })
     }
 
     fn key(&self, key: &str) -> Key {
@@ -52,7 +52,7 @@ impl ObjectArtifacts {
     }
 }
 
-fn failed(error: object_store::Error) -> io::Error {
+pub(super) fn failed(error: object_store::Error) -> io::Error {
     let kind = match matches!(error, object_store::Error::NotFound { .. }) {
         true => io::ErrorKind::NotFound,
         false => io::ErrorKind::Other,
@@ -67,30 +67,13 @@ impl ArtifactStore for ObjectArtifacts {
     }
 
     async fn publish(&self, staged: &Path, key: &str) -> io::Result<()> {
-        let mut file = tokio::fs::File::open(staged).await?;
-        let piece = usize::try_from(PIECE_BYTES).map_err(io::Error::other)?;
-        let mut writer = BufWriter::with_capacity(Arc::clone(&self.store), self.key(key), piece)
-            .with_max_concurrency(2);
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            let count = match file.read(&mut buffer).await {
-                Ok(count) => count,
-                Err(error) => {
-                    writer.abort().await.map_err(failed)?;
-                    return Err(error);
-                }
-            };
-            if count == 0 {
-                break;
-            }
-            if let Err(error) = writer.write_all(&buffer[..count]).await {
-                // The first error is the one to tell.
-                let _ = writer.abort().await;
-                return Err(error);
-            }
-        }
-        writer.shutdown().await?;
+        let file = tokio::fs::File::open(staged).await?;
+        self.uploads.put(Arc::clone(&self.store), self.key(key), file).await?;
         tokio::fs::remove_file(staged).await
+    }
+
+    async fn settle(&self) {
+        self.uploads.settle().await;
     }
 
     async fn open(&self, key: &str) -> io::Result<Option<OpenArtifact>> {

@@ -16,6 +16,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
 use super::disk::lock;
+use super::process::status_bytes;
 use super::record::Failure;
 use super::service::RegistryCredentials;
 use super::{
@@ -56,9 +57,13 @@ impl std::fmt::Debug for SentCredentials {
 impl SentCredentials {
     /// For the registry they name, else for `home`.
     pub(crate) fn new(credentials: &RegistryCredentials, home: &str) -> Self {
-        let named = credentials.registry.trim_start_matches("https://").trim_end_matches('/');
+        let registry = match credentials.registry.as_str() {
+            "" => home.to_owned(),
+            // A node that is older took it as it came.
+            named => oci::registry_named(named).unwrap_or_else(|| named.to_owned()),
+        };
         Self {
-            registry: if named.is_empty() { home } else { named }.to_owned(),
+            registry,
             username: credentials.username.clone(),
             secret: credentials.secret.expose_secret().to_owned(),
         }
@@ -252,16 +257,39 @@ impl Observer for Steps<'_> {
     }
 }
 
-/// `VmHWM` of proc_pid_status(5).
 fn memory_peak_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    status_bytes(&status, "VmHWM:")
 }
 
 fn cpu_ms() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     let time = Duration::try_from(time).unwrap_or_default();
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The registry that credentials for `registry` are for, in a build of an image of Docker Hub.
+    fn sent_to(registry: &str) -> Vec<String> {
+        let credentials = RegistryCredentials {
+            registry: registry.into(),
+            username: "me".into(),
+            secret: SecretString::from("secret"),
+        };
+        let sent = SentCredentials::new(&credentials, "docker.io");
+        let spec = RegistrySpec { credentials: Some(sent), ..RegistrySpec::default() };
+        spec.client_options().credentials.into_keys().collect()
+    }
+
+    #[test]
+    fn credentials_go_to_the_registry_that_they_name_in_any_of_its_names() {
+        for hub in ["", "https://index.docker.io/v1/", "index.docker.io", "docker.io"] {
+            assert_eq!(sent_to(hub), ["docker.io"], "{hub:?}");
+        }
+        assert_eq!(sent_to("https://GHCR.io/"), ["ghcr.io"]);
+        assert_eq!(sent_to("gcr.io/project"), ["gcr.io/project"], "no registry gets them");
+    }
 }

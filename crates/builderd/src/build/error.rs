@@ -1,7 +1,9 @@
 //! Why a build failed: the step, the cause, whose fault it is, and what to do.
 
 use std::io;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 
 use ext4::{LayoutError, WriteError};
 use oci::{Digest, PullError, Source};
@@ -275,6 +277,32 @@ impl BuildError {
         }
         false
     }
+}
+
+/// Why a process failed that ended in `step` without a word: what the kernel says.
+pub(super) fn died(status: ExitStatus, disk_bytes_max: u64, step: String) -> Failure {
+    const SIGXFSZ: i32 = 25;
+    let (code, cause, blame, remedy) = match status.signal() {
+        Some(SIGXFSZ) => (
+            FailureCode::QuotaExceeded,
+            format!("the build needs a file larger than {disk_bytes_max} bytes"),
+            Blame::Yours,
+            "use a smaller image, or a tier with more disk for each build",
+        ),
+        Some(signal) => (
+            FailureCode::TemporaryResourceError,
+            format!("the build's process was ended by signal {signal}"),
+            Blame::Ours,
+            "try again; a build that needs more memory than it may have ends so, too",
+        ),
+        None => (
+            FailureCode::Internal,
+            format!("the build's process ended without a result ({status})"),
+            Blame::Ours,
+            "please report this as a bug of builderd",
+        ),
+    };
+    Failure { code, step, cause, blame: blame.as_str().to_owned(), remedy: remedy.to_owned() }
 }
 
 /// What may pass by itself is told apart from what will not.

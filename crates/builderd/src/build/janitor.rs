@@ -10,18 +10,25 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::record::Micros;
+use super::service::ServiceRules;
 use super::worker::ATTEMPTS_MAX;
 use crate::artifact::ArtifactStore;
 use crate::clock::Clock;
-use crate::packs::PackCache;
-use crate::store::{Store, StoreError};
-use crate::telemetry::Metrics;
+use crate::packs::{CacheError, PackCache};
+use crate::store::{Leases, Store, StoreError};
+use crate::telemetry::{Metrics, StorageLevels, TenantLevels};
 
 /// How often leases are looked at.
 const REAP_EVERY: Duration = Duration::from_secs(2);
 /// A stored file that nothing names is left alone while it is younger: the build that made it
 /// may be about to name it.
 const GRACE_SECS: u64 = 3600;
+/// How long removing a stored file may take: less than its removal is respected.
+const REMOVE_MAX: Duration = Duration::from_secs(60);
+/// How often it is looked what tenants use, if anybody wants to know.
+const TENANTS_EVERY: Duration = Duration::from_secs(10);
+/// So many of them: the busiest, then the biggest. Their names are labels of metrics.
+const TENANTS_MAX: u32 = 50;
 
 /// What the janitor needs to know of the settings.
 #[derive(Clone, Debug)]
@@ -34,6 +41,8 @@ pub(crate) struct JanitorRules {
     pub(crate) storage_bytes_max: u64,
     /// The pack cache and its limit.
     pub(crate) packs: Option<(PackCache, u64)>,
+    /// What tenants may use.
+    pub(crate) tenants: ServiceRules,
 }
 
 /// See the module.
@@ -60,10 +69,16 @@ impl Janitor {
 
     /// Works until `stop` is set.
     pub(crate) async fn run(mut self, mut stop: watch::Receiver<bool>) {
-        let mut swept: Option<Instant> = None;
+        let (mut swept, mut counted): (Option<Instant>, Option<Instant>) = (None, None);
         while !*stop.borrow() {
             if let Err(error) = self.reap().await {
                 tracing::warn!(%error, "leases could not be looked at");
+            }
+            if counted.is_none_or(|counted| counted.elapsed() >= TENANTS_EVERY) {
+                counted = Some(Instant::now());
+                if let Err(error) = self.count_tenants().await {
+                    tracing::warn!(%error, "it could not be looked what tenants use");
+                }
             }
             if swept.is_none_or(|swept| swept.elapsed() >= self.rules.sweep_every) {
                 swept = Some(Instant::now());
@@ -80,12 +95,32 @@ impl Janitor {
 
     async fn reap(&self) -> Result<(), StoreError> {
         let system = self.store.system();
-        let reaped = system.reap(ATTEMPTS_MAX, self.clock.now()).await?;
+        let reaped = system.reap(Leases::Expired, ATTEMPTS_MAX, self.clock.now()).await?;
         if reaped > 0 {
             tracing::warn!(reaped, "builds whose workers fell silent were taken back");
         }
         let depth = system.depth().await?;
         self.metrics.set_depth(depth.queued, depth.running);
+        Ok(())
+    }
+
+    async fn count_tenants(&self) -> Result<(), StoreError> {
+        if !self.metrics.names_tenants() {
+            return Ok(());
+        }
+        let busiest = self.store.system().busiest(TENANTS_MAX, self.clock.now()).await?;
+        let levels = busiest.into_iter().map(|load| {
+            let of_tier = self.rules.tenants.limits(load.tenant.tier);
+            let limits = load.tenant.limits.as_ref().unwrap_or(of_tier);
+            TenantLevels {
+                running: load.running,
+                created_today: load.created_today,
+                storage_bytes: load.storage_bytes,
+                storage_bytes_max: limits.storage_bytes,
+                tenant: load.tenant.id,
+            }
+        });
+        self.metrics.set_tenants(levels.collect());
         Ok(())
     }
 
@@ -106,27 +141,49 @@ impl Janitor {
             {
                 continue;
             }
-            if self.unnamed.contains(&stored.key) {
-                self.artifacts.remove(&stored.key).await?;
-                tracing::info!(key = stored.key, "an artifact that nothing names was removed");
-            } else {
+            if !self.unnamed.contains(&stored.key) {
                 unnamed.insert(stored.key);
+            } else if self.remove(&stored.key).await? {
+                stored_bytes -= stored.size_bytes;
+                tracing::info!(key = stored.key, "an artifact that nothing names was removed");
             }
         }
         self.unnamed = unnamed;
+        let cache_bytes = match self.rules.packs.clone() {
+            Some((packs, limit_bytes)) => Some(prune(packs, limit_bytes).await?),
+            None => None,
+        };
         let space = self.artifacts.space()?;
-        self.metrics.set_storage(
-            stored_bytes,
-            space.map_or(0, |(free, _)| free),
-            space.map_or(0, |(_, all)| all),
-        );
-        if let Some((packs, limit_bytes)) = self.rules.packs.clone() {
-            let prune = move || packs.prune(limit_bytes);
-            tokio::task::spawn_blocking(prune)
-                .await
-                .map_err(io::Error::other)?
-                .map_err(io::Error::other)?;
-        }
+        let artifact_bytes = Some(stored_bytes);
+        self.metrics.set_storage(StorageLevels { artifact_bytes, cache_bytes, space });
         Ok(())
     }
 }
+
+impl Janitor {
+    /// Removes a stored file unless a build has it or is about to store it again: whoever wants
+    /// to, waits until this is over. Returns whether it is gone.
+    async fn remove(&self, key: &str) -> io::Result<bool> {
+        let system = self.store.system();
+        let begun = system.begin_removal(key, self.clock.now()).await.map_err(io::Error::other)?;
+        let Some(removal) = begun else { return Ok(false) };
+        // Without an answer it may still happen; builds wait until the removal expires.
+        let removed = tokio::time::timeout(REMOVE_MAX, self.artifacts.remove(key)).await;
+        removed.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        system.end_removal(&removal).await.map_err(io::Error::other)?;
+        Ok(true)
+    }
+}
+
+/// Removes the packs that are too many; the bytes of those that stay.
+async fn prune(packs: PackCache, limit_bytes: u64) -> io::Result<u64> {
+    let prune = move || {
+        packs.prune(limit_bytes)?;
+        Ok::<_, CacheError>(packs.entries()?.iter().map(|pack| pack.size_bytes).sum())
+    };
+    let pruned = tokio::task::spawn_blocking(prune).await.map_err(io::Error::other)?;
+    pruned.map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests;

@@ -117,11 +117,14 @@ impl<'a> Journal<'a> {
         let store = self.store.lease(self.lease);
         if let Some((state, percent, step)) = progress {
             let now = self.clock.now();
-            if store.progress(state, percent, &step, now).await.is_err() {
-                lock(&self.book).is_told = false;
+            // Told only when written: this future may be dropped while it waits.
+            if store.progress(state, percent, &step, now).await.is_ok() {
+                let mut book = lock(&self.book);
+                book.is_told =
+                    book.state == state && book.percent == percent && book.step == step;
             }
         }
-        // Taken out only when written: this future may be dropped while it waits.
+        // Taken out only when written, too.
         if !lines.is_empty() && store.append_log(&lines).await.is_ok() {
             lock(&self.book).lines.drain(..lines.len());
         }
@@ -137,7 +140,6 @@ impl<'a> Journal<'a> {
             book.lines.push(LogLine { offset: 0, at, level, component, message });
         }
         let progress = (!book.is_told).then(|| (book.state, book.percent, book.step.clone()));
-        book.is_told = true;
         book.told = Some(Instant::now());
         (book.lines.clone(), progress)
     }

@@ -276,12 +276,30 @@ pub struct BuildMetrics {
     pub total_ms: u64,
     /// Compressed layers of the image, in bytes.
     pub source_bytes: u64,
+    /// Of those, what was fetched: layers that the cache has are not.
+    #[serde(default)]
+    pub fetched_bytes: u64,
     /// Biggest memory of the build's process, in bytes.
     pub memory_peak_bytes: u64,
-    /// Disk the build used beside the artifact, in bytes.
+    /// Most disk that the build's files were seen to take at once, in bytes: packs, image,
+    /// artifact.
     pub disk_bytes: u64,
     /// CPU time of the build's process, in milliseconds.
     pub cpu_ms: u64,
+}
+
+/// What a running build takes, as its worker saw it last.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LiveUsage {
+    /// Memory of the build's process, in bytes; none before it starts and after it ends.
+    pub memory_bytes: u64,
+    /// CPU time of it over wall time since the look before, in percent: 100 is one core.
+    pub cpu_percent: u64,
+    /// Disk of the build's files, in bytes.
+    pub disk_bytes: u64,
+    /// What the try cost so far.
+    pub so_far: BuildMetrics,
 }
 
 /// One line of a build's log.
@@ -338,6 +356,8 @@ pub struct Build {
     pub result: Option<BuildResult>,
     /// Why nothing came of it.
     pub failure: Option<Failure>,
+    /// What it takes while it runs; of one that ended without a result, what was seen last.
+    pub usage: Option<LiveUsage>,
     /// W3C trace context of the request.
     pub traceparent: Option<String>,
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
 
 use super::hex;
 use super::record::{Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage};
@@ -25,6 +26,11 @@ use crate::tenant::{Denied, Principal, Right, TenantLimits, Tier};
 
 /// Most lines of one read of a log.
 pub const LOG_LINES_MAX: u32 = 1000;
+/// How long a forced delete waits for a running build to stop: longer than the lease of a worker
+/// that died, shorter than the minute after which proxies hang up.
+pub(crate) const STOP_WAIT: Duration = Duration::from_secs(45);
+/// How often it looks, when nobody says that something changed.
+const STOP_LOOK: Duration = Duration::from_millis(100);
 
 /// Why the service did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +74,17 @@ pub enum ServiceError {
     /// The build has not ended.
     #[error("the build is {0}: cancel it first, or use force")]
     NotEnded(BuildState),
+    /// The build was told to stop and has not, for so many seconds.
+    #[error(
+        "the build is {state}: it was told to stop and has not for {secs} s; it will be \
+         cancelled, so delete it again in a while"
+    )]
+    NotStopped {
+        /// Where it still is.
+        state: BuildState,
+        /// How long that was waited for.
+        secs: u64,
+    },
     /// The build has no artifact.
     #[error("the build is {0}: it has no artifact")]
     NoArtifact(BuildState),
@@ -171,6 +188,8 @@ pub(crate) struct ServiceRules {
     pub(crate) allowed_registries: Vec<String>,
     /// The longest any build may take, in seconds.
     pub(crate) build_secs_max: u64,
+    /// How long a forced delete waits for a build to stop: [`STOP_WAIT`], but in tests.
+    pub(crate) stop_wait: Duration,
 }
 
 impl ServiceRules {
@@ -333,21 +352,29 @@ impl BuildService {
     /// a build that has not ended is cancelled and waited for first.
     ///
     /// # Errors
-    /// [`ServiceError::NotEnded`] without `force`.
+    /// [`ServiceError::NotEnded`] without `force`; with it [`ServiceError::NotStopped`], and the
+    /// build stays cancelled.
     pub async fn delete(&self, who: &Principal, id: &str, force: bool) -> Result<(), ServiceError> {
         let permit = who.permit(Right::BuildDelete)?;
         let (store, build) = (self.store.tenant(&permit), known(id)?);
+        let (wait, mut changes) = (self.rules.stop_wait, self.changes());
+        let mut told_at = None;
         loop {
-            match store.delete(&build).await? {
+            let state = match store.delete(&build).await? {
                 None => return Err(ServiceError::NotFound(id.to_owned())),
                 Some(Delete::Done) => return Ok(()),
-                Some(Delete::Running(state)) if !force => {
-                    return Err(ServiceError::NotEnded(state));
-                }
-                Some(Delete::Running(_)) => {
+                Some(Delete::Running(state)) => state,
+            };
+            match told_at {
+                None if !force => return Err(ServiceError::NotEnded(state)),
+                None => {
                     store.cancel(&build, "deleted", self.clock.now()).await?;
-                    self.store.system().wait_for_change(Duration::from_millis(100)).await;
+                    told_at = Some(Instant::now());
                 }
+                Some(told_at) if told_at.elapsed() >= wait => {
+                    return Err(ServiceError::NotStopped { state, secs: wait.as_secs() });
+                }
+                Some(_) => changes.wait(STOP_LOOK).await,
             }
         }
     }
@@ -488,7 +515,7 @@ fn known(id: &str) -> Result<BuildId, ServiceError> {
     id.parse().map_err(|_| ServiceError::NotFound(id.chars().take(64).collect()))
 }
 
-/// What makes two orders the same: all of it but the credentials and the trace.
+/// What makes two orders the same: all of it but the trace and what the credentials are.
 fn request_hash(order: &Order) -> String {
     // Plain data serialises.
     let request = serde_json::to_vec(&order.request).unwrap_or_default();

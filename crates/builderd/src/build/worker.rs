@@ -25,14 +25,19 @@ use tracing::Instrument as _;
 use super::child::{ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec};
 use super::disk::lock;
 use super::journal::Journal;
+use super::meter::Meter;
+use super::progress::Progress;
 use super::record::{Build, BuildMetrics, BuildResult, Failure, FailureCode, Micros};
 use super::state::BuildState;
-use super::{ENGINE, hex};
+use super::{BuildEvent, ENGINE, Phase, error, hex};
 use crate::artifact::ArtifactStore;
 use crate::build::child::SentCredentials;
 use crate::clock::Clock;
 use crate::seal::MasterKey;
-use crate::store::{ArtifactName, Claimed, Fenced, Heartbeat, Lease, Outcome, Store, StoreError};
+use crate::store::{
+    ArtifactDomain, ArtifactName, Claimed, Fenced, Heartbeat, Lease, NewFile, Outcome, Reserved,
+    Store, StoreError,
+};
 use crate::telemetry::{self, Metrics};
 
 /// A worker that says nothing for so long has lost its build.
@@ -41,6 +46,8 @@ pub(crate) const LEASE_SECS: u64 = 30;
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// When heartbeats fail for so long, the worker gives its build up before somebody else takes it.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// How long the last lines of a log may take.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
 /// How often the queue is looked at even if nobody said that something came.
 const POLL: Duration = Duration::from_secs(2);
 /// A build whose workers died so often ends as failed.
@@ -102,6 +109,8 @@ impl Workers {
         let slots = Arc::new(Semaphore::new(self.rules.concurrent_max));
         let (hurry, give_up) = watch::channel(false);
         let mut running = JoinSet::new();
+        // Taken before the queue is looked at: what comes between look and wait is not missed.
+        let mut changes = self.store.system().changes();
         while !*stop.borrow() {
             let slot = tokio::select! {
                 slot = Arc::clone(&slots).acquire_owned() => slot,
@@ -118,9 +127,8 @@ impl Workers {
                 }
                 None => {
                     drop(slot);
-                    let queue = self.store.system();
                     tokio::select! {
-                        () = queue.wait_for_change(POLL) => {}
+                        () = changes.wait(POLL) => {}
                         _ = stop.changed() => break,
                     }
                 }
@@ -167,38 +175,37 @@ impl Workers {
     /// Writes how a try ended; nothing if the lease was lost.
     async fn conclude(&self, lease: &Lease, build: &Build, started: Micros, end: End) {
         let now = self.clock.now();
-        let (name, outcome, state) = match end {
+        let (name, outcome) = match end {
             End::Lost => {
                 tracing::warn!("the lease was lost; another worker has the build");
                 return;
             }
             End::Made(name, result) => {
                 self.measure(&result);
-                (Some(name), Outcome::Completed(result), Some(BuildState::Completed))
+                (Some(name), Outcome::Completed(result))
             }
-            End::Cancelled => (None, Outcome::Cancelled, Some(BuildState::Cancelled)),
-            End::TimedOut(failure) => (None, Outcome::TimedOut(failure), Some(BuildState::Timeout)),
-            End::Released => (None, Outcome::Retry { failure: None, run_at: now }, None),
+            End::Cancelled => (None, Outcome::Cancelled),
+            End::TimedOut(failure) => (None, Outcome::TimedOut(failure)),
+            End::Released => (None, Outcome::Retry { failure: None, run_at: now }),
             End::Failed(failure) => {
                 match build.request.retry.delay_secs(failure.code, build.attempt) {
                     Some(wait) => {
                         let run_at = now.plus_secs(wait);
-                        (None, Outcome::Retry { failure: Some(failure), run_at }, None)
+                        (None, Outcome::Retry { failure: Some(failure), run_at })
                     }
-                    None => (None, Outcome::Failed(failure), Some(BuildState::Failed)),
+                    None => (None, Outcome::Failed(failure)),
                 }
             }
         };
         let micros = u64::try_from(now.0 - started.0).unwrap_or(0);
         let secs = Duration::from_micros(micros).as_secs_f64();
         match self.finish(lease, name.as_ref(), outcome).await {
-            Ok(Fenced::Written) => {
-                if let Some(state) = state {
-                    tracing::info!(state = state.as_str(), secs, "the build has ended");
-                    self.metrics.build_ended(build.tier, state, secs);
-                }
+            Ok(Some(state)) if state.is_terminal() => {
+                tracing::info!(state = state.as_str(), secs, "the build has ended");
+                self.metrics.build_ended(build.tier, state, secs);
             }
-            Ok(Fenced::Lost) => tracing::warn!("the lease was lost before the build could end"),
+            Ok(Some(_)) => {}
+            Ok(None) => tracing::warn!("the lease was lost before the build could end"),
             Err(error) => tracing::error!(%error, "the end of the build could not be written"),
         }
     }
@@ -227,20 +234,41 @@ impl Workers {
         lease: &Lease,
         artifact: Option<&ArtifactName>,
         outcome: Outcome,
-    ) -> Result<Fenced, StoreError> {
+    ) -> Result<Option<BuildState>, StoreError> {
         let give_up = Instant::now() + SILENCE_MAX;
+        let store = self.store.lease(lease);
         loop {
             let now = self.clock.now();
-            match self.store.lease(lease).finish(artifact, outcome.clone(), now).await {
-                Err(error @ (StoreError::Unavailable(_) | StoreError::Full(_))) => {
-                    if Instant::now() > give_up {
-                        return Err(error);
+            let finish = store.finish(artifact, outcome.clone(), now);
+            let error = match tokio::time::timeout_at(give_up, finish).await {
+                Ok(Err(error)) => error,
+                Ok(Ok(state)) => return Ok(state),
+                Err(_) => return Err(StoreError::Unavailable(sqlx::Error::PoolTimedOut)),
+            };
+            match error {
+                // The last step could not be written when it was entered.
+                StoreError::Illegal(_) if matches!(outcome, Outcome::Completed(_)) => {
+                    let step = "Storing the artifact";
+                    match store.progress(BuildState::Packaging, 99, step, now).await {
+                        Ok(Fenced::Written) => {}
+                        Ok(Fenced::Lost) => return Ok(None),
+                        Err(StoreError::Unavailable(_) | StoreError::Full(_)) => {}
+                        Err(error) => return Err(error),
                     }
-                    tokio::time::sleep(HEARTBEAT).await;
                 }
-                other => return other,
+                StoreError::Unavailable(_) | StoreError::Full(_) => {}
+                error => return Err(error),
             }
+            if Instant::now() > give_up {
+                return Err(error);
+            }
+            tokio::time::sleep(HEARTBEAT).await;
         }
+    }
+
+    /// Where a try makes its files.
+    fn staging(&self, lease: &Lease) -> PathBuf {
+        self.artifacts.staging().join(format!("{}-{}", lease.build(), lease.token()))
     }
 
     /// The permit to make this artifact; who waits for it finds it made.
@@ -278,17 +306,23 @@ struct Running<'a> {
     claimed: &'a Claimed,
     give_up: watch::Receiver<bool>,
     journal: Journal<'a>,
+    meter: Meter,
     deadline: Instant,
 }
 
 impl<'a> Running<'a> {
     fn new(workers: &'a Workers, claimed: &'a Claimed, give_up: watch::Receiver<bool>) -> Self {
         let limit = Duration::from_secs(claimed.build.limits.build_secs());
+        let metrics = Arc::clone(&workers.metrics);
+        let named: Option<oci::Reference> = claimed.build.request.image.parse().ok();
+        let registry = named.as_ref().map_or("", oci::Reference::registry);
+        let staging = workers.staging(&claimed.lease);
         Self {
             workers,
             claimed,
             give_up,
             journal: Journal::new(&workers.store, &claimed.lease, &*workers.clock),
+            meter: Meter::new(metrics, registry, staging, workers.rules.packs.is_some()),
             deadline: Instant::now() + limit,
         }
     }
@@ -335,25 +369,33 @@ impl<'a> Running<'a> {
         let mut give_up = self.give_up.clone();
         let mut heard = Instant::now();
         loop {
-            tokio::select! {
+            let beat = tokio::select! {
                 () = tokio::time::sleep_until(self.deadline) => return Some(Stop::TimedOut),
+                () = tokio::time::sleep_until(heard + SILENCE_MAX) => {
+                    tracing::error!("the database does not answer; the build is given up");
+                    return Some(Stop::Lost);
+                }
                 _ = give_up.wait_for(|now| *now) => return Some(Stop::Released),
                 _ = &mut is_done => return None,
-                () = tokio::time::sleep(HEARTBEAT) => {}
-            }
-            self.journal.flush().await;
-            let lease = self.workers.store.lease(&self.claimed.lease);
-            match lease.heartbeat(LEASE_SECS, self.workers.clock.now()).await {
+                beat = self.beat() => beat,
+            };
+            match beat {
                 Ok(Heartbeat::GoOn) => heard = Instant::now(),
                 Ok(Heartbeat::Cancel { .. }) => return Some(Stop::Cancelled),
                 Ok(Heartbeat::Lost) => return Some(Stop::Lost),
-                Err(error) if heard.elapsed() > SILENCE_MAX => {
-                    tracing::error!(%error, "the database does not answer; the build is given up");
-                    return Some(Stop::Lost);
-                }
                 Err(_) => {}
             }
         }
+    }
+
+    /// Waits for the next heartbeat and makes it. May be dropped at any point: what was not
+    /// committed is undone.
+    async fn beat(&self) -> Result<Heartbeat, StoreError> {
+        tokio::time::sleep(HEARTBEAT).await;
+        self.journal.flush().await;
+        let usage = self.meter.sample().await;
+        let lease = self.workers.store.lease(&self.claimed.lease);
+        lease.heartbeat(LEASE_SECS, Some(&usage), self.workers.clock.now()).await
     }
 
     fn too_late(&self) -> Failure {
@@ -375,6 +417,7 @@ impl<'a> Running<'a> {
                 self.journal.say("info", "packager", line);
             }
             End::Failed(failure) | End::TimedOut(failure) => {
+                self.meter.failed();
                 let remedy = match failure.remedy.is_empty() {
                     true => String::new(),
                     false => format!(" ({})", failure.remedy),
@@ -388,12 +431,15 @@ impl<'a> Running<'a> {
             }
             End::Lost => return,
         }
-        self.journal.flush().await;
+        // The end itself is tried for longer: `Workers::finish`.
+        let flush = self.journal.flush();
+        if tokio::time::timeout(LAST_WORDS_MAX, flush).await.is_err() {
+            tracing::warn!("the last lines of the log could not be written in time");
+        }
     }
 
     fn staging(&self) -> PathBuf {
-        let lease = &self.claimed.lease;
-        self.workers.artifacts.staging().join(format!("{}-{}", lease.build(), lease.token()))
+        self.workers.staging(&self.claimed.lease)
     }
 
     async fn clear_staging(&self) {
@@ -424,6 +470,7 @@ impl<'a> Running<'a> {
         let registry = self.registry()?;
         let image = self.resolve(&registry).instrument(telemetry::step_span("resolve")).await?;
         let pull_ms = millis(started);
+        self.meter.resolved(&image);
         self.journal.say("info", "puller", described(&image));
         let name = self.artifact_name(&image);
         let flight = self.workers.flight(&name);
@@ -462,22 +509,11 @@ impl<'a> Running<'a> {
     }
 
     async fn resolve(&self, registry: &RegistrySpec) -> Result<Image, Failure> {
-        let request = &self.build().request;
         let options = registry.client_options();
-        let mut names = vec![request.image.clone()];
-        let named: Result<oci::Reference, _> = request.image.parse();
-        if named.is_ok_and(|name| name.tag().is_none() && name.digest().is_none()) {
-            names.extend(request.pull_tags.iter().map(|tag| format!("{}:{tag}", request.image)));
-        }
         let mut failure = None;
-        for name in names {
-            let source: Source = name.parse().map_err(|error| Failure {
-                code: FailureCode::InvalidSource,
-                step: "resolve".into(),
-                cause: format!("{name}: {error}"),
-                blame: "yours".into(),
-                remedy: "name an image as docker pull takes it".into(),
-            })?;
+        for reference in self.references()? {
+            // Never parsed as a source: a tenant's name must not become a file of this machine.
+            let source = Source::Registry(reference);
             let work = async {
                 let spool = self.workers.artifacts.staging();
                 let fetcher = Fetcher::open(&source, &options, spool).await?;
@@ -488,7 +524,7 @@ impl<'a> Running<'a> {
                 Ok(Err(error)) => {
                     let missing = matches!(error, oci::PullError::NotFound { .. });
                     let error = super::BuildError::pull(&source, error);
-                    failure.get_or_insert(error.failure(super::Phase::Resolve));
+                    failure.get_or_insert(error.failure(Phase::Resolve));
                     if !missing {
                         break;
                     }
@@ -500,6 +536,30 @@ impl<'a> Running<'a> {
             }
         }
         Err(failure.unwrap_or_else(|| internal("no image was tried")))
+    }
+
+    /// What to look for, one after the other: the image, and where its name leaves the tag open,
+    /// the tags that may be taken instead.
+    fn references(&self) -> Result<Vec<oci::Reference>, Failure> {
+        let request = &self.build().request;
+        let parsed = |name: &str| {
+            name.parse::<oci::Reference>().map_err(|error| Failure {
+                code: FailureCode::InvalidSource,
+                step: "resolve".into(),
+                cause: format!("{name}: {error}"),
+                blame: "yours".into(),
+                remedy: "name an image as docker pull takes it".into(),
+            })
+        };
+        let mut references = vec![parsed(&request.image)?];
+        // Asked of the text: a reference without a tag is read as `latest`.
+        let is_open = parsed(&format!("{}:tag", request.image)).is_ok();
+        if is_open {
+            for tag in &request.pull_tags {
+                references.push(parsed(&format!("{}:{tag}", request.image))?);
+            }
+        }
+        Ok(references)
     }
 
     fn slow_pull(&self) -> Failure {
@@ -517,8 +577,8 @@ impl<'a> Running<'a> {
     fn artifact_name(&self, image: &Image) -> ArtifactName {
         let build = self.build();
         let domain = match image.anonymous {
-            true => "public".to_owned(),
-            false => format!("tenant-{}", build.tenant),
+            true => ArtifactDomain::Public,
+            false => ArtifactDomain::Tenant(build.tenant.clone()),
         };
         let recipe = serde_json::json!({
             "engine": ENGINE,
@@ -529,23 +589,36 @@ impl<'a> Running<'a> {
         ArtifactName { domain, recipe: hex(&Sha256::digest(recipe.to_string())) }
     }
 
-    /// The artifact, if it was made before, is still there, and is not too large for this build.
+    /// The artifact, if it may be handed out again and there is one.
     async fn known(&self, name: &ArtifactName) -> Option<BuildResult> {
         if !self.workers.rules.cache_enabled {
             return None;
         }
+        let known = self.made_before(name).await;
+        self.meter.looked_up(known.is_some());
+        known
+    }
+
+    /// The artifact, if it was made before, is still there, and is not too large for this build.
+    async fn made_before(&self, name: &ArtifactName) -> Option<BuildResult> {
         let lease = self.workers.store.lease(&self.claimed.lease);
         let known = lease.known_artifact(name).await.ok().flatten()?.result;
-        let fits = self.build().request.size_limit_bytes.is_none_or(|max| known.image_bytes <= max);
+        let fits = known.image_bytes <= self.image_bytes_max();
         let there = self.workers.artifacts.open(&known.artifact_key).await.ok().flatten();
         there.filter(|open| fits && open.size_bytes == known.artifact_bytes).map(|_| known)
+    }
+
+    /// The largest image that this build may make, or be given.
+    fn image_bytes_max(&self) -> u64 {
+        let disk = self.build().limits.disk_bytes;
+        self.build().request.size_limit_bytes.map_or(disk, |max| max.min(disk))
     }
 
     fn child_spec(&self, image: &Image, registry: RegistrySpec) -> Result<ChildSpec, Failure> {
         let (build, rules) = (self.build(), &self.workers.rules);
         let reference: oci::Reference =
             build.request.image.parse().map_err(|_| internal("the image has no valid name"))?;
-        let domain = self.artifact_name(image).domain;
+        let domain = self.artifact_name(image).domain.to_string();
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let disk = build.limits.disk_bytes;
         Ok(ChildSpec {
@@ -565,7 +638,7 @@ impl<'a> Running<'a> {
                 limit_bytes: *limit_bytes,
             }),
             jobs: usize::try_from(build.limits.cpu_cores).unwrap_or(1).clamp(1, cpus),
-            image_bytes_max: Some(build.request.size_limit_bytes.unwrap_or(disk).min(disk)),
+            image_bytes_max: Some(self.image_bytes_max()),
             memory_bytes: build.limits.memory_bytes,
             disk_bytes: disk,
         })
@@ -591,6 +664,7 @@ impl<'a> Running<'a> {
             return Err(internal("the build's process has no output"));
         };
         let mut stderr = child.stderr.take();
+        let watched = child.id().map(|pid| self.meter.watch(pid));
         let listen = self.listen(stdout, image);
         let complain = async {
             let mut text = Vec::new();
@@ -601,6 +675,7 @@ impl<'a> Running<'a> {
             String::from_utf8_lossy(&text).into_owned()
         };
         let (last, complaint) = tokio::join!(listen, complain);
+        drop(watched);
         let status = child.wait().await.map_err(failed)?;
         if !complaint.is_empty() {
             tracing::warn!(complaint, "the build's process complained");
@@ -608,41 +683,9 @@ impl<'a> Running<'a> {
         match last {
             Some(ChildLine::Done(report)) => Ok(*report),
             Some(ChildLine::Failed(failure)) => Err(failure),
-            Some(ChildLine::Event(_)) | None => Err(self.died(status)),
-        }
-    }
-
-    /// A process that ended without a word: what the kernel says.
-    fn died(&self, status: std::process::ExitStatus) -> Failure {
-        use std::os::unix::process::ExitStatusExt as _;
-        const SIGXFSZ: i32 = 25;
-        let limits = &self.build().limits;
-        let (code, cause, blame, remedy) = match status.signal() {
-            Some(SIGXFSZ) => (
-                FailureCode::QuotaExceeded,
-                format!("the build needs a file larger than {} bytes", limits.disk_bytes),
-                "yours",
-                "use a smaller image, or a tier with more disk for each build",
-            ),
-            Some(signal) => (
-                FailureCode::TemporaryResourceError,
-                format!("the build's process was ended by signal {signal}"),
-                "ours",
-                "try again; a build that needs more memory than it may have ends so, too",
-            ),
-            None => (
-                FailureCode::Internal,
-                format!("the build's process ended without a result ({status})"),
-                "ours",
-                "please report this as a bug of builderd",
-            ),
-        };
-        Failure {
-            code,
-            step: self.journal.step(),
-            cause,
-            blame: blame.into(),
-            remedy: remedy.into(),
+            Some(ChildLine::Event(_)) | None => {
+                Err(error::died(status, self.build().limits.disk_bytes, self.journal.step()))
+            }
         }
     }
 
@@ -675,13 +718,43 @@ impl<'a> Running<'a> {
                 return None;
             }
             match serde_json::from_slice(&line) {
-                Ok(ChildLine::Event(event)) => progress.apply(&event, &self.journal).await,
+                Ok(ChildLine::Event(event)) => {
+                    self.meter.apply(&event);
+                    if matches!(event, BuildEvent::PhaseStarted { phase: Phase::Publish }) {
+                        // Everything is made and nothing let go: the most disk it will take.
+                        self.meter.sample().await;
+                    }
+                    progress.apply(&event, &self.journal).await;
+                }
                 Ok(last) => return Some(last),
                 Err(error) => {
                     tracing::error!(%error, "the build's process does not make sense");
                     return None;
                 }
             }
+        }
+    }
+
+    /// Says which file is about to be stored, so that no janitor removes one of that name; waits
+    /// while one just does.
+    async fn reserve(&self, file: &NewFile<'_>) -> Result<(), Failure> {
+        let lease = self.workers.store.lease(&self.claimed.lease);
+        let mut is_told = false;
+        loop {
+            match lease.reserve(file, self.workers.clock.now()).await {
+                Ok(Reserved::Yes) => return Ok(()),
+                Ok(Reserved::Lost) => return Err(internal("another worker has the build")),
+                Ok(Reserved::BeingRemoved) if !is_told => {
+                    is_told = true;
+                    let line = "an old file of the same content is being removed; waiting";
+                    self.journal.say("info", "packager", line.into());
+                }
+                // Whoever keeps the lease knows when to give up.
+                Ok(Reserved::BeingRemoved)
+                | Err(StoreError::Unavailable(_) | StoreError::Full(_)) => {}
+                Err(error) => return Err(internal(&error.to_string())),
+            }
+            tokio::time::sleep(HEARTBEAT).await;
         }
     }
 
@@ -694,6 +767,8 @@ impl<'a> Running<'a> {
         started: Instant,
     ) -> Result<BuildResult, Failure> {
         self.journal.enter(BuildState::Packaging, 98, "Storing the artifact").await;
+        self.meter.publishing();
+        let usage = self.meter.sample().await;
         let request = &self.build().request;
         let extension = match request.compression.as_str() {
             "gzip" => "ext4.gz",
@@ -702,6 +777,8 @@ impl<'a> Running<'a> {
         };
         let artifact_key = format!("{}/{}.{extension}", name.domain, report.sha256);
         let staged = self.staging().join("rootfs.ext4");
+        let (key, size_bytes) = (artifact_key.as_str(), report.artifact_bytes);
+        self.reserve(&NewFile { key, size_bytes, sha256: &report.sha256 }).await?;
         self.workers.artifacts.publish(&staged, &artifact_key).await.map_err(|error| {
             let full = error.kind() == io::ErrorKind::StorageFull;
             Failure {
@@ -715,11 +792,10 @@ impl<'a> Running<'a> {
                 remedy: "try again later".into(),
             }
         })?;
-        let secs = |wanted: &[super::Phase]| {
+        let secs = |wanted: &[Phase]| {
             let all = report.phase_secs.iter().filter(|(phase, _)| wanted.contains(phase));
             rounded_ms(all.map(|(_, secs)| secs).sum())
         };
-        use super::Phase;
         let mut metadata = report.metadata;
         set_name(&mut metadata, &request.image);
         let metrics = BuildMetrics {
@@ -729,8 +805,9 @@ impl<'a> Running<'a> {
             optimize_ms: secs(&[Phase::Compress]),
             total_ms: millis(started),
             source_bytes: image.layers.iter().map(|layer| layer.size_bytes).sum(),
+            fetched_bytes: report.fetched_bytes,
             memory_peak_bytes: report.memory_peak_bytes,
-            disk_bytes: report.artifact_bytes,
+            disk_bytes: usage.so_far.disk_bytes,
             cpu_ms: report.cpu_ms,
         };
         Ok(BuildResult {
@@ -742,95 +819,6 @@ impl<'a> Running<'a> {
             from_cache: false,
             metrics,
         })
-    }
-}
-
-/// What the events of a build mean for its state, its progress and its log.
-struct Progress {
-    layers: Vec<(u64, u64)>,
-}
-
-impl Progress {
-    fn new(image: &Image) -> Self {
-        Self { layers: image.layers.iter().map(|layer| (0, layer.size_bytes.max(1))).collect() }
-    }
-
-    async fn apply(&mut self, event: &super::BuildEvent, journal: &Journal<'_>) {
-        use super::{BuildEvent as Event, Phase};
-        match event {
-            Event::PhaseStarted { phase } => match phase {
-                Phase::Resolve => {}
-                Phase::Layers => {
-                    journal.enter(BuildState::Downloading, 5, "Extracting image layers").await;
-                }
-                Phase::Flatten => journal.enter(BuildState::Building, 70, "Merging layers").await,
-                Phase::Layout => {
-                    journal.enter(BuildState::Building, 73, "Laying out the file system").await;
-                }
-                Phase::Write => {
-                    journal.enter(BuildState::Building, 75, "Writing the file system").await;
-                }
-                Phase::Compress => {
-                    journal.enter(BuildState::Optimizing, 93, "Compressing the image").await;
-                }
-                Phase::Publish => {
-                    journal.enter(BuildState::Packaging, 97, "Packaging the image").await;
-                }
-            },
-            Event::PhaseFinished { phase, secs } => {
-                let line = format!("{} took {secs:.3} s", phase.as_str());
-                journal.say("debug", component(*phase), line);
-            }
-            Event::Resolved { .. } => {}
-            Event::LayerStarted { digest, size_bytes, .. } => {
-                journal.say("info", "puller", format!("layer {digest}: {size_bytes} bytes"));
-            }
-            Event::LayerProgress { layer, bytes } => {
-                self.layer(*layer, *bytes);
-                journal
-                    .enter(BuildState::Downloading, self.percent(), "Extracting image layers")
-                    .await;
-            }
-            Event::LayerReady { layer, digest, origin } => {
-                self.layer(*layer, u64::MAX);
-                let origin = match origin {
-                    super::LayerOrigin::Cached => "from the cache",
-                    super::LayerOrigin::Packed => "extracted",
-                };
-                journal.say("info", "extractor", format!("layer {digest}: {origin}"));
-                journal
-                    .enter(BuildState::Downloading, self.percent(), "Extracting image layers")
-                    .await;
-            }
-            Event::WriteProgress { bytes, total_bytes } => {
-                let part = 17 * bytes / (*total_bytes).max(1);
-                let percent = 75 + u32::try_from(part).unwrap_or(0);
-                journal.enter(BuildState::Building, percent, "Writing the file system").await;
-            }
-            Event::Warning { message } => journal.say("warn", "builder", message.clone()),
-        }
-    }
-
-    fn layer(&mut self, layer: usize, bytes: u64) {
-        if let Some((done, size)) = self.layers.get_mut(layer) {
-            *done = bytes.min(*size);
-        }
-    }
-
-    fn percent(&self) -> u32 {
-        let (done, all) =
-            self.layers.iter().fold((0, 0), |(done, all), (d, a)| (done + d, all + a));
-        5 + u32::try_from(65 * done / all.max(1)).unwrap_or(0)
-    }
-}
-
-fn component(phase: super::Phase) -> &'static str {
-    use super::Phase;
-    match phase {
-        Phase::Resolve => "puller",
-        Phase::Layers => "extractor",
-        Phase::Flatten | Phase::Layout | Phase::Write => "builder",
-        Phase::Compress | Phase::Publish => "packager",
     }
 }
 
@@ -882,3 +870,6 @@ pub(crate) fn clear_leftovers(staging: &Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -38,6 +38,7 @@ pub(super) fn run(args: &AdminArgs) -> Result<(), Failure> {
                 put!("restored to {}", config.data_dir.display());
                 Ok(())
             }
+            AdminCommand::ForgetKey => forget_key(&config).await,
             AdminCommand::MigrateStore { from, to } => migrate(from, to.expose_secret()).await,
         }
     })
@@ -58,7 +59,7 @@ async fn check_all(config: &Config) -> Result<(), Failure> {
     let store = match &config.database {
         DatabaseConfig::Sqlite => Store::attach_sqlite(&config.data_dir).await?,
         DatabaseConfig::Postgres { url, .. } => {
-            Store::open_postgres(url.expose_secret(), 1).await?
+            Store::attach_postgres(url.expose_secret()).await?
         }
     };
     let violations = check(&store).await;
@@ -80,10 +81,29 @@ async fn check_all(config: &Config) -> Result<(), Failure> {
     }
 }
 
+async fn forget_key(config: &Config) -> Result<(), Failure> {
+    let store = match &config.database {
+        // Not attached but opened: a server that runs goes on with the old key.
+        DatabaseConfig::Sqlite => Store::open_sqlite(&config.data_dir).await?,
+        DatabaseConfig::Postgres { url, .. } => {
+            Store::attach_postgres(url.expose_secret()).await?
+        }
+    };
+    let sealed = store.system().forget_master_key().await;
+    store.close().await;
+    let sealed = sealed?;
+    put!("the key of the next server to start is the one of this database");
+    match sealed {
+        0 => put!("no build waits with credentials that the old key sealed"),
+        sealed => put!("{sealed} builds wait with credentials of the old key, and will fail"),
+    }
+    Ok(())
+}
+
 async fn migrate(from: &Path, to: &str) -> Result<(), Failure> {
     // Not attached but opened: no server may write to it meanwhile.
     let source = Store::open_sqlite(from).await?;
-    let target = Store::open_postgres(to, 1).await?;
+    let target = Store::attach_postgres(to).await?;
     let copied = migrate_store(&source, &target).await;
     source.close().await;
     target.close().await;

@@ -316,6 +316,8 @@ pub(super) enum AdminCommand {
         /// What `backup` wrote
         file: PathBuf,
     },
+    /// Let the next server bring a new master key, because the old one is lost; no server may run
+    ForgetKey,
     /// Copy everything from SQLite to an empty PostgreSQL database
     MigrateStore {
         /// The data directory with the SQLite database; its server must not run

@@ -107,7 +107,7 @@ where
         let store = match &config.database {
             DatabaseConfig::Sqlite => Store::attach_sqlite(&config.data_dir).await?,
             DatabaseConfig::Postgres { url, .. } => {
-                Store::open_postgres(url.expose_secret(), 1).await?
+                Store::attach_postgres(url.expose_secret()).await?
             }
         };
         let result = work(store.clone(), config).await;

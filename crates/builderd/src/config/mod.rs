@@ -5,6 +5,7 @@
 //! of `builderd build` are read by the flag's own declaration (`env = …` in `command/args.rs`)
 //! there, so that `--help` names them; [`Environment`] is what has no flag.
 
+mod origins;
 mod page;
 #[cfg(test)]
 mod promised;
@@ -21,6 +22,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::tenant::{TenantLimits, Tier};
 
+pub(crate) use origins::Origins;
 pub(crate) use page::{document, effective, explain};
 pub(crate) use settings::{ConfigError, Settings, Sources};
 pub(crate) use table::PREFIX;
@@ -75,6 +77,8 @@ pub(crate) struct Config {
     pub(crate) shutdown_timeout: Duration,
     /// Requests to `/health`.
     pub(crate) health_rate_per_sec: u32,
+    /// Whose pages may call the API from a browser.
+    pub(crate) cors_allowed_origins: Origins,
     /// Builds that run at once.
     pub(crate) max_concurrent_builds: usize,
     /// The longest any build may take.
@@ -239,6 +243,7 @@ impl Config {
             dev: settings.flag("DEV"),
             shutdown_timeout: settings.duration("SHUTDOWN_TIMEOUT"),
             health_rate_per_sec: settings.number("RATE_LIMIT").unwrap_or_default(),
+            cors_allowed_origins: origins(settings, &mut problems),
             max_concurrent_builds: settings
                 .number("MAX_CONCURRENT_BUILDS")
                 .and_then(|count| usize::try_from(count).ok())
@@ -283,6 +288,21 @@ fn listen(settings: &Settings, problems: &mut Vec<String>) -> SocketAddr {
         ));
     }
     SocketAddr::new(ip, settings.port("PORT"))
+}
+
+fn origins(settings: &Settings, problems: &mut Vec<String>) -> Origins {
+    const NAME: &str = "CORS_ALLOWED_ORIGINS";
+    let read = match Origins::read(&settings.names(NAME)) {
+        Ok(Origins::Any) if settings.flag("DEV") => {
+            Err("is `*`: development mode believes everybody, so name the origins".to_owned())
+        }
+        Ok(origins) => Ok(origins),
+        Err(problem) => Err(format!("is wrong: {problem}")),
+    };
+    read.unwrap_or_else(|problem| {
+        problems.push(format!("{} {problem}", settings.written(NAME)));
+        Origins::NONE
+    })
 }
 
 fn storage(settings: &Settings, problems: &mut Vec<String>) -> StorageConfig {
@@ -581,6 +601,20 @@ mod tests {
         assert_eq!(config.data_dir, Path::new("builderd-data/data"));
         assert!(read(&[("DEV", "1"), ("ADDRESS", "::1")]).is_ok());
         refused(&[("DEV", "1"), ("HOST", "0.0.0.0")], "development mode");
+    }
+
+    #[test]
+    fn pages_of_other_origins_are_let_in_by_name() {
+        let origins = |variables: &[(&str, &str)]| read(variables).unwrap().cors_allowed_origins;
+        const NAME: &str = "CORS_ALLOWED_ORIGINS";
+        assert_eq!(origins(&[]), Origins::NONE);
+        let two = (NAME, "https://app.example.com, http://localhost:5173");
+        let Origins::Named(named) = origins(&[two]) else { panic!("they are named") };
+        assert_eq!(named, ["https://app.example.com", "http://localhost:5173"]);
+        assert_eq!(origins(&[(NAME, "*")]), Origins::Any);
+        refused(&[(NAME, "https://app.example.com/")], "UNKEY_BUILDERD_CORS_ALLOWED_ORIGINS");
+        refused(&[(NAME, "*"), ("DEV", "true")], "development mode");
+        assert_eq!(origins(&[two, ("DEV", "true")]), Origins::Named(named));
     }
 
     #[test]

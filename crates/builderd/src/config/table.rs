@@ -243,7 +243,7 @@ const SERVER: &[Setting] = &[
         "ours",
         "The key under which secrets of waiting builds are sealed; made at the first \
          start. `master.key` in DATABASE_DATA_DIR when empty. All nodes on one database \
-         need the same key.",
+         need the same key: one with another does not start.",
     ),
     setting(
         "SHUTDOWN_TIMEOUT",
@@ -259,6 +259,16 @@ const SERVER: &[Setting] = &[
         "100",
         "README",
         "Requests to `/health` each second. Requests of tenants are limited by tier.",
+    ),
+    setting(
+        "CORS_ALLOWED_ORIGINS",
+        Kind::Names,
+        "",
+        "ours",
+        "Origins whose pages may call the API from a browser (CORS), each as browsers write \
+         it: `https://host` or `http://host:port`; `*` alone for every origin, but not in \
+         development mode; no page of another origin may when empty. A page sends its token \
+         itself: cookies are never asked for.",
     ),
     setting("LOG_LEVEL", LEVELS, "info", "guide", "What is logged."),
     setting(
@@ -558,7 +568,8 @@ const DATABASE: &[Setting] = &[
         Kind::Number { min: 2, max: 1000 },
         "25",
         "guide",
-        "Connections to PostgreSQL. SQLite has one writer and four readers.",
+        "Connections to PostgreSQL; one more hears of changes. SQLite has one writer and \
+         four readers.",
     ),
 ];
 

@@ -185,6 +185,7 @@ const TABLES: &[Table] = &[
             ("attempts", Text),
             ("failure", Text),
             ("result", Text),
+            ("live_usage", Text),
         ],
     },
     Table {
@@ -228,6 +229,12 @@ const TABLES: &[Table] = &[
             ("expires_at", Int),
             ("revoked_at", Int),
         ],
+    },
+    Table { name: "master_key", keys: 1, columns: &[("id", Text), ("place", Int)] },
+    Table {
+        name: "artifact_removal",
+        keys: 1,
+        columns: &[("artifact_key", Text), ("expires_at", Int)],
     },
 ];
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::PgPool;
-use sqlx::postgres::PgListener;
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
@@ -38,25 +38,40 @@ pub(super) struct Announcer {
     count: Arc<watch::Sender<u64>>,
     /// Wakes the task that tells the other nodes, if there are others.
     outgoing: Option<Arc<Notify>>,
+    /// The one connection that hears from them; it is never given back, so that it must not be
+    /// one of those that everybody shares.
+    incoming: Option<PgPool>,
     /// End with the store.
     _tasks: JoinSet<()>,
 }
 
 impl Announcer {
-    /// For a database that this process has for itself.
+    /// For a database that this process has for itself, or looks into for a moment.
     pub(super) fn alone() -> Self {
         let count = Arc::new(watch::Sender::new(0));
-        Self { count, outgoing: None, _tasks: JoinSet::new() }
+        Self { count, outgoing: None, incoming: None, _tasks: JoinSet::new() }
     }
 
     /// For a database shared with other nodes: tells them, and hears from them.
-    pub(super) fn shared(pool: &PgPool) -> Self {
+    pub(super) fn shared(pool: &PgPool, options: PgConnectOptions) -> Self {
         let count = Arc::new(watch::Sender::new(0));
         let outgoing = Arc::new(Notify::new());
+        let incoming = PgPoolOptions::new()
+            .max_connections(1)
+            .max_lifetime(None::<Duration>)
+            .idle_timeout(None::<Duration>)
+            .connect_lazy_with(options);
         let mut tasks = JoinSet::new();
         tasks.spawn(tell(pool.clone(), Arc::clone(&outgoing)));
-        tasks.spawn(listen(pool.clone(), Arc::clone(&count)));
-        Self { count, outgoing: Some(outgoing), _tasks: tasks }
+        tasks.spawn(listen(incoming.clone(), Arc::clone(&count)));
+        Self { count, outgoing: Some(outgoing), incoming: Some(incoming), _tasks: tasks }
+    }
+
+    /// Hears no more from other nodes.
+    pub(super) async fn close(&self) {
+        if let Some(incoming) = &self.incoming {
+            incoming.close().await;
+        }
     }
 
     /// Something changed.
@@ -86,7 +101,7 @@ async fn tell(pool: PgPool, outgoing: Arc<Notify>) {
 
 /// Hears from the other nodes.
 async fn listen(pool: PgPool, count: Arc<watch::Sender<u64>>) {
-    loop {
+    while !pool.is_closed() {
         if let Err(error) = hear(&pool, &count).await {
             tracing::debug!(%error, "nothing is heard from the other nodes; trying again");
         }

@@ -14,8 +14,9 @@ mod engine;
 mod open;
 mod sql;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ pub use changes::Changes;
 pub(crate) use sql::Rows;
 
 use crate::build::record::{
-    Build, BuildId, BuildRequest, BuildResult, Failure, LogLine, Micros, Stats, Usage,
+    Build, BuildId, BuildRequest, BuildResult, Failure, LiveUsage, LogLine, Micros, Stats, Usage,
 };
 use crate::build::state::{BuildState, IllegalTransition};
 use crate::tenant::{Permit, TenantId, TenantLimits, Tier};
@@ -232,6 +233,15 @@ pub enum Fenced {
     Lost,
 }
 
+/// Which leases are taken from their workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leases {
+    /// Those that have run out.
+    Expired,
+    /// All: nobody else works on this database.
+    All,
+}
+
 /// An artifact that a build can be given without building.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KnownArtifact {
@@ -242,10 +252,69 @@ pub struct KnownArtifact {
 /// Which artifact a build would make: who may share it, and what decides its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArtifactName {
-    /// `public` or `tenant:<id>`.
-    pub domain: String,
+    /// Who may be given it.
+    pub domain: ArtifactDomain,
     /// Digest over manifest digest, options and engine version, in hex.
     pub recipe: String,
+}
+
+/// Who may share an artifact.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ArtifactDomain {
+    /// Everybody: what it was made of was fetched without any credential.
+    Public,
+    /// One tenant.
+    Tenant(TenantId),
+}
+
+impl ArtifactDomain {
+    /// Whether builds of `tenant` may take from it and add to it.
+    pub fn includes(&self, tenant: &TenantId) -> bool {
+        match self {
+            Self::Public => true,
+            Self::Tenant(owner) => owner == tenant,
+        }
+    }
+}
+
+/// `public` or `tenant-<id>`: the first part of an artifact's key, too.
+impl fmt::Display for ArtifactDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Public => f.write_str("public"),
+            Self::Tenant(tenant) => write!(f, "tenant-{tenant}"),
+        }
+    }
+}
+
+/// A file that is about to be stored under its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewFile<'a> {
+    /// Its name.
+    pub key: &'a str,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// SHA-256 of its content, in hex.
+    pub sha256: &'a str,
+}
+
+/// Whether a build may store a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reserved {
+    /// It may; nobody removes what has this name until the try ends.
+    Yes,
+    /// What has this name is just being removed: ask again.
+    BeingRemoved,
+    /// The lease is lost.
+    Lost,
+}
+
+/// Leave to remove a stored file that nothing names; no build takes the name meanwhile.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Removal {
+    pub(crate) key: String,
+    /// When it is over, whatever became of it.
+    pub(crate) expires_at: Micros,
 }
 
 /// A token as it is kept: the secret's hash, never the secret.
@@ -280,6 +349,19 @@ pub struct TenantRow {
     pub tier: Tier,
     /// Limits in the place of the tier's.
     pub limits: Option<TenantLimits>,
+}
+
+/// A tenant as the operator sees it from afar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TenantLoad {
+    /// Which, and what the operator set for it.
+    pub tenant: TenantRow,
+    /// Its builds that run.
+    pub running: u64,
+    /// Its builds accepted today (UTC).
+    pub created_today: u64,
+    /// Bytes of its artifacts; one of several builds counts once.
+    pub storage_bytes: u64,
 }
 
 /// How full the queue is.
@@ -432,12 +514,17 @@ impl TenantStore<'_> {
 }
 
 impl LeaseStore<'_> {
-    /// Says that the worker lives, and hears whether to go on.
+    /// Says that the worker lives and what the build takes, and hears whether to go on.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn heartbeat(&self, lease_secs: u64, now: Micros) -> Result<Heartbeat, StoreError> {
-        self.rows.heartbeat(self.lease, lease_secs, now).await
+    pub async fn heartbeat(
+        &self,
+        lease_secs: u64,
+        usage: Option<&LiveUsage>,
+        now: Micros,
+    ) -> Result<Heartbeat, StoreError> {
+        self.rows.heartbeat(self.lease, lease_secs, usage, now).await
     }
 
     /// Enters a step, or goes on in it.
@@ -463,7 +550,9 @@ impl LeaseStore<'_> {
     }
 
     /// Ends the try. With [`Outcome::Completed`] the artifact is published in the same
-    /// transaction, under `artifact` for other builds to find.
+    /// transaction, under `artifact` for other builds to find. Returns the state in which the
+    /// build is now, which may be another than the worker thinks: cancelled meanwhile, or failed
+    /// because its tenant's storage has no room left. None if the lease was lost.
     ///
     /// # Errors
     /// [`StoreError`]
@@ -472,8 +561,17 @@ impl LeaseStore<'_> {
         artifact: Option<&ArtifactName>,
         outcome: Outcome,
         now: Micros,
-    ) -> Result<Fenced, StoreError> {
+    ) -> Result<Option<BuildState>, StoreError> {
         self.rows.finish(self.lease, artifact, &outcome, now).await
+    }
+
+    /// Says that the build is about to store a file, before it does: from then on nobody removes
+    /// what has its name, until this try ends.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn reserve(&self, file: &NewFile<'_>, now: Micros) -> Result<Reserved, StoreError> {
+        self.rows.reserve(self.lease, file, now).await
     }
 
     /// An artifact that was made for the same name and still exists. It goes on to exist until
@@ -503,13 +601,18 @@ impl SystemStore<'_> {
         self.rows.claim(worker, lease_secs, now).await
     }
 
-    /// Puts builds whose lease has run out back into the queue, ends those to be cancelled and
+    /// Puts builds that their worker has lost back into the queue, ends those to be cancelled and
     /// those that were tried `attempts_max` times. Returns how many.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn reap(&self, attempts_max: u32, now: Micros) -> Result<u64, StoreError> {
-        self.rows.reap(attempts_max, now).await
+    pub async fn reap(
+        &self,
+        leases: Leases,
+        attempts_max: u32,
+        now: Micros,
+    ) -> Result<u64, StoreError> {
+        self.rows.reap(leases, attempts_max, now).await
     }
 
     /// Forgets the artifacts of builds that ended before `older_than`; the builds stay. Returns
@@ -535,6 +638,53 @@ impl SystemStore<'_> {
     /// [`StoreError`]
     pub async fn artifact_is_referenced(&self, key: &str) -> Result<bool, StoreError> {
         self.rows.artifact_is_referenced(key).await
+    }
+
+    /// Leave to remove a stored file; none if a build has it or is about to, or if somebody else
+    /// removes it.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn begin_removal(
+        &self,
+        key: &str,
+        now: Micros,
+    ) -> Result<Option<Removal>, StoreError> {
+        self.rows.begin_removal(key, now).await
+    }
+
+    /// The file is gone: builds may take its name again. Without a word they wait until the
+    /// removal expires.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn end_removal(&self, removal: &Removal) -> Result<(), StoreError> {
+        self.rows.end_removal(removal).await
+    }
+
+    /// The name of the key that secrets in this database are sealed with, if there is one.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn master_key(&self) -> Result<Option<String>, StoreError> {
+        self.rows.master_key().await
+    }
+
+    /// Says which key secrets are sealed with, if nobody said so before; the name that holds.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn claim_master_key(&self, id: &str) -> Result<String, StoreError> {
+        self.rows.claim_master_key(id).await
+    }
+
+    /// Forgets the name of a key that is lost: the next server to start says which one holds.
+    /// Returns how many builds wait with secrets that it had sealed.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn forget_master_key(&self) -> Result<u64, StoreError> {
+        self.rows.forget_master_key().await
     }
 
     /// How full the queue is.
@@ -585,6 +735,14 @@ impl SystemStore<'_> {
         self.rows.tenants().await
     }
 
+    /// The `limit` tenants with the most running builds; among equals, those with the most bytes.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn busiest(&self, limit: u32, now: Micros) -> Result<Vec<TenantLoad>, StoreError> {
+        self.rows.busiest(limit, now).await
+    }
+
     /// Keeps a new token.
     ///
     /// # Errors
@@ -593,11 +751,15 @@ impl SystemStore<'_> {
         self.rows.add_token(token).await
     }
 
-    /// The token with this secret, revoked and expired ones too.
+    /// The token with this secret, revoked and expired ones too, and the tier of its tenant if
+    /// the operator set one.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn token_by_hash(&self, secret_hash: &str) -> Result<Option<TokenRow>, StoreError> {
+    pub async fn token_by_hash(
+        &self,
+        secret_hash: &str,
+    ) -> Result<Option<(TokenRow, Option<Tier>)>, StoreError> {
         self.rows.token_by_hash(secret_hash).await
     }
 
@@ -617,15 +779,9 @@ impl SystemStore<'_> {
         self.rows.revoke_token(id, now).await
     }
 
-    /// Changes in queue or logs from now on. Who looks, waits and looks again misses none that
-    /// way: take this first.
+    /// Changes in queue or logs from now on: hints, never more. Who looks, waits and looks again
+    /// misses none that way: take this first.
     pub fn changes(&self) -> Changes {
         self.rows.announcer.subscribe()
-    }
-
-    /// Waits until something may have changed in queue or logs, at most so long: a hint, never
-    /// more. What changed before the call is not noticed; see [`changes`](Self::changes).
-    pub async fn wait_for_change(&self, at_most: std::time::Duration) {
-        self.changes().wait(at_most).await;
     }
 }

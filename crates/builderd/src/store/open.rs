@@ -28,8 +28,12 @@ const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// Every migration, oldest first; both engines take the same.
-const MIGRATIONS: &[(i64, &str, &str)] =
-    &[(1, "store", include_str!("../../migrations/0001_store.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "store", include_str!("../../migrations/0001_store.sql")),
+    (2, "live_usage", include_str!("../../migrations/0002_live_usage.sql")),
+    (3, "master_key", include_str!("../../migrations/0003_master_key.sql")),
+    (4, "artifact_removal", include_str!("../../migrations/0004_artifact_removal.sql")),
+];
 
 /// What keeps a second server away from a data directory.
 #[derive(Debug)]
@@ -84,30 +88,56 @@ impl Store {
         Ok(Self { rows: Arc::new(Rows::new(engine, Announcer::alone(), lock)) })
     }
 
-    /// Opens a PostgreSQL database, shared with other nodes, with at most so many connections.
+    /// Opens a PostgreSQL database, shared with other nodes, with at most so many connections
+    /// and one more that hears of the others.
     ///
     /// # Errors
     /// [`StoreError`]
     pub async fn open_postgres(url: &str, max_connections: u32) -> Result<Self, StoreError> {
-        let options: PgConnectOptions = url.parse()?;
-        let options = options
-            .application_name("builderd")
-            // Nobody waits for ever for somebody who is gone.
-            .options([("lock_timeout", "10s"), ("idle_in_transaction_session_timeout", "60s")]);
-        let pool: PgPool = PgPoolOptions::new()
-            .max_connections(max_connections.max(1))
-            .acquire_timeout(POSTGRES_ACQUIRE_TIMEOUT)
-            .connect_with(options)
-            .await?;
-        migrator().run(&pool).await?;
-        let announcer = Announcer::shared(&pool);
+        let options = postgres_options(url)?;
+        let pool = postgres_pool(options.clone(), max_connections).await?;
+        let announcer = Announcer::shared(&pool, options);
         Ok(Self { rows: Arc::new(Rows::new(Engine::Postgres(pool), announcer, None)) })
+    }
+
+    /// Opens a PostgreSQL database beside the nodes that may be using it: for an operator's
+    /// commands, which do one thing at a time and wait for no change. The nodes see what was
+    /// done when they look.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn attach_postgres(url: &str) -> Result<Self, StoreError> {
+        let pool = postgres_pool(postgres_options(url)?, 1).await?;
+        Ok(Self { rows: Arc::new(Rows::new(Engine::Postgres(pool), Announcer::alone(), None)) })
     }
 
     /// Waits until every connection is closed; a data directory is free then.
     pub async fn close(&self) {
+        self.rows.announcer.close().await;
         self.rows.engine.close().await;
     }
+}
+
+fn postgres_options(url: &str) -> Result<PgConnectOptions, StoreError> {
+    let options: PgConnectOptions = url.parse()?;
+    Ok(options
+        .application_name("builderd")
+        // Nobody waits for ever for somebody who is gone.
+        .options([("lock_timeout", "10s"), ("idle_in_transaction_session_timeout", "60s")]))
+}
+
+/// Connections to a database whose schema is up to date.
+async fn postgres_pool(
+    options: PgConnectOptions,
+    max_connections: u32,
+) -> Result<PgPool, StoreError> {
+    let pool = PgPoolOptions::new()
+        .max_connections(max_connections.max(1))
+        .acquire_timeout(POSTGRES_ACQUIRE_TIMEOUT)
+        .connect_with(options)
+        .await?;
+    migrator().run(&pool).await?;
+    Ok(pool)
 }
 
 pub(super) fn sqlite_options(file: &Path) -> SqliteConnectOptions {

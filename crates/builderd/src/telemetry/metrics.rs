@@ -1,18 +1,23 @@
 //! What is counted, under the documented names: those of the original service and those of its
 //! documentation, where both mean something.
 //!
-//! Labels are few and bounded: tier, status, step, method, code. A tenant becomes a label only
-//! where the operator asks for it (`OTEL_HIGH_CARDINALITY_ENABLED`).
+//! Labels are few and bounded (`labels.rs`). A tenant becomes a label only where the operator
+//! asks for it (`OTEL_HIGH_CARDINALITY_ENABLED`). Levels are in `levels.rs`.
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Counter, Histogram, Meter, MeterProvider as _};
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use prometheus::{Registry, TextEncoder};
 
+use super::labels::{self, Registries};
+use super::levels::{
+    self, ActiveRequest, Cache, Levels, RunningBuild, StorageLevels, TenantLevels, approximate,
+};
 use crate::build::record::BuildMetrics;
 use crate::build::state::BuildState;
 use crate::tenant::{TenantId, Tier};
@@ -25,6 +30,9 @@ const BUILD_SECS: [f64; 19] = [
 /// Seconds of requests.
 const REQUEST_SECS: [f64; 13] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
+/// Seconds of what is asked of the artifact store.
+const STORAGE_SECS: [f64; 12] =
+    [0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0];
 /// Bytes: 1 MiB to 64 GiB.
 const BYTES: [f64; 9] = [
     1_048_576.0,
@@ -40,26 +48,18 @@ const BYTES: [f64; 9] = [
 const RATIOS: [f64; 10] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 const CORES: [f64; 8] = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0];
 
-/// Levels that are looked at when somebody asks.
-#[derive(Default)]
-struct Levels {
-    queued: AtomicU64,
-    running: AtomicU64,
-    requests: AtomicI64,
-    storage_bytes: AtomicU64,
-    free_bytes: AtomicU64,
-    total_bytes: AtomicU64,
-}
-
 /// Every instrument.
 pub(crate) struct Metrics {
     registry: Registry,
     levels: Arc<Levels>,
     with_tenant: bool,
+    registries: Registries,
     builds: Builds,
     phases: Phases,
+    pulls: Pulls,
     sizes: Sizes,
     quotas: Quotas,
+    storage: Storage,
     requests: Requests,
 }
 
@@ -83,6 +83,30 @@ struct Phases {
     pull_secs: Histogram<f64>,
     extract_secs: Histogram<f64>,
     optimize_secs: Histogram<f64>,
+}
+
+/// What builds ask of registries and caches.
+struct Pulls {
+    all: Counter<u64>,
+    secs: Histogram<f64>,
+    lookups: Counter<u64>,
+}
+
+/// What becomes of asking a registry for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pull {
+    /// Layers came; so long from the first request to the last layer.
+    Fetched(Duration),
+    /// It was asked for the manifest; every layer, or the artifact, was known.
+    Known,
+    /// The image is not there, may not be had, or broke off.
+    Failed,
+}
+
+/// What is asked of the artifact store.
+struct Storage {
+    operations: Counter<u64>,
+    secs: Histogram<f64>,
 }
 
 /// What builds make and need.
@@ -170,6 +194,31 @@ impl Phases {
     }
 }
 
+impl Pulls {
+    fn new(m: &Meter) -> Self {
+        let pulls = "builderd_docker_pulls_total";
+        let lookups = "builderd_cache_lookups_total";
+        Self {
+            all: counter(m, pulls, "Images that registries were asked for"),
+            secs: secs(
+                m,
+                "builderd_docker_pull_duration_seconds",
+                "From asking for the manifest to the last layer, where layers were fetched",
+            ),
+            lookups: counter(m, lookups, "Lookups of builds in caches"),
+        }
+    }
+}
+
+impl Storage {
+    fn new(m: &Meter) -> Self {
+        let what = "Time of what was asked of the artifact store";
+        let secs = ("builderd_storage_operation_duration_seconds", what, "s");
+        let (name, what) = ("builderd_storage_operations_total", "What the artifact store did");
+        Self { operations: counter(m, name, what), secs: histogram(m, secs, &STORAGE_SECS) }
+    }
+}
+
 impl Sizes {
     fn new(m: &Meter) -> Self {
         let ratio = ("builderd_compression_ratio", "Size of the artifact over the image's", "1");
@@ -207,18 +256,27 @@ impl Requests {
 }
 
 impl Metrics {
-    pub(super) fn new(provider: &SdkMeterProvider, registry: Registry, with_tenant: bool) -> Self {
+    /// Tenants become labels `with_tenant`; `registries` are named beside those that many use.
+    pub(super) fn new(
+        provider: &SdkMeterProvider,
+        registry: Registry,
+        with_tenant: bool,
+        registries: Vec<String>,
+    ) -> Self {
         let meter = &provider.meter("builderd");
         let levels = Arc::<Levels>::default();
-        observe(meter, &levels);
+        levels::observe(meter, &levels);
         Self {
             registry,
             levels,
             with_tenant,
+            registries: Registries::with(registries),
             builds: Builds::new(meter),
             phases: Phases::new(meter),
+            pulls: Pulls::new(meter),
             sizes: Sizes::new(meter),
             quotas: Quotas::new(meter),
+            storage: Storage::new(meter),
             requests: Requests::new(meter),
         }
     }
@@ -226,7 +284,8 @@ impl Metrics {
     /// Measures for nobody.
     #[cfg(test)]
     pub(crate) fn unread() -> Arc<Self> {
-        Arc::new(Self::new(&SdkMeterProvider::builder().build(), Registry::new(), false))
+        let provider = SdkMeterProvider::builder().build();
+        Arc::new(Self::new(&provider, Registry::new(), false, Vec::new()))
     }
 
     /// Everything, as Prometheus reads it.
@@ -293,6 +352,49 @@ impl Metrics {
         }
     }
 
+    /// A registry was asked for an image.
+    pub(crate) fn pull(&self, registry: &str, pull: Pull) {
+        let registry = KeyValue::new("registry", self.registries.label(registry));
+        let status = match pull {
+            Pull::Fetched(_) => "fetched",
+            Pull::Known => "known",
+            Pull::Failed => "failed",
+        };
+        if let Pull::Fetched(took) = pull {
+            self.pulls.secs.record(took.as_secs_f64(), std::slice::from_ref(&registry));
+        }
+        self.pulls.all.add(1, &[registry, KeyValue::new("status", status)]);
+    }
+
+    /// A build looked for something that need not be made again.
+    pub(crate) fn cache_lookup(&self, cache: Cache, is_hit: bool) {
+        self.levels.looked_up(cache, is_hit);
+        let result = KeyValue::new("result", if is_hit { "hit" } else { "miss" });
+        self.pulls.lookups.add(1, &[KeyValue::new("cache_type", cache.as_str()), result]);
+    }
+
+    /// The artifact store did something, or could not.
+    pub(crate) fn storage_operation(
+        &self,
+        backend: &'static str,
+        operation: &'static str,
+        status: &'static str,
+        took: Duration,
+    ) {
+        let labels = [
+            KeyValue::new("backend", backend),
+            KeyValue::new("operation", operation),
+            KeyValue::new("status", status),
+        ];
+        self.storage.secs.record(took.as_secs_f64(), &labels[..2]);
+        self.storage.operations.add(1, &labels);
+    }
+
+    /// A build begins to run here; what it takes counts until what is returned is dropped.
+    pub(crate) fn running_build(&self) -> RunningBuild {
+        RunningBuild::new(Arc::clone(&self.levels))
+    }
+
     /// A build made an image of `image_bytes`, stored in `rootfs_bytes`.
     pub(crate) fn sizes(&self, image_bytes: u64, rootfs_bytes: u64) {
         let (image, rootfs) = (approximate(image_bytes), approximate(rootfs_bytes));
@@ -323,21 +425,20 @@ impl Metrics {
 
     /// A request begins; it is active until what is returned is dropped.
     pub(crate) fn rpc_begun(&self) -> ActiveRequest {
-        self.levels.requests.fetch_add(1, Ordering::Relaxed);
-        ActiveRequest(Arc::clone(&self.levels))
+        ActiveRequest::new(Arc::clone(&self.levels))
     }
 
     /// A request was answered; `method` may be a path, and what is none of ours is `other`.
     pub(crate) fn rpc(&self, method: &str, code: &str, secs: f64) {
         let code = KeyValue::new("code", code.to_owned());
-        let labels = [KeyValue::new("method", known(method)), code];
+        let labels = [KeyValue::new("method", labels::method(method)), code];
         self.requests.all.add(1, &labels);
         self.requests.secs.record(secs, &labels[..1]);
     }
 
     /// A request panicked.
     pub(crate) fn rpc_panicked(&self, method: &str) {
-        self.requests.panics.add(1, &[KeyValue::new("method", known(method))]);
+        self.requests.panics.add(1, &[KeyValue::new("method", labels::method(method))]);
     }
 
     /// How many builds wait and run.
@@ -346,79 +447,20 @@ impl Metrics {
         self.levels.running.store(running, Ordering::Relaxed);
     }
 
-    /// Bytes of all artifacts; free and all bytes of their place, 0 where it has no size.
-    pub(crate) fn set_storage(&self, bytes: u64, free: u64, total: u64) {
-        self.levels.storage_bytes.store(bytes, Ordering::Relaxed);
-        self.levels.free_bytes.store(free, Ordering::Relaxed);
-        self.levels.total_bytes.store(total, Ordering::Relaxed);
+    /// What lies where artifacts are kept.
+    pub(crate) fn set_storage(&self, storage: StorageLevels) {
+        self.levels.set_storage(storage);
     }
-}
 
-/// The method of a path; a label never holds what a caller made up.
-fn known(path: &str) -> &'static str {
-    const METHODS: [&str; 15] = [
-        "CreateBuild",
-        "GetBuild",
-        "ListBuilds",
-        "CancelBuild",
-        "DeleteBuild",
-        "StreamBuildLogs",
-        "GetTenantQuotas",
-        "GetBuildStats",
-        "GetBuildStatus",
-        "GetBuildArtifact",
-        "GetBuildLogs",
-        "health",
-        "stats",
-        "metrics",
-        "refused",
-    ];
-    let is_part = |method: &&str| path.split('/').any(|part| part == *method);
-    METHODS.into_iter().find(is_part).unwrap_or("other")
-}
-
-/// A request that is being answered.
-pub(crate) struct ActiveRequest(Arc<Levels>);
-
-impl Drop for ActiveRequest {
-    fn drop(&mut self) {
-        self.0.requests.fetch_sub(1, Ordering::Relaxed);
+    /// Whether anybody wants to hear of tenants one by one.
+    pub(crate) fn names_tenants(&self) -> bool {
+        self.with_tenant
     }
-}
 
-/// Gauges, which look at the levels when they are read.
-fn observe(meter: &Meter, levels: &Arc<Levels>) {
-    let gauge = |name: &'static str, what: &'static str, read: fn(&Levels) -> u64| {
-        let levels = Arc::clone(levels);
-        let look = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
-            observer.observe(read(&levels), &[]);
-        };
-        // The callback is what lives on; the handle does nothing.
-        let _ = meter.u64_observable_gauge(name).with_description(what).with_callback(look).build();
-    };
-    let queued = |levels: &Levels| levels.queued.load(Ordering::Relaxed);
-    gauge("builderd_active_builds", "Builds that run", |l| l.running.load(Ordering::Relaxed));
-    gauge("builderd_queued_builds", "Builds that wait", queued);
-    gauge(
-        "builderd_builds_queue_size",
-        "The same as builderd_queued_builds, under its other documented name",
-        queued,
-    );
-    gauge("rpc_server_active_requests", "Requests being answered", |l| {
-        u64::try_from(l.requests.load(Ordering::Relaxed)).unwrap_or_default()
-    });
-    gauge("builderd_storage_usage_bytes", "Bytes of all artifacts", |l| {
-        l.storage_bytes.load(Ordering::Relaxed)
-    });
-    gauge("builderd_storage_free_bytes", "Free bytes where artifacts are", |l| {
-        l.free_bytes.load(Ordering::Relaxed)
-    });
-    gauge("builderd_storage_total_bytes", "All bytes where artifacts are", |l| {
-        l.total_bytes.load(Ordering::Relaxed)
-    });
-}
-
-/// Exact up to 2^53, and what is beyond is not measured that closely.
-fn approximate(count: u64) -> f64 {
-    count as f64
+    /// What tenants use, in the place of what they used before; nothing unless they are named.
+    pub(crate) fn set_tenants(&self, tenants: Vec<TenantLevels>) {
+        if self.with_tenant {
+            self.levels.set_tenants(tenants);
+        }
+    }
 }

@@ -2,11 +2,13 @@
 //!
 //! One line of the log is one JSON object with tenant, build and trace (`lines.rs`). Metrics are
 //! recorded once, through OpenTelemetry, and read as Prometheus text and pushed as OTLP
-//! (`metrics.rs`). Traces exist always, so that every line has a trace id and an incoming
+//! (`metrics.rs`, `levels.rs`). Traces exist always, so that every line has a trace id and an incoming
 //! `traceparent` goes on; they are sent only when a collector is configured.
 //!
 //! It does not know what is worth telling: the service calls it.
 
+mod labels;
+mod levels;
 mod lines;
 mod metrics;
 
@@ -36,7 +38,8 @@ use tracing_subscriber::registry::Registry;
 
 use crate::config::{Config, LogConfig, LogFormat, TelemetryConfig};
 
-pub(crate) use metrics::Metrics;
+pub(crate) use levels::{Cache, RunningBuild, StorageLevels, TenantLevels};
+pub(crate) use metrics::{Metrics, Pull};
 
 /// How often metrics are pushed.
 const PUSH_INTERVAL: Duration = Duration::from_secs(30);
@@ -75,14 +78,18 @@ pub(crate) struct Telemetry {
 
 /// Starts telemetry for this process; the log goes to standard error.
 pub(crate) fn start(config: &Config) -> Result<Telemetry, TelemetryError> {
-    let (telemetry, dispatch) = prepare(&config.telemetry, &config.log, io::stderr)?;
+    let docker = &config.docker;
+    let registries = [&docker.allowed_registries[..], &docker.insecure_registries].concat();
+    let (telemetry, dispatch) = prepare(&config.telemetry, registries, &config.log, io::stderr)?;
     tracing::dispatcher::set_global_default(dispatch)?;
     Ok(telemetry)
 }
 
 /// Telemetry, and what is to become the process' dispatcher, with the log going to `out`.
+/// Metrics name `registries` beside those that many use.
 fn prepare<W>(
     config: &TelemetryConfig,
+    registries: Vec<String>,
     log: &LogConfig,
     out: W,
 ) -> Result<(Telemetry, Dispatch), TelemetryError>
@@ -99,7 +106,7 @@ where
     let tracer = tracer_provider(config, resource.clone())?;
     let registry = prometheus::Registry::new();
     let meter = meter_provider(config, resource, &registry)?;
-    let metrics = Arc::new(Metrics::new(&meter, registry, config.high_cardinality));
+    let metrics = Arc::new(Metrics::new(&meter, registry, config.high_cardinality, registries));
 
     let traces = tracing_opentelemetry::layer()
         .with_tracer(tracer.tracer("builderd"))
@@ -261,4 +268,4 @@ fn adopt(span: &Span, traceparent: Option<&str>) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

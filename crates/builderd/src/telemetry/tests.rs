@@ -1,6 +1,6 @@
 //! What is told arrives: as Prometheus reads it, at a collector, and in the log.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -59,8 +59,14 @@ impl Log {
 fn prepared(config: &TelemetryConfig) -> (Telemetry, Dispatch, Log) {
     let log = Log::default();
     let out = log.clone();
-    let (telemetry, dispatch) = prepare(config, &json(), move || out.clone()).unwrap();
+    let own = vec!["registry.example.com".to_owned(), "*".to_owned()];
+    let (telemetry, dispatch) = prepare(config, own, &json(), move || out.clone()).unwrap();
     (telemetry, dispatch, log)
+}
+
+/// Telemetry whose metrics can be read, for tests of those who measure.
+pub(crate) fn readable(high_cardinality: bool) -> Telemetry {
+    prepared(&TelemetryConfig { high_cardinality, ..config(None) }).0
 }
 
 fn everything(metrics: &Metrics) {
@@ -88,13 +94,32 @@ fn everything(metrics: &Metrics) {
     metrics.rpc("/made/up/by/a/caller", "not_found", 0.001);
     metrics.rpc_panicked("GetBuild");
     metrics.set_depth(7, 3);
-    metrics.set_storage(5, 10, 20);
+    metrics.pull("docker.io", Pull::Fetched(Duration::from_secs(3)));
+    metrics.pull("docker.io", Pull::Known);
+    metrics.pull("registry.example.com", Pull::Failed);
+    metrics.pull("made.up.by.a.caller:5000", Pull::Failed);
+    for is_hit in [true, true, true, false] {
+        metrics.cache_lookup(Cache::Layers, is_hit);
+    }
+    metrics.storage_operation("local", "put", "ok", Duration::from_millis(20));
+    metrics.set_storage(StorageLevels {
+        artifact_bytes: Some(5),
+        cache_bytes: Some(6),
+        space: Some((10, 20)),
+    });
+    metrics.set_tenants(vec![TenantLevels {
+        tenant,
+        running: 2,
+        created_today: 9,
+        storage_bytes: 300,
+        storage_bytes_max: 1200,
+    }]);
 }
 
 /// The samples of Prometheus' text, checked line by line (prometheus.io, "Text format details").
 fn samples(text: &str) -> BTreeMap<String, f64> {
     let mut samples = BTreeMap::new();
-    let mut described = std::collections::BTreeSet::new();
+    let mut described = BTreeSet::new();
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("# ") {
             let (kind, rest) = rest.split_once(' ').unwrap();
@@ -121,7 +146,7 @@ fn every_documented_metric_is_there_and_the_text_is_well_formed() {
     let active = metrics.rpc_begun();
     let text = metrics.render();
     let samples = samples(&text);
-    for name in DOCUMENTED {
+    for name in DOCUMENTED.into_iter().filter(|name| !OF_TENANTS.contains(name)) {
         assert!(text.contains(&format!("# TYPE {name} ")), "{name} is not in\n{text}");
     }
     let value = |name: &str| *samples.get(name).unwrap_or_else(|| panic!("{name} in\n{text}"));
@@ -136,6 +161,17 @@ fn every_documented_metric_is_there_and_the_text_is_well_formed() {
     is(r#"builderd_active_builds"#, 3.0);
     is(r#"builderd_queued_builds"#, 7.0);
     is(r#"builderd_storage_free_bytes"#, 10.0);
+    is(r#"builderd_storage_usage_bytes{storage_type="artifacts"}"#, 5.0);
+    is(r#"builderd_storage_usage_bytes{storage_type="cache"}"#, 6.0);
+    is(r#"builderd_docker_pulls_total{registry="docker.io",status="fetched"}"#, 1.0);
+    is(r#"builderd_docker_pulls_total{registry="docker.io",status="known"}"#, 1.0);
+    is(r#"builderd_docker_pulls_total{registry="registry.example.com",status="failed"}"#, 1.0);
+    is(r#"builderd_docker_pulls_total{registry="other",status="failed"}"#, 1.0);
+    is(r#"builderd_docker_pull_duration_seconds_sum{registry="docker.io"}"#, 3.0);
+    is(r#"builderd_docker_pull_duration_seconds_count{registry="docker.io"}"#, 1.0);
+    is(r#"builderd_cache_hit_ratio{cache_type="layers"}"#, 0.75);
+    is(r#"builderd_cache_lookups_total{cache_type="layers",result="miss"}"#, 1.0);
+    is(r#"builderd_storage_operations_total{backend="local",operation="put",status="ok"}"#, 1.0);
     is(r#"rpc_server_active_requests"#, 1.0);
     is(r#"rpc_server_requests_total{code="not_found",method="GetBuild"}"#, 1.0);
     is(r#"rpc_server_requests_total{code="not_found",method="other"}"#, 1.0);
@@ -146,18 +182,93 @@ fn every_documented_metric_is_there_and_the_text_is_well_formed() {
 
 #[test]
 fn tenants_become_labels_when_asked_for() {
-    let config = TelemetryConfig { high_cardinality: true, ..config(None) };
-    let (telemetry, _dispatch, _log) = prepared(&config);
+    let telemetry = readable(true);
+    let metrics = telemetry.metrics();
+    everything(&metrics);
+    let text = metrics.render();
+    for line in [
+        r#"builderd_tenant_builds_total{tenant_id="tenant-123",tier="pro"} 1"#,
+        r#"builderd_tenant_builds_active{tenant_id="tenant-123"} 2"#,
+        r#"builderd_tenant_quota_usage{quota_type="concurrent_builds",tenant_id="tenant-123"} 2"#,
+        r#"builderd_tenant_quota_usage{quota_type="daily_builds",tenant_id="tenant-123"} 9"#,
+        r#"builderd_tenant_quota_usage{quota_type="storage",tenant_id="tenant-123"} 300"#,
+        r#"builderd_storage_quota_usage_ratio{tenant_id="tenant-123"} 0.25"#,
+        r#"builderd_storage_usage_bytes{storage_type="tenant",tenant_id="tenant-123"} 300"#,
+    ] {
+        assert!(text.contains(&format!("{line}\n")), "{line} is not in\n{text}");
+    }
+    for name in OF_TENANTS {
+        assert!(text.contains(&format!("# TYPE {name} gauge")), "{name} is not in\n{text}");
+    }
+    // Who is not among the busiest any more has no series any more.
+    metrics.set_tenants(Vec::new());
+    let text = metrics.render();
+    assert!(!text.contains("builderd_tenant_builds_active{"), "{text}");
+}
+
+#[test]
+fn the_operators_page_names_every_metric_and_no_other() {
+    let page = include_str!("../../../../docs/operations.md");
+    let table = page.split("### Every metric").nth(1).unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| `"));
+    let named: BTreeSet<&str> =
+        rows.flat_map(|row| row.split('|').nth(1).unwrap().split('`').skip(1).step_by(2)).collect();
+    let telemetry = readable(true);
     everything(&telemetry.metrics());
     let text = telemetry.metrics().render();
-    let line = r#"builderd_tenant_builds_total{tenant_id="tenant-123",tier="pro"} 1"#;
-    assert!(text.contains(line), "{text}");
+    let shown: BTreeSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    assert_eq!(named, shown);
+    assert_eq!(shown, DOCUMENTED.into_iter().collect());
+}
+
+#[test]
+fn what_nobody_measured_is_not_shown() {
+    let telemetry = readable(true);
+    let text = telemetry.metrics().render();
+    let unknown = ["builderd_cache_hit_ratio", "builderd_storage_", "builderd_tenant_"];
+    for name in unknown {
+        assert!(!text.contains(name), "{name} is in\n{text}");
+    }
+    // An object store has no size that could run out.
+    let artifact_bytes = Some(7);
+    let levels = StorageLevels { artifact_bytes, ..StorageLevels::default() };
+    telemetry.metrics().set_storage(levels);
+    let text = telemetry.metrics().render();
+    assert!(text.contains(r#"builderd_storage_usage_bytes{storage_type="artifacts"} 7"#), "{text}");
+    assert!(!text.contains("builderd_storage_free_bytes"), "{text}");
+}
+
+#[test]
+fn running_builds_are_summed_up_until_they_end() {
+    let telemetry = readable(false);
+    let metrics = telemetry.metrics();
+    let shown = |expected: (u64, u64, u64)| {
+        let text = metrics.render();
+        for (name, value) in [
+            ("memory_usage_bytes", expected.0),
+            ("cpu_usage_percent", expected.1),
+            ("disk_usage_bytes", expected.2),
+        ] {
+            assert!(text.contains(&format!("\nbuilderd_{name} {value}\n")), "{name}\n{text}");
+        }
+    };
+    shown((0, 0, 0));
+    let (one, two) = (metrics.running_build(), metrics.running_build());
+    one.set(100, 150, 1000);
+    two.set(10, 20, 30);
+    one.set(50, 0, 2000);
+    shown((60, 20, 2030));
+    drop(one);
+    shown((10, 20, 30));
+    drop(two);
+    shown((0, 0, 0));
 }
 
 #[test]
 #[expect(clippy::disallowed_methods, reason = "tests start programs")]
 fn promtool_has_nothing_to_say() {
-    let (telemetry, _dispatch, _log) = prepared(&config(None));
+    let telemetry = readable(true);
     everything(&telemetry.metrics());
     let promtool = Command::new("promtool")
         .args(["check", "metrics"])
@@ -215,7 +326,7 @@ fn a_trace_that_cannot_be_read_starts_a_new_one() {
             request_span("GetBuild", bad).in_scope(|| tracing::info!("x"));
         }
     });
-    let ids: std::collections::BTreeSet<String> =
+    let ids: BTreeSet<String> =
         log.lines().iter().map(|line| line["trace_id"].as_str().unwrap().to_owned()).collect();
     assert_eq!(ids.len(), 4);
     assert!(ids.iter().all(|id| id.len() == 32 && id.bytes().any(|byte| byte != b'0')));
@@ -305,7 +416,14 @@ async fn metrics_have_a_port_of_their_own() {
     server.await.unwrap().unwrap();
 }
 
-const DOCUMENTED: [&str; 32] = [
+/// Those that name a tenant, and so are there only when that is asked for.
+const OF_TENANTS: [&str; 3] = [
+    "builderd_tenant_builds_active",
+    "builderd_tenant_quota_usage",
+    "builderd_storage_quota_usage_ratio",
+];
+
+const DOCUMENTED: [&str; 44] = [
     "builderd_builds_total",
     "builderd_build_errors_total",
     "builderd_build_cancellations_total",
@@ -336,6 +454,18 @@ const DOCUMENTED: [&str; 32] = [
     "builderd_storage_usage_bytes",
     "builderd_storage_free_bytes",
     "builderd_storage_total_bytes",
+    "builderd_memory_usage_bytes",
+    "builderd_cpu_usage_percent",
+    "builderd_disk_usage_bytes",
+    "builderd_tenant_builds_active",
+    "builderd_tenant_quota_usage",
+    "builderd_docker_pulls_total",
+    "builderd_docker_pull_duration_seconds",
+    "builderd_storage_operations_total",
+    "builderd_storage_operation_duration_seconds",
+    "builderd_storage_quota_usage_ratio",
+    "builderd_cache_hit_ratio",
+    "builderd_cache_lookups_total",
     "builderd_builds_started_total",
     "target_info",
 ];

@@ -116,3 +116,40 @@ fn settings_are_explained() {
     assert!(text.contains("default 30"), "{text}");
     assert_eq!(config(&workshop, &["--explain", "xyzzy"], &[]).status.code(), Some(2));
 }
+
+/// The values of a directive of the unit in `contrib`.
+fn of_the_unit(directive: &str) -> Vec<String> {
+    let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/../../contrib/systemd/builderd.service");
+    let text = std::fs::read_to_string(unit).unwrap();
+    let values = text.lines().filter_map(|line| line.strip_prefix(directive)?.strip_prefix('='));
+    values.map(str::to_owned).collect()
+}
+
+#[test]
+fn the_unit_of_systemd_fits_the_server() {
+    let workshop = Workshop::new();
+    let variables = of_the_unit("Environment");
+    let variables: Vec<(&str, &str)> = variables
+        .iter()
+        .map(|variable| variable.strip_prefix("UNKEY_BUILDERD_").unwrap().split_once('=').unwrap())
+        .collect();
+    let shown = config(&workshop, &[], &variables);
+    for (name, value) in variables {
+        assert_eq!(line(&shown, name), format!("UNKEY_BUILDERD_{name}={value}"));
+        // What StateDirectory= makes, for the user that runs the server.
+        assert!(value.starts_with("/var/lib/builderd/"), "{name}: nobody may write to {value}");
+    }
+    let elsewhere = "/opt/builderd";
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(!shown.contains(elsewhere), "a directory that nobody may write to:\n{shown}");
+    // The server alone is told to stop, and one build that needs too much is not the end.
+    assert_eq!(of_the_unit("KillMode"), ["mixed"]);
+    assert_eq!(of_the_unit("OOMPolicy"), ["continue"]);
+    let start = of_the_unit("ExecStart").remove(0);
+    let start = start.replace("/etc/builderd/builderd.toml", "missing.toml");
+    let arguments: Vec<&str> = start.split(' ').skip(1).collect();
+    let missing = workshop.run(&arguments);
+    let code = missing.status.code().map(|code| code.to_string());
+    assert!(stderr(&missing).contains("missing.toml"), "{}", stderr(&missing));
+    assert_eq!(code, of_the_unit("RestartPreventExitStatus").pop());
+}

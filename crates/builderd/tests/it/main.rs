@@ -8,6 +8,7 @@ mod command_builds;
 mod command_service;
 mod config;
 mod failures;
+mod fleet;
 mod registry;
 mod service;
 mod store;

@@ -1,6 +1,6 @@
 //! Stories about `builderd serve` as a whole: a real server process, a registry in this one.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use oci::testing::{Access, Fault, TestRegistry};
 use serde_json::{Value, json};
 
-use crate::support::{Layer, TestImage, Workshop};
+use crate::support::{Layer, TestImage, Workshop, stderr};
 
 const RPC: &str = "/builder.v1.BuilderService";
 /// Long enough for the slowest machine; a story that works never waits so long.
@@ -133,6 +133,20 @@ impl Server {
             .unwrap()
     }
 
+    /// Metrics as Prometheus reads them.
+    fn metrics(&self) -> String {
+        let answer = self.http.get(format!("http://{}/metrics", self.address)).send().unwrap();
+        assert_eq!(answer.status().as_u16(), 200);
+        answer.text().unwrap()
+    }
+
+    /// One of them, if it is there.
+    fn metric(&self, name: &str) -> Option<f64> {
+        let text = self.metrics();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.map(|value| value.parse().unwrap())
+    }
+
     fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
@@ -154,7 +168,7 @@ fn order(image: &str) -> Value {
     json!({"config": {
         "tenant": {"tier": "TENANT_TIER_PRO"},
         "source": {"docker_image": {"image_uri": image}},
-        "target": {"microvm_rootfs": {"init_strategy": "INIT_STRATEGY_TINI"}},
+        "target": {"microvm_rootfs": {"init_strategy": "INIT_STRATEGY_DIRECT"}},
         "strategy": {"docker_extract": {}},
     }})
 }
@@ -316,6 +330,34 @@ fn files_with(directory: &Path, text: &str) -> Vec<PathBuf> {
 }
 
 #[test]
+fn a_retry_asks_for_the_credentials_that_the_build_brought() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let retry = |id: &str, arguments: &[&str]| {
+        let mut command = stage.workshop.command(&["builds", "retry", id, "--tenant", "t1"]);
+        command.env("UNKEY_BUILDERD_SERVER_ADDRESS", &server.address).args(arguments);
+        command.env("NO_PROXY", "127.0.0.1").stdin(Stdio::piped());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // A command that asks for nothing may have ended.
+        let _ = child.stdin.take().unwrap().write_all(b"secret");
+        child.wait_with_output().unwrap()
+    };
+    for name in ["auth", "registry_auth"] {
+        let mut body = order(&stage.reference("latest"));
+        body["config"]["source"]["docker_image"][name] =
+            json!({"username": "me", "password": "secret"});
+        let id = server.well("t1", "CreateBuild", &body)["build_id"].as_str().unwrap().to_owned();
+        let output = retry(&id, &[]);
+        assert_eq!(output.status.code(), Some(2), "{name}: {output:?}");
+        assert!(stderr(&output).contains("--password-stdin"), "{}", stderr(&output));
+        let output = retry(&id, &["--username", "me", "--password-stdin"]);
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+    }
+    let output = retry(&server.create("t1", &stage.reference("latest")), &[]);
+    assert!(output.status.success(), "it brought none: {}", stderr(&output));
+}
+
+#[test]
 fn a_queued_build_keeps_its_password_sealed() {
     let stage = Stage::new();
     let canary = "canary-2b8c44";
@@ -359,10 +401,13 @@ fn a_build_survives_the_death_of_its_server() {
     server.signal(rustix::process::Signal::KILL);
     server.end();
     eventually("no build process", || stage.children() == 0);
+    let started = Instant::now();
     let server = stage.serve(&[]);
     let build = server.finished("t1", &id);
     assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
     assert_eq!(build["attempts"].as_array().map(Vec::len), Some(1), "{build:#}");
+    // Its lease would have run for longer: on SQLite nobody waits for a server that is gone.
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
     assert_eq!(stage.staged(), Vec::<String>::new());
 }
 
@@ -420,4 +465,188 @@ fn an_image_larger_than_the_request_allows_fails_before_it_is_written() {
     assert_eq!(build["failure"]["code"], "INVALID_SOURCE", "{build:#}");
     assert!(build["failure"]["cause"].as_str().unwrap().contains("1000000"), "{build:#}");
     assert_eq!(stage.staged(), Vec::<String>::new());
+}
+
+#[test]
+fn tags_are_tried_where_the_image_names_none() {
+    let stage = Stage::new();
+    stage.push("tool", &["v2", "v1"]);
+    let server = stage.serve(&[]);
+    let mut open = order(&format!("{}/tool", stage.registry.host()));
+    let image = &mut open["config"]["source"]["docker_image"];
+    image["pull_tags"] = json!(["v3", "v2"]);
+    let id = server.well("t1", "CreateBuild", &open)["build_id"].as_str().unwrap().to_owned();
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let asked = |tag: &str| {
+        let end = format!("/tool/manifests/{tag}");
+        stage.registry.requests().iter().any(|request| request.path.ends_with(&end))
+    };
+    assert!(asked("latest") && asked("v3") && asked("v2") && !asked("v1"));
+    // A tag that is named is the one that is meant.
+    let mut closed = order(&format!("{}/tool:v9", stage.registry.host()));
+    closed["config"]["source"]["docker_image"]["pull_tags"] = json!(["v1"]);
+    let id = server.well("t1", "CreateBuild", &closed)["build_id"].as_str().unwrap().to_owned();
+    assert_eq!(server.finished("t1", &id)["failure"]["code"], "INVALID_SOURCE");
+}
+
+#[test]
+fn a_name_that_is_a_file_for_the_command_is_an_image_for_the_service() {
+    let stage = Stage::new();
+    let mirror = format!("docker.io={}", stage.registry.host());
+    let server = stage.serve(&[("DOCKER_REGISTRY_MIRROR", &mirror)]);
+    // The server runs in this directory.
+    stage.workshop.path("secret.tar");
+    std::fs::write(stage.workshop.path("secret.tar"), b"no archive").unwrap();
+    for name in ["docker-archive:secret.tar", "oci-archive:secret.tar", "oci:data"] {
+        let mut once = order(name);
+        once["config"]["retry_policy"] = json!({"max_retries": 0});
+        let id = server.well("t1", "CreateBuild", &once)["build_id"].as_str().unwrap().to_owned();
+        let build = server.finished("t1", &id);
+        // The mirror has no such image, and Docker Hub is out of reach or has none either.
+        let code = build["failure"]["code"].as_str().unwrap();
+        assert!(["INVALID_SOURCE", "NETWORK_ERROR"].contains(&code), "{build:#}");
+        let said = format!("{build}{}", server.log("t1", &id));
+        assert!(said.contains("docker.io/library/"), "{said}");
+        assert!(!said.contains("archive is"), "{said}");
+    }
+}
+
+#[test]
+fn an_artifact_larger_than_the_disk_is_given_to_nobody() {
+    let stage = Stage::new();
+    stage.push("library/app", &["latest"]);
+    let mirror = format!("docker.io={}", stage.registry.host());
+    let mirrored = ("DOCKER_REGISTRY_MIRROR", mirror.as_str());
+    let server = stage.serve(&[mirrored]);
+    let first = server.finished("t1", &server.create("t1", "app"));
+    assert_eq!(first["state"], "BUILD_STATE_COMPLETED", "{first:#}");
+    drop(server);
+    // Smaller than the image.
+    let server = stage.serve(&[mirrored, ("TENANT_DEFAULT_MAX_DISK_BYTES", "2000000")]);
+    let mut known = order("app");
+    known["config"]["tenant"]["tier"] = json!("TENANT_TIER_FREE");
+    let id = server.well("t2", "CreateBuild", &known)["build_id"].as_str().unwrap().to_owned();
+    let build = server.finished("t2", &id);
+    assert_eq!(build["state"], "BUILD_STATE_FAILED", "{build:#}");
+    assert!(build["failure"]["cause"].as_str().unwrap().contains("2000000"), "{build:#}");
+}
+
+#[test]
+fn a_running_build_shows_what_it_takes() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    stage.stall(10);
+    let id = server.create("t1", &stage.reference("latest"));
+    let usage = |build: &Value, name: &str| build["resource_usage"][name].as_u64().unwrap_or(0);
+    let mut build = Value::Null;
+    eventually("a process with memory", || {
+        std::thread::sleep(Duration::from_millis(200));
+        build = server.build("t1", &id);
+        usage(&build, "memory_used_bytes") > 0
+    });
+    assert_eq!(build["state"], "BUILD_STATE_EXTRACTING", "{build:#}");
+    let memory = usage(&build, "memory_used_bytes");
+    // Of the engine, not of a page or of the whole machine.
+    assert!((1 << 20..1 << 30).contains(&memory), "{build:#}");
+    let metrics = &build["metrics"];
+    assert!(metrics["memory_peak_bytes"].as_u64().unwrap() >= memory, "{build:#}");
+    assert!(metrics["total_duration_ms"].as_u64().unwrap() > 0, "{build:#}");
+    let blobs: usize = stage.image.blobs.iter().map(Vec::len).sum();
+    assert_eq!(metrics["original_size_bytes"], blobs, "{build:#}");
+    assert!(server.metric("builderd_memory_usage_bytes").unwrap() > 0.0);
+    if std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 1) {
+        // The small layer comes while the large one stands still.
+        let small = stage.image.blobs[1].len();
+        eventually("the small layer is there", || {
+            std::thread::sleep(Duration::from_millis(200));
+            build = server.build("t1", &id);
+            usage(&build, "downloaded_bytes") == small as u64
+        });
+    }
+    let before = build["metrics"]["total_duration_ms"].as_u64().unwrap();
+    eventually("time goes on", || {
+        std::thread::sleep(Duration::from_millis(200));
+        server.build("t1", &id)["metrics"]["total_duration_ms"].as_u64().unwrap() > before
+    });
+    server.well("t1", "CancelBuild", &json!({"build_id": id}));
+    let ended = server.wait("t1", &id, &["BUILD_STATE_CANCELLED"]);
+    assert_eq!(ended["resource_usage"]["memory_used_bytes"], ended["metrics"]["memory_peak_bytes"]);
+    eventually("nothing runs", || server.metric("builderd_memory_usage_bytes") == Some(0.0));
+}
+
+#[test]
+fn pulls_caches_and_the_artifact_store_are_counted_where_they_are_used() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let first = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    let known = server.finished("t2", &server.create("t2", &stage.reference("other")));
+    assert_eq!(first["rootfs_checksum"], known["rootfs_checksum"]);
+    let missing = server.finished("t1", &server.create("t1", &stage.reference("missing")));
+    assert_eq!(missing["state"], "BUILD_STATE_FAILED");
+    server.artifact("t1", first["build_id"].as_str().unwrap());
+
+    // What was measured of a build that was quick is true as well.
+    let blobs: usize = stage.image.blobs.iter().map(Vec::len).sum();
+    assert_eq!(first["resource_usage"]["downloaded_bytes"], blobs, "{first:#}");
+    assert!(first["metrics"]["disk_usage_bytes"].as_u64().unwrap() > 0, "{first:#}");
+    assert_eq!(known["resource_usage"]["downloaded_bytes"], 0, "{known:#}");
+
+    let host = stage.registry.host();
+    let pulls = |status: &str| {
+        server.metric(&format!(
+            "builderd_docker_pulls_total{{registry=\"{host}\",status=\"{status}\"}}"
+        ))
+    };
+    assert_eq!(pulls("fetched"), Some(1.0), "{}", server.metrics());
+    assert_eq!((pulls("known"), pulls("failed")), (Some(1.0), Some(1.0)));
+    let timed = format!("builderd_docker_pull_duration_seconds_count{{registry=\"{host}\"}}");
+    assert_eq!(server.metric(&timed), Some(1.0));
+    let ratio =
+        |cache: &str| server.metric(&format!("builderd_cache_hit_ratio{{cache_type=\"{cache}\"}}"));
+    assert_eq!((ratio("artifacts"), ratio("layers")), (Some(0.5), Some(0.0)));
+    let operations = |operation: &str| {
+        let labels = format!("backend=\"local\",operation=\"{operation}\",status=\"ok\"");
+        server.metric(&format!("builderd_storage_operations_total{{{labels}}}"))
+    };
+    assert_eq!((operations("put"), operations("get")), (Some(1.0), Some(1.0)));
+    let failed = "builderd_build_step_errors_total{step=\"resolve\"}";
+    assert_eq!(server.metric(failed), Some(1.0));
+}
+
+/// Does something to the database behind the server's back.
+fn execute(stage: &Stage, statement: &'static str, key: &str) {
+    let file = stage.workshop.path("data/builderd.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
+    let work = async {
+        let mut connection = sqlx::ConnectOptions::connect(&options).await.unwrap();
+        sqlx::query(statement).bind(key.to_owned()).execute(&mut connection).await.unwrap();
+        sqlx::Connection::close(connection).await.unwrap();
+    };
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work);
+}
+
+#[test]
+fn a_build_waits_while_an_old_file_of_its_content_is_removed() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let id = server.create("t1", &stage.reference("latest"));
+    let build = server.finished("t1", &id);
+    let path = PathBuf::from(build["rootfs_path"].as_str().unwrap());
+    let parts: Vec<_> = path.iter().map(|part| part.to_str().unwrap()).collect();
+    let key = parts[parts.len() - 2..].join("/");
+    server.well("t1", "DeleteBuild", &json!({"build_id": id}));
+    // A janitor that is about to remove the file that nothing names now.
+    let begin = "INSERT INTO artifact_removal (artifact_key, expires_at) \
+         VALUES ($1, 9000000000000000000)";
+    execute(&stage, begin, &key);
+    let id = server.create("t1", &stage.reference("latest"));
+    eventually("it waits", || server.log("t1", &id).contains("is being removed; waiting"));
+    assert_eq!(server.build("t1", &id)["completed_at"], Value::Null);
+    std::fs::remove_file(&path).unwrap();
+    execute(&stage, "DELETE FROM artifact_removal WHERE artifact_key = $1", &key);
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    assert_eq!(Some(path.as_path()), build["rootfs_path"].as_str().map(Path::new));
+    assert!(path.exists(), "the completed build has its file");
 }

@@ -13,7 +13,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 
 use super::{Credentials, HelperError};
-use crate::reference::canonical_registry;
+use crate::reference::{canonical_registry, check_registry};
 
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// The key under which Docker keeps the credentials of Docker Hub.
@@ -179,14 +179,33 @@ fn host_of(key: &str) -> &str {
     without_scheme(key).split('/').next().unwrap_or_default()
 }
 
+/// Host and path of a key; the path of a registry as a whole is empty.
+fn host_and_path(key: &str) -> (&str, &str) {
+    let (host, path) = without_scheme(key).split_once('/').unwrap_or((without_scheme(key), ""));
+    match path.trim_matches('/') {
+        "" | "v1" | "v2" => (host, ""),
+        path => (host, path),
+    }
+}
+
+/// The registry that is called so where credentials are written down, in the form that
+/// [`Reference::registry`](crate::Reference::registry) has: `https://index.docker.io/v1/` is
+/// `docker.io`. None for what is not a registry as a whole.
+#[must_use]
+pub fn registry_named(key: &str) -> Option<String> {
+    match host_and_path(key) {
+        (host, "") if check_registry(host).is_ok() => Some(canonical_registry(host)),
+        _ => None,
+    }
+}
+
 /// How many bytes of path a key has that fits the repository; none if it does not fit.
 fn fit(key: &str, registry: &str, repository: &str) -> Option<usize> {
-    let (host, path) = without_scheme(key).split_once('/').unwrap_or((without_scheme(key), ""));
+    let (host, path) = host_and_path(key);
     if canonical_registry(host) != registry {
         return None;
     }
-    let path = path.trim_matches('/');
-    if matches!(path, "" | "v1" | "v2") {
+    if path.is_empty() {
         return Some(0);
     }
     let rest = repository.strip_prefix(path)?;
@@ -238,6 +257,24 @@ mod tests {
         assert_eq!(user(&config, "reg.example", "x"), pair("registry", "r"));
         for registry in ["host", "host:5001", "empty.example", "null.example", "io"] {
             assert_eq!(user(&config, registry, "x"), None, "{registry}");
+        }
+    }
+
+    #[test]
+    fn a_registry_has_many_names() {
+        for (key, registry) in [
+            (HUB_KEY, "docker.io"),
+            ("index.docker.io", "docker.io"),
+            ("https://registry-1.docker.io/v2/", "docker.io"),
+            ("docker.io", "docker.io"),
+            ("https://GHCR.io/", "ghcr.io"),
+            ("http://localhost:5000", "localhost:5000"),
+            ("[::1]:5000", "[::1]:5000"),
+        ] {
+            assert_eq!(registry_named(key).as_deref(), Some(registry), "{key}");
+        }
+        for key in ["", "https://", "gcr.io/project", "ftp://gcr.io", "a b", "gcr.io:0", "/v1/"] {
+            assert_eq!(registry_named(key), None, "{key:?}");
         }
     }
 

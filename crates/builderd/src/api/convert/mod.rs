@@ -1,6 +1,7 @@
 //! Messages to the service's terms (`order`) and back (`shown`). Decides nothing but what a
 //! request means.
 
+mod bounds;
 mod order;
 mod shown;
 mod unimplemented;
@@ -11,7 +12,9 @@ use crate::build::record::Micros;
 use crate::tenant::Tier;
 use api::v1;
 
-pub(super) use order::{filter, order, page_limit, states_of_status};
+pub(super) use order::{
+    filter, idempotency_key_of_header, order, page_limit, reason, states_of_status,
+};
 pub(super) use shown::{job, log_message, log_value, quotas, state, stats, status, tenant_context};
 #[cfg(test)]
 pub(super) use unimplemented::UNIMPLEMENTED;

@@ -2,13 +2,19 @@
 
 use api::v1;
 use buffa::EnumValue;
+use http::HeaderValue;
 use secrecy::SecretString;
 use v1::build_source::SourceType;
 
+use super::bounds::{
+    ECHO_BYTES_MAX, IMAGE_BYTES_MAX, LABELS_MAX, PULL_TAGS_MAX, REASON_BYTES_MAX, SECRET_BYTES_MAX,
+    TEXT_BYTES_MAX, bounded, few, invalid,
+};
 use super::unimplemented::{refuse_unimplemented, rootfs};
 use crate::build::record::{BuildRequest, FailureCode, RetryPolicy};
 use crate::build::service::{LowerLimits, Order, RegistryCredentials, ServiceError};
 use crate::build::state::BuildState;
+use crate::config::parse_duration;
 use crate::store::Filter;
 
 /// Builds on a page, unless the caller says how many.
@@ -16,13 +22,6 @@ const PAGE_DEFAULT: u32 = 50;
 /// Builds on a page at most.
 const PAGE_MAX: u32 = 1000;
 const RETRIES_MAX: i32 = 10;
-/// Longest idempotency key and name, in bytes.
-const TEXT_BYTES_MAX: usize = 256;
-const LABELS_MAX: usize = 64;
-
-fn invalid(field: &str, problem: impl ToString) -> ServiceError {
-    ServiceError::Invalid { field: field.to_owned(), problem: problem.to_string() }
-}
 
 /// What [`v1::CreateBuildRequest`] orders.
 pub(in super::super) fn order(request: v1::CreateBuildRequest) -> Result<Order, ServiceError> {
@@ -35,21 +34,53 @@ pub(in super::super) fn order(request: v1::CreateBuildRequest) -> Result<Order, 
     Ok(Order {
         credentials: credentials(image)?,
         lower: lower_limits(&config.limits)?,
-        idempotency_key: Some(bounded("config.idempotency_key", &config.idempotency_key)?)
-            .filter(|key| !key.is_empty()),
+        idempotency_key: idempotency_key("config.idempotency_key", &config.idempotency_key)?,
         traceparent: None,
         request: BuildRequest {
-            image: image.image_uri.clone(),
-            pull_tags: image.pull_tags.clone(),
+            image: bounded(
+                "config.source.docker_image.image_uri",
+                &image.image_uri,
+                IMAGE_BYTES_MAX,
+            )?,
+            pull_tags: pull_tags(image)?,
             compression: compression(&config)?,
             size_limit_bytes: size_limit(&config)?,
-            name: bounded("config.build_name", &config.build_name)?,
+            name: bounded("config.build_name", &config.build_name, TEXT_BYTES_MAX)?,
             labels: labels(&config)?,
-            suggested_asset_id: bounded("config.suggested_asset_id", &config.suggested_asset_id)?,
+            suggested_asset_id: bounded(
+                "config.suggested_asset_id",
+                &config.suggested_asset_id,
+                TEXT_BYTES_MAX,
+            )?,
             retry: retry_policy(&config)?,
-            echo: echo(config),
+            echo: echo(config)?,
         },
     })
+}
+
+/// An empty key is none.
+fn idempotency_key(field: &str, key: &str) -> Result<Option<String>, ServiceError> {
+    Ok(Some(bounded(field, key, TEXT_BYTES_MAX)?).filter(|key| !key.is_empty()))
+}
+
+/// What the header `Idempotency-Key` says, for whoever does not say it in the config.
+pub(in super::super) fn idempotency_key_of_header(
+    value: &HeaderValue,
+) -> Result<Option<String>, ServiceError> {
+    let field = "Idempotency-Key";
+    let key = value.to_str().map_err(|_| invalid(field, "has other letters than ASCII's"))?;
+    idempotency_key(field, key)
+}
+
+/// Why a build is cancelled.
+pub(in super::super) fn reason(text: &str) -> Result<String, ServiceError> {
+    bounded("reason", text, REASON_BYTES_MAX)
+}
+
+fn pull_tags(image: &v1::DockerImageSource) -> Result<Vec<String>, ServiceError> {
+    let field = "config.source.docker_image.pull_tags";
+    few(field, image.pull_tags.len(), PULL_TAGS_MAX)?;
+    image.pull_tags.iter().map(|tag| bounded(field, tag, TEXT_BYTES_MAX)).collect()
 }
 
 /// The parts that every request must have.
@@ -119,10 +150,21 @@ fn credentials(image: &v1::DockerImageSource) -> Result<Option<RegistryCredentia
         return Err(invalid(field, "a password needs a username"));
     }
     Ok(Some(RegistryCredentials {
-        registry: auth.registry.clone(),
-        username: auth.username.clone(),
-        secret: SecretString::from(secret),
+        registry: registry(auth)?,
+        username: bounded(&format!("{field}.username"), &auth.username, TEXT_BYTES_MAX)?,
+        secret: SecretString::from(bounded(field, secret, SECRET_BYTES_MAX)?),
     }))
+}
+
+/// Whose credentials they are, as references call it; empty for the image's own registry.
+fn registry(auth: &v1::DockerAuth) -> Result<String, ServiceError> {
+    if auth.registry.is_empty() {
+        return Ok(String::new());
+    }
+    oci::registry_named(&auth.registry).ok_or_else(|| {
+        let problem = "is no registry: write a host alone, such as docker.io or ghcr.io";
+        invalid("config.source.docker_image.auth.registry", problem)
+    })
 }
 
 fn compression(config: &v1::BuildConfig) -> Result<String, ServiceError> {
@@ -163,22 +205,13 @@ fn count(field: &str, value: i64) -> Result<u64, ServiceError> {
     u64::try_from(value).map_err(|_| invalid(field, "must not be negative"))
 }
 
-fn bounded(field: &str, text: &str) -> Result<String, ServiceError> {
-    match text.len() <= TEXT_BYTES_MAX {
-        true => Ok(text.to_owned()),
-        false => Err(invalid(field, format!("is longer than {TEXT_BYTES_MAX} bytes"))),
-    }
-}
-
 fn labels(
     config: &v1::BuildConfig,
 ) -> Result<std::collections::BTreeMap<String, String>, ServiceError> {
     let field = "config.labels";
-    if config.labels.len() > LABELS_MAX {
-        return Err(invalid(field, format!("are more than {LABELS_MAX}")));
-    }
-    let pairs = config.labels.iter();
-    pairs.map(|(key, value)| Ok((bounded(field, key)?, bounded(field, value)?))).collect()
+    few(field, config.labels.len(), LABELS_MAX)?;
+    let text = |text: &str| bounded(field, text, TEXT_BYTES_MAX);
+    config.labels.iter().map(|(key, value)| Ok((text(key)?, text(value)?))).collect()
 }
 
 fn retry_policy(config: &v1::BuildConfig) -> Result<RetryPolicy, ServiceError> {
@@ -189,17 +222,18 @@ fn retry_policy(config: &v1::BuildConfig) -> Result<RetryPolicy, ServiceError> {
         return Err(invalid(&field("backoff_strategy"), "must be \"exponential\""));
     }
     let max_retries = match asked.max_retries {
-        retries @ 0..=RETRIES_MAX => u32::try_from(retries).unwrap_or(0),
-        _ => {
+        None => default.max_retries,
+        Some(retries @ 0..=RETRIES_MAX) => u32::try_from(retries).unwrap_or(0),
+        Some(_) => {
             let problem = format!("must be 0 to {RETRIES_MAX}");
             return Err(invalid(&field("max_retries"), problem));
         }
     };
     let delay = |name: &str, text: &str, default: u64| match text {
         "" => Ok(default),
-        text => humantime::parse_duration(text)
+        text => parse_duration(text)
             .map(|delay| delay.as_secs())
-            .map_err(|error| invalid(&field(name), format!("{text:?}: {error}; write \"30s\""))),
+            .map_err(|_| invalid(&field(name), format!("{text:?} is no duration: write \"30s\""))),
     };
     let base_delay_secs = delay("base_delay", &asked.base_delay, default.base_delay_secs)?;
     let max_delay_secs = delay("max_delay", &asked.max_delay, default.max_delay_secs)?;
@@ -223,29 +257,41 @@ fn retried_code(field: &str, name: &str) -> Result<FailureCode, ServiceError> {
     })
 }
 
-/// The config as it was sent, without anything secret.
-fn echo(mut config: v1::BuildConfig) -> String {
+/// The config as it was sent, without anything secret. Of credentials it tells that there were
+/// some, so that whoever sends it again knows to bring them.
+fn echo(mut config: v1::BuildConfig) -> Result<String, ServiceError> {
     if let Some(SourceType::DockerImage(image)) =
         config.source.as_option_mut().and_then(|source| source.source_type.as_mut())
     {
-        image.auth.take();
-        image.registry_auth.take();
+        let empty = v1::DockerAuth::default();
+        for auth in [&mut image.auth, &mut image.registry_auth] {
+            *auth = auth.take().filter(|auth| *auth != empty).map(|_| empty.clone()).into();
+        }
     }
     // By way of a value: the same maps must give the same text, for a request's hash is taken
     // over it. A message of plain data serialises.
-    serde_json::to_value(&config).unwrap_or_default().to_string()
+    let text = serde_json::to_value(&config).unwrap_or_default().to_string();
+    match text.len() <= ECHO_BYTES_MAX {
+        true => Ok(text),
+        false => {
+            let problem = format!(
+                "has {} bytes as JSON, of which at most {ECHO_BYTES_MAX} are kept: leave out what \
+                 the build does not need",
+                text.len(),
+            );
+            Err(invalid("config", problem))
+        }
+    }
 }
 
 /// Which builds [`v1::ListBuildsRequest`] asks for; none if its states are those of no build.
 pub(in super::super) fn filter(
     request: &v1::ListBuildsRequest,
 ) -> Result<Option<Filter>, ServiceError> {
-    let mut states = Vec::new();
-    let mut is_filtered = false;
-    for wanted in &request.state_filter {
-        is_filtered |= wanted.to_i32() != 0;
-        states.extend(states_of(*wanted));
-    }
+    let is_filtered = request.state_filter.iter().any(|wanted| wanted.to_i32() != 0);
+    let is_wanted =
+        |state: &BuildState| request.state_filter.contains(&EnumValue::from(super::state(*state)));
+    let states: Vec<BuildState> = BuildState::ALL.into_iter().filter(is_wanted).collect();
     if is_filtered && states.is_empty() {
         return Ok(None);
     }
@@ -269,12 +315,6 @@ pub(in super::super) fn page_limit(field: &str, asked: i64) -> Result<u32, Servi
             Err(_) => Err(invalid(field, "must not be negative")),
         },
     }
-}
-
-/// The states that the wire calls so.
-fn states_of(wanted: EnumValue<v1::BuildState>) -> Vec<BuildState> {
-    let is_wanted = |state: &BuildState| EnumValue::from(super::state(*state)) == wanted;
-    BuildState::ALL.into_iter().filter(is_wanted).collect()
 }
 
 /// The states that the documentation calls so; none if it knows no such status.
@@ -366,6 +406,74 @@ mod tests {
     }
 
     #[test]
+    fn an_echo_tells_that_there_were_credentials() {
+        let echoed = |name: &str, auth: Value| {
+            let config = whole(|config| config["source"]["docker_image"][name] = auth);
+            let echo: Value = serde_json::from_str(&ordered(config).unwrap().request.echo).unwrap();
+            echo["source"]["dockerImage"].clone()
+        };
+        let auth = json!({"username": "me", "password": "canary"});
+        let image = |marked: Value| {
+            let mut image = json!({"imageUri": "nginx:alpine"});
+            image.as_object_mut().unwrap().append(&mut marked.as_object().unwrap().clone());
+            image
+        };
+        assert_eq!(echoed("auth", auth.clone()), image(json!({"auth": {}})));
+        assert_eq!(echoed("registry_auth", auth), image(json!({"registryAuth": {}})));
+        assert_eq!(echoed("auth", json!({})), image(json!({})), "there were none");
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_and_the_field_is_named() {
+        let problem = |change: &dyn Fn(&mut Value)| match ordered(whole(change)) {
+            Err(error @ ServiceError::Invalid { .. }) => error.to_string(),
+            other => panic!("{other:?}"),
+        };
+        let long = "x".repeat(20_000);
+        let image = |name: &'static str, value: Value| {
+            problem(&move |config| config["source"]["docker_image"][name] = value.clone())
+        };
+        let many: Vec<String> = (0..17).map(|n| format!("t{n}")).collect();
+        assert!(image("pull_tags", json!(many)).contains("docker_image.pull_tags: are more than"));
+        assert!(image("pull_tags", json!([long])).contains("docker_image.pull_tags: is longer"));
+        assert!(image("image_uri", json!(long)).contains("image_uri: is longer"));
+        let auth = |auth: Value| image("auth", auth);
+        assert!(auth(json!({"token": long})).contains("docker_image.auth: is longer"));
+        let named = json!({"username": long, "password": "p"});
+        assert!(auth(named).contains("auth.username: is longer"));
+
+        let tenant = |tenant: Value| problem(&move |config| config["tenant"] = tenant.clone());
+        let metadata = json!({"metadata": {"a": "x".repeat(ECHO_BYTES_MAX)}});
+        let said = tenant(metadata);
+        assert!(said.starts_with("config: has ") && said.contains("65536"), "{said}");
+        assert!(tenant(json!({"permissions": vec![long; 4]})).starts_with("config: has "));
+        assert!(reason(&"x".repeat(REASON_BYTES_MAX + 1)).is_err());
+    }
+
+    #[test]
+    fn all_labels_that_may_be_may_be_at_once() {
+        let label = |n: usize| (format!("{n:0>256}"), json!("\u{fffd}".repeat(85)));
+        let config = whole(|config| config["labels"] = (0..LABELS_MAX).map(label).collect());
+        assert_eq!(ordered(config).unwrap().request.labels.len(), LABELS_MAX);
+    }
+
+    #[test]
+    fn credentials_are_for_a_registry_by_any_of_its_names() {
+        let registry = |name: &str| {
+            let auth = json!({"username": "me", "password": "secret", "registry": name});
+            let order = ordered(whole(|config| config["source"]["docker_image"]["auth"] = auth));
+            order.map(|order| order.credentials.unwrap().registry)
+        };
+        assert_eq!(registry("").unwrap(), "");
+        assert_eq!(registry("https://index.docker.io/v1/").unwrap(), "docker.io");
+        assert_eq!(registry("https://GHCR.io").unwrap(), "ghcr.io");
+        for wrong in ["gcr.io/project", "no registry", "https://"] {
+            let error = registry(wrong).unwrap_err().to_string();
+            assert!(error.contains("docker_image.auth.registry: is no registry"), "{error}");
+        }
+    }
+
+    #[test]
     fn the_same_request_is_the_same_text() {
         let config = whole(|config| {
             config["labels"] = (0..20).map(|n| (format!("l{n}"), json!("x"))).collect();
@@ -404,11 +512,19 @@ mod tests {
             "retry_on": ["NETWORK_ERROR", "TEMPORARY_RESOURCE_ERROR", "REGISTRY_RATE_LIMIT"],
         });
         assert_eq!(retry(documented).unwrap(), RetryPolicy::default());
+        let delays = json!({"base_delay": "1m30s", "max_delay": "1.5h"});
+        let delays = retry(delays).map(|retry| (retry.base_delay_secs, retry.max_delay_secs));
+        assert_eq!(delays.unwrap(), (90, 5400));
+        // What is left out is as documented; that nothing is tried again must be said.
+        let partial = retry(json!({"base_delay": "10s"})).unwrap();
+        assert_eq!(partial, RetryPolicy { base_delay_secs: 10, ..RetryPolicy::default() });
+        assert_eq!(retry(json!({"max_retries": 0})).unwrap().max_retries, 0);
         for wrong in [
             json!({"backoff_strategy": "linear"}),
             json!({"max_retries": 11}),
             json!({"max_retries": -1}),
             json!({"base_delay": "soon"}),
+            json!({"max_delay": "5 minutes"}),
             json!({"retry_on": ["INTERNAL"]}),
         ] {
             assert!(retry(wrong.clone()).is_err(), "{wrong}");
@@ -440,6 +556,9 @@ mod tests {
         let failed = filtered(json!({"state_filter": ["BUILD_STATE_FAILED"], "page_size": 5000}));
         let ended = vec![BuildState::Failed, BuildState::Timeout];
         assert_eq!(failed.unwrap(), Some((ended, 1000)));
+        let often = vec!["BUILD_STATE_FAILED"; 1000];
+        let states = filtered(json!({ "state_filter": often })).unwrap().unwrap().0;
+        assert_eq!(states.len(), 2, "a state is asked for once");
         let none = filtered(json!({"state_filter": ["BUILD_STATE_CLEANING"]}));
         assert_eq!(none.unwrap(), None);
         assert!(filtered(json!({"page_size": -1})).is_err());

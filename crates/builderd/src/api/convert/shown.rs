@@ -4,7 +4,9 @@ use api::v1;
 use serde_json::{Value, json};
 
 use super::{rfc3339, signed, small, tier_on_the_wire, timestamp};
-use crate::build::record::{Attempt, Build, BuildResult, Failure, LogLine, Micros, Stats};
+use crate::build::record::{
+    Attempt, Build, BuildMetrics, BuildResult, Failure, LogLine, Micros, Stats,
+};
 use crate::build::service::{BuildService, Quotas};
 use crate::build::state::BuildState;
 use crate::tenant::TenantLimits;
@@ -80,14 +82,14 @@ pub(in super::super) fn job(
         rootfs_size_bytes: result.map_or(0, |result| signed(result.artifact_bytes)),
         rootfs_checksum: result.map_or_else(String::new, |result| result.sha256.clone()),
         image_metadata: result.map(|result| image_metadata(&result.metadata)).into(),
-        metrics: result.map(metrics).into(),
+        metrics: metrics(build).into(),
         error_message: failure.map_or_else(String::new, |failure| failure.cause.clone()),
         build_logs: log.iter().map(|line| line.message.clone()).collect(),
         progress_percent: small(build.progress_percent.into()),
         current_step: build.step.clone(),
         status: status(build.state).into(),
         progress: progress(build, now).into(),
-        resource_usage: result.map(resource_usage).into(),
+        resource_usage: resource_usage(build).into(),
         tenant_context: tenant_context(build).into(),
         updated_at: timestamp(build.updated_at).into(),
         failure: failure.map(failure_message).into(),
@@ -174,9 +176,25 @@ fn image_metadata(metadata: &Value) -> v1::ImageMetadata {
     }
 }
 
-fn metrics(result: &BuildResult) -> v1::BuildMetrics {
-    let metrics = &result.metrics;
+/// What a build cost, or what it cost so far.
+fn metrics(build: &Build) -> Option<v1::BuildMetrics> {
+    match (&build.result, &build.usage) {
+        (Some(result), _) => Some(sizes(result, cost(&result.metrics))),
+        (None, Some(usage)) => Some(cost(&usage.so_far)),
+        (None, None) => None,
+    }
+}
+
+fn sizes(result: &BuildResult, cost: v1::BuildMetrics) -> v1::BuildMetrics {
     let kept = (result.artifact_bytes.saturating_mul(100)).checked_div(result.image_bytes);
+    v1::BuildMetrics {
+        rootfs_size_bytes: signed(result.image_bytes),
+        compression_ratio: signed(100u64.saturating_sub(kept.unwrap_or(100))),
+        ..cost
+    }
+}
+
+fn cost(metrics: &BuildMetrics) -> v1::BuildMetrics {
     v1::BuildMetrics {
         pull_duration_ms: signed(metrics.pull_ms),
         extract_duration_ms: signed(metrics.extract_ms),
@@ -184,8 +202,6 @@ fn metrics(result: &BuildResult) -> v1::BuildMetrics {
         optimize_duration_ms: signed(metrics.optimize_ms),
         total_duration_ms: signed(metrics.total_ms),
         original_size_bytes: signed(metrics.source_bytes),
-        rootfs_size_bytes: signed(result.image_bytes),
-        compression_ratio: signed(100u64.saturating_sub(kept.unwrap_or(100))),
         memory_peak_bytes: signed(metrics.memory_peak_bytes),
         disk_usage_bytes: signed(metrics.disk_bytes),
         cpu_cores_used: small(metrics.cpu_ms.div_ceil(metrics.total_ms.max(1))),
@@ -193,14 +209,26 @@ fn metrics(result: &BuildResult) -> v1::BuildMetrics {
     }
 }
 
-fn resource_usage(result: &BuildResult) -> v1::ResourceUsage {
-    let metrics = &result.metrics;
-    v1::ResourceUsage {
+/// What a running build takes now; of one that has ended, the most it took.
+fn resource_usage(build: &Build) -> Option<v1::ResourceUsage> {
+    if let (true, Some(usage)) = (build.state.is_running(), &build.usage) {
+        return Some(v1::ResourceUsage {
+            memory_used_bytes: signed(usage.memory_bytes),
+            cpu_usage_percent: small(usage.cpu_percent),
+            disk_used_bytes: signed(usage.disk_bytes),
+            downloaded_bytes: signed(usage.so_far.fetched_bytes),
+            ..Default::default()
+        });
+    }
+    let result = build.result.as_ref().map(|result| &result.metrics);
+    let metrics = result.or_else(|| build.usage.as_ref().map(|usage| &usage.so_far))?;
+    Some(v1::ResourceUsage {
         memory_used_bytes: signed(metrics.memory_peak_bytes),
         cpu_usage_percent: small(metrics.cpu_ms.saturating_mul(100) / metrics.total_ms.max(1)),
         disk_used_bytes: signed(metrics.disk_bytes),
+        downloaded_bytes: signed(metrics.fetched_bytes),
         ..Default::default()
-    }
+    })
 }
 
 fn failure_message(failure: &Failure) -> v1::BuildFailure {
@@ -340,9 +368,8 @@ mod tests {
                 ..Default::default()
             },
         };
-        assert_eq!(metrics(&result).compression_ratio, 75);
-        assert_eq!(metrics(&result).cpu_cores_used, 2);
-        assert_eq!(resource_usage(&result).cpu_usage_percent, 150);
+        let figures = sizes(&result, cost(&result.metrics));
+        assert_eq!((figures.compression_ratio, figures.cpu_cores_used), (75, 2));
         let image = image_metadata(&result.metadata);
         assert_eq!((image.original_image.as_str(), image.layers.len()), ("nginx", 1));
         assert_eq!(image.env.get("A").map(String::as_str), Some("b"));

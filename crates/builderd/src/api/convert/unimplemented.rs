@@ -77,6 +77,14 @@ pub(in super::super) const UNIMPLEMENTED: &[Later] = &[
     later("microvm_rootfs.format", "leave it out, or \"ext4\"", |config| {
         rootfs(config).is_some_and(|target| !matches!(target.format.as_str(), "" | "ext4"))
     }),
+    // The documentation's first example asks for it. The image would need a tini that it need not
+    // have, and an image without one is not what was asked for.
+    later(
+        "microvm_rootfs.init_strategy INIT_STRATEGY_TINI",
+        "leave it out, or INIT_STRATEGY_DIRECT_EXEC; an image that has a tini names it in its \
+         entrypoint",
+        |config| asks_for_init(config, v1::InitStrategy::INIT_STRATEGY_TINI),
+    ),
     later(
         "microvm_rootfs.init_strategy INIT_STRATEGY_SYSTEMD",
         "use an image that has systemd, and name it on the kernel's command line",
@@ -202,6 +210,10 @@ mod tests {
         ),
         ("microvm_rootfs.format", r#"{"target":{"microvm_rootfs":{"format":"squashfs"}}}"#),
         (
+            "microvm_rootfs.init_strategy INIT_STRATEGY_TINI",
+            r#"{"target":{"microvm_rootfs":{"init_strategy":"INIT_STRATEGY_TINI"}}}"#,
+        ),
+        (
             "microvm_rootfs.init_strategy INIT_STRATEGY_SYSTEMD",
             r#"{"target":{"microvm_rootfs":{"init_strategy":"INIT_STRATEGY_SYSTEMD"}}}"#,
         ),
@@ -249,7 +261,8 @@ mod tests {
         for json in [
             r#"{"target":{"microvm_rootfs":{"format":"ext4","optimization":{}}}}"#,
             r#"{"target":{"microvm_rootfs":{"init_strategy":"INIT_STRATEGY_DIRECT_EXEC"}}}"#,
-            r#"{"target":{"microvm_rootfs":{"init_strategy":"INIT_STRATEGY_TINI"}}}"#,
+            r#"{"target":{"microvm_rootfs":{"init_strategy":"INIT_STRATEGY_DIRECT"}}}"#,
+            r#"{"target":{"microvm_rootfs":{"init_strategy":"INIT_STRATEGY_UNSPECIFIED"}}}"#,
             r#"{"strategy":{"docker_extract":{"flatten_filesystem":true}}}"#,
             r#"{"strategy":{"docker_strategy":{"preserve_layers":false}}}"#,
             r#"{"limits":{"max_memory_bytes":"1","timeout_seconds":5,"allow_external_network":true}}"#,

@@ -4,7 +4,10 @@
 
 mod artifact;
 mod authorisation;
+mod bounds;
+mod deleting;
 mod documented;
+mod pages;
 mod protocols;
 mod stream;
 mod wire;
@@ -26,12 +29,15 @@ use crate::build::record::{BuildMetrics, BuildResult, LogLine, Micros};
 use crate::build::service::{BuildService, ServiceRules};
 use crate::build::state::BuildState;
 use crate::clock::{Clock, WallClock};
+use crate::config::Origins;
 use crate::seal::MasterKey;
 use crate::store::{Claimed, Fenced, Outcome, Store, TenantRow, TokenRow};
 use crate::tenant::{Right, TenantId, Tier};
 
 /// How long connections may live on when a story ends.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long a forced delete waits here.
+const STOP_WAIT: Duration = Duration::from_secs(1);
 
 /// A server of its own for one story.
 pub(super) struct Server {
@@ -77,6 +83,11 @@ impl Server {
     }
 
     pub(super) async fn start_with(mode: Mode, default_tier: Tier) -> Self {
+        Self::start_for(mode, default_tier, Origins::NONE).await
+    }
+
+    /// Pages of `origins` may call it.
+    pub(super) async fn start_for(mode: Mode, default_tier: Tier, origins: Origins) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open_sqlite(directory.path()).await.unwrap();
         let artifacts = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
@@ -86,6 +97,7 @@ impl Server {
             registry_auth: true,
             allowed_registries: Vec::new(),
             build_secs_max: 900,
+            stop_wait: STOP_WAIT,
         };
         let key = MasterKey::load_or_create(&directory.path().join("master.key")).unwrap();
         let service = BuildService::new(
@@ -107,7 +119,7 @@ impl Server {
         let state = ApiState::new(service, store.clone(), clock, meters, rules, stopping.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let router = super::router(state);
+        let router = super::router(state, origins);
         let task = tokio::spawn(super::serve(listener, router, stopping, DRAIN));
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         Self { address, store, artifacts, client, shutdown, task, _directory: directory }
@@ -216,7 +228,7 @@ impl Server {
         };
         let outcome = Outcome::Completed(Box::new(result));
         let written = lease.finish(None, outcome, WallClock.now()).await.unwrap();
-        assert_eq!(written, Fenced::Written);
+        assert_eq!(written, Some(BuildState::Completed));
     }
 }
 

@@ -138,6 +138,11 @@ async fn health_and_reflection_answer_without_a_credential() {
         };
         let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
         assert!(names.contains(&api::SERVICE) && names.contains(&"grpc.health.v1.Health"));
+        let long = ServerReflectionRequest {
+            message_request: Some(MessageRequest::FileContainingSymbol("x".repeat(100 << 10))),
+            ..Default::default()
+        };
+        assert_eq!(grpc(&server, &path, framed(&long)).await.1, "8", "strangers are brief");
     }
     server.stop().await;
 }
@@ -175,7 +180,7 @@ async fn what_is_not_there_and_what_is_too_much_is_said_in_the_right_form() {
 
     let big = json!({"build_id": "x".repeat(5 << 20)});
     let reply = send(server.rpc("GetBuild", &big).header("x-tenant-id", "t")).await;
-    assert_eq!(reply.status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(reply.status, StatusCode::PAYLOAD_TOO_LARGE, "nothing is used up");
     assert_eq!(reply.json()["code"], "resource_exhausted");
     let garbled = server.rpc("GetBuild", &json!("x")).header("x-tenant-id", "t");
     assert_eq!(send(garbled).await.status, StatusCode::BAD_REQUEST);

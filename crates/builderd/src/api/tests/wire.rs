@@ -5,6 +5,9 @@ use serde_json::{Value, json};
 
 use super::{Server, create_body, send};
 use crate::api::Mode;
+use crate::build::record::{BuildMetrics, Failure, FailureCode, LiveUsage};
+use crate::clock::{Clock as _, WallClock};
+use crate::store::Outcome;
 use crate::tenant::{Right, Tier};
 
 #[tokio::test]
@@ -43,6 +46,69 @@ async fn a_build_from_its_creation_to_its_deletion() {
     let gone = send(ask("GetBuild")).await;
     assert_eq!(gone.status, StatusCode::NOT_FOUND);
     assert_eq!(gone.json()["message"], format!("build not found: {id}"));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_running_build_shows_what_it_takes_and_a_failed_one_what_it_took() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let get = || send(server.rpc("GetBuild", &json!({"build_id": id})).header("x-tenant-id", "t"));
+    let claimed = server.claim().await;
+    let lease = server.store.lease(&claimed.lease);
+    let begun = get().await.well()["build"].clone();
+    assert!(begun["resource_usage"].is_null() && begun["metrics"].is_null(), "{begun:#}");
+    let so_far = BuildMetrics {
+        pull_ms: 40,
+        total_ms: 2000,
+        source_bytes: 9000,
+        fetched_bytes: 5000,
+        memory_peak_bytes: 80 << 20,
+        disk_bytes: 3 << 20,
+        cpu_ms: 2500,
+        ..BuildMetrics::default()
+    };
+    let usage = LiveUsage { memory_bytes: 64 << 20, cpu_percent: 175, disk_bytes: 2 << 20, so_far };
+    lease.heartbeat(60, Some(&usage), claimed.build.updated_at).await.unwrap();
+    let running = get().await.well()["build"].clone();
+    let taken = &running["resource_usage"];
+    assert_eq!(taken["memory_used_bytes"], 64 << 20);
+    assert_eq!(taken["cpu_usage_percent"], 175);
+    assert_eq!(taken["disk_used_bytes"], 2 << 20);
+    assert_eq!(taken["downloaded_bytes"], 5000);
+    assert_eq!(running["resourceUsage"]["downloadedBytes"], "5000");
+    let metrics = &running["metrics"];
+    assert_eq!(
+        (&metrics["pull_duration_ms"], &metrics["total_duration_ms"]),
+        (&json!(40), &json!(2000))
+    );
+    assert_eq!(metrics["original_size_bytes"], 9000);
+    assert_eq!(metrics["memory_peak_bytes"], 80 << 20);
+    assert_eq!(
+        (&metrics["disk_usage_bytes"], &metrics["cpu_cores_used"]),
+        (&json!(3 << 20), &json!(2))
+    );
+    assert_eq!(
+        (&metrics["rootfs_size_bytes"], &metrics["compression_ratio"]),
+        (&json!(0), &json!(0))
+    );
+
+    let failure = Failure {
+        code: FailureCode::NetworkError,
+        step: "layers".into(),
+        cause: "the registry hung up".into(),
+        blame: "upstream".into(),
+        remedy: String::new(),
+    };
+    lease.finish(None, Outcome::Failed(failure), WallClock.now()).await.unwrap();
+    let failed = get().await.well()["build"].clone();
+    let taken = &failed["resource_usage"];
+    assert_eq!(taken["memory_used_bytes"], 80 << 20, "the most, now that it takes nothing");
+    assert_eq!(
+        (&taken["cpu_usage_percent"], &taken["disk_used_bytes"]),
+        (&json!(125), &json!(3 << 20))
+    );
+    assert_eq!(failed["metrics"]["total_duration_ms"], 2000);
     server.stop().await;
 }
 
@@ -122,9 +188,12 @@ async fn the_daily_quota_answers_as_documented() {
     for _ in 0..Tier::Free.limits().daily_builds {
         server.create("tenant-123").await;
     }
-    let request = server.rpc("CreateBuild", &create_body()).header("x-tenant-id", "tenant-123");
-    let reply = send(request).await;
-    assert_eq!(reply.status, StatusCode::TOO_MANY_REQUESTS);
+    let ask = || server.rpc("CreateBuild", &create_body()).header("x-tenant-id", "tenant-123");
+    let program = send(ask().header("connect-protocol-version", "1")).await;
+    assert_eq!(program.status, StatusCode::TOO_MANY_REQUESTS, "as Connect has it");
+    assert_eq!(program.json()["code"], "resource_exhausted");
+    let reply = send(ask()).await;
+    assert_eq!(reply.status, StatusCode::FORBIDDEN, "as the documentation has it");
     let body = reply.json();
     assert_eq!(body["code"], "resource_exhausted");
     assert_eq!(body["details"][0]["type"], "builder.v1.ErrorDetail");
@@ -308,7 +377,8 @@ async fn a_queued_build_is_cancelled_and_a_running_one_is_told() {
     assert_eq!(claimed.lease.build().as_str(), running);
     let told = cancel(&running).await.well();
     assert_eq!((&told["success"], &told["state"]), (&json!(true), &json!("BUILD_STATE_PULLING")));
-    let heard = server.store.lease(&claimed.lease).heartbeat(60, claimed.build.updated_at).await;
+    let heard =
+        server.store.lease(&claimed.lease).heartbeat(60, None, claimed.build.updated_at).await;
     let reason = "User cancellation".to_owned();
     assert_eq!(heard.unwrap(), crate::store::Heartbeat::Cancel { reason });
     let delete = server.rpc("DeleteBuild", &json!({ "build_id": running }));

@@ -23,14 +23,6 @@ pub(super) struct Kept {
     pub(super) added_bytes: i64,
 }
 
-/// A name may be shared by everybody, or within its own tenant.
-fn may_share(tenant: &TenantId, name: &ArtifactName) -> bool {
-    match name.domain.strip_prefix("tenant:") {
-        Some(owner) => owner == tenant.as_str(),
-        None => true,
-    }
-}
-
 /// Gives a tenant's build the file that it made, or that was made before, and files its name.
 pub(super) async fn keep(
     tx: &mut Tx,
@@ -46,7 +38,7 @@ pub(super) async fn keep(
     let key = result.artifact_key.as_str();
     let query = query.text(key).count(result.artifact_bytes).text(&result.sha256).at(now);
     let size_bytes = tx.one(query).await?.int("size_bytes")?;
-    if let Some(name) = name.filter(|name| may_share(tenant, name)) {
+    if let Some(name) = name.filter(|name| name.domain.includes(tenant)) {
         // What was made says more than what was found.
         let query = match result.from_cache {
             true => {
@@ -59,7 +51,7 @@ pub(super) async fn keep(
                  artifact_key = excluded.artifact_key, result = excluded.result")
             }
         };
-        let query = query.text(&name.domain).text(&name.recipe).text(key);
+        let query = query.text(&name.domain.to_string()).text(&name.recipe).text(key);
         tx.execute(query.text(&to_json(result)?)).await?;
     }
     let query = sql("INSERT INTO tenant_artifact (tenant_id, artifact_key, builds) \
@@ -113,7 +105,7 @@ impl Rows {
         lease: &Lease,
         name: &ArtifactName,
     ) -> Result<Option<KnownArtifact>, StoreError> {
-        if !may_share(&lease.tenant, name) {
+        if !name.domain.includes(&lease.tenant) {
             return Ok(None);
         }
         self.again(|| self.known_artifact_once(lease, name)).await
@@ -130,7 +122,7 @@ impl Rows {
         let query = sql("SELECT n.artifact_key, n.result FROM artifact_name n \
              JOIN artifact a ON a.artifact_key = n.artifact_key \
              WHERE n.sharing_domain = $1 AND n.recipe = $2 FOR SHARE OF a");
-        let found = tx.optional(query.text(&name.domain).text(&name.recipe)).await?;
+        let found = tx.optional(query.text(&name.domain.to_string()).text(&name.recipe)).await?;
         let Some(found) = found else { return Ok(None) };
         let key = found.text("artifact_key")?;
         let query = sql("UPDATE build SET artifact_key = $4 \

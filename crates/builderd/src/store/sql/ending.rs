@@ -1,10 +1,10 @@
 //! A try ends: with an artifact, without one, or back in the queue. Cancel and delete.
 
-use crate::build::record::{Attempt, BuildId, BuildResult, Failure, Micros};
+use crate::build::record::{Attempt, BuildId, BuildResult, Failure, FailureCode, Micros};
 use crate::build::state::{BuildState, Happening};
 use crate::store::engine::{Tx, sql, to_json};
-use crate::store::{ArtifactName, Cancel, Delete, Fenced, Lease, Outcome, StoreError};
-use crate::tenant::TenantId;
+use crate::store::{ArtifactName, Cancel, Delete, Lease, Outcome, StoreError};
+use crate::tenant::{TenantId, TenantLimits};
 
 use super::artifacts::{drop_claim, keep, remove_if_unused};
 use super::{Held, Rows, Tally, arrears, was_held};
@@ -34,13 +34,13 @@ impl<'a> Ending<'a> {
         Self { actor, happening, failure: None, published: None, token: 0 }
     }
 
-    /// Ends the build: artifact, row, counters and event.
+    /// Ends the build: artifact, row, counters and event. Returns its state from now on.
     pub(super) async fn apply(
         self,
         tx: &mut Tx,
         held: &Held,
         now: Micros,
-    ) -> Result<(), StoreError> {
+    ) -> Result<BuildState, StoreError> {
         let to = held.state.next(self.happening)?;
         let token = self.token.max(held.token);
         let kept = match self.published {
@@ -60,7 +60,8 @@ impl<'a> Ending<'a> {
         };
         tally.apply(tx, &held.tenant).await?;
         count_day(tx, &held.tenant, to, now).await?;
-        held.record(tx, to, token, self.actor, now).await
+        held.record(tx, to, token, self.actor, now).await?;
+        Ok(to)
     }
 
     async fn write(
@@ -111,7 +112,7 @@ impl Requeue<'_> {
              lease_token = $8, lease_owner = NULL, lease_expires_at = NULL, \
              attempt_started_at = NULL, wall_us = wall_us + $9, progress_percent = 0, \
              step = '', attempt = $10, attempts = $11, artifact_key = NULL, \
-             event_seq = event_seq + 1 \
+             live_usage = NULL, event_seq = event_seq + 1 \
              WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $7");
         let attempt = match self.failure {
             Some(_) => held.attempt,
@@ -149,7 +150,7 @@ impl Requeue<'_> {
         attempts.push(Attempt {
             attempt: held.attempt,
             started_at: held.attempt_started_at.unwrap_or(now),
-            ended_at: now,
+            ended_at: held.attempt_end(now),
             failure: failure.clone(),
         });
         to_json(&attempts)
@@ -163,49 +164,47 @@ impl Rows {
         artifact: Option<&ArtifactName>,
         outcome: &Outcome,
         now: Micros,
-    ) -> Result<Fenced, StoreError> {
-        let done = self.again(|| self.finish_once(lease, artifact, outcome, now)).await?;
-        self.announcer.announce();
-        Ok(done)
-    }
-
-    async fn finish_once(
-        &self,
-        lease: &Lease,
-        artifact: Option<&ArtifactName>,
-        outcome: &Outcome,
-        now: Micros,
-    ) -> Result<Fenced, StoreError> {
-        let mut tx = self.engine.begin().await?;
-        let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
-        let ending = |happening| Ending::by(held.worker(), happening);
-        match outcome {
-            // Who was told that the build will be cancelled must never see it complete.
-            Outcome::Completed(_) | Outcome::Retry { .. } if held.is_cancel_requested => {
-                ending(Happening::Cancelled).apply(&mut tx, &held, now).await?;
-            }
-            Outcome::Cancelled => ending(Happening::Cancelled).apply(&mut tx, &held, now).await?,
-            Outcome::Completed(result) => {
-                let published = Some((&**result, artifact));
-                let ending = Ending { published, ..ending(Happening::Published) };
-                ending.apply(&mut tx, &held, now).await?;
-            }
-            Outcome::Failed(failure) => {
-                let ending = Ending { failure: Some(failure), ..ending(Happening::Failed) };
-                ending.apply(&mut tx, &held, now).await?;
-            }
-            Outcome::TimedOut(failure) => {
-                let ending = Ending { failure: Some(failure), ..ending(Happening::TimedOut) };
-                ending.apply(&mut tx, &held, now).await?;
-            }
-            Outcome::Retry { failure, run_at } => {
-                let (failure, token) = (failure.as_ref(), held.token);
-                let requeue = Requeue { failure, run_at: *run_at, token, actor: held.worker() };
-                requeue.apply(&mut tx, &held, now).await?;
-            }
-        }
-        tx.commit().await?;
-        Ok(Fenced::Written)
+    ) -> Result<Option<BuildState>, StoreError> {
+        self.change(|| async {
+            let mut tx = self.engine.begin().await?;
+            let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(None) };
+            let ending = |happening| Ending::by(held.worker(), happening);
+            let no_room;
+            let ending = match outcome {
+                // Who was told that the build will be cancelled must never see it complete.
+                Outcome::Completed(_) | Outcome::Retry { .. } if held.is_cancel_requested => {
+                    ending(Happening::Cancelled)
+                }
+                Outcome::Cancelled => ending(Happening::Cancelled),
+                Outcome::Completed(result) => match no_room_for(&mut tx, &held, result).await? {
+                    None => {
+                        let published = Some((&**result, artifact));
+                        Ending { published, ..ending(Happening::Published) }
+                    }
+                    Some(failure) => {
+                        no_room = failure;
+                        Ending { failure: Some(&no_room), ..ending(Happening::Failed) }
+                    }
+                },
+                Outcome::Failed(failure) => {
+                    Ending { failure: Some(failure), ..ending(Happening::Failed) }
+                }
+                Outcome::TimedOut(failure) => {
+                    Ending { failure: Some(failure), ..ending(Happening::TimedOut) }
+                }
+                Outcome::Retry { failure, run_at } => {
+                    let (failure, token) = (failure.as_ref(), held.token);
+                    let requeue = Requeue { failure, run_at: *run_at, token, actor: held.worker() };
+                    requeue.apply(&mut tx, &held, now).await?;
+                    tx.commit().await?;
+                    return Ok(Some(BuildState::Queued));
+                }
+            };
+            let state = ending.apply(&mut tx, &held, now).await?;
+            tx.commit().await?;
+            Ok(Some(state))
+        })
+        .await
     }
 
     pub(crate) async fn cancel(
@@ -215,37 +214,28 @@ impl Rows {
         reason: &str,
         now: Micros,
     ) -> Result<Option<Cancel>, StoreError> {
-        let done = self.again(|| self.cancel_once(tenant, id, reason, now)).await?;
-        self.announcer.announce();
-        Ok(done)
-    }
-
-    async fn cancel_once(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-        reason: &str,
-        now: Micros,
-    ) -> Result<Option<Cancel>, StoreError> {
-        let mut tx = self.engine.begin().await?;
-        let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
-        if held.state.is_terminal() {
-            return Ok(Some(Cancel::Ended(held.state)));
-        }
-        if !held.is_cancel_requested {
-            let query = sql("UPDATE build SET cancel_requested_at = $4, cancel_reason = $5, \
-                 updated_at = $4 WHERE tenant_id = $1 AND id = $2 AND state = $3");
-            was_held(tx.execute(held.key(query).at(now).text(reason)).await?)?;
-        }
-        let done = match held.state.is_running() {
-            true => Cancel::Requested,
-            false => {
-                Ending::by("tenant", Happening::Cancelled).apply(&mut tx, &held, now).await?;
-                Cancel::Done
+        self.change(|| async {
+            let mut tx = self.engine.begin().await?;
+            let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
+            if held.state.is_terminal() {
+                return Ok(Some(Cancel::Ended(held.state)));
             }
-        };
-        tx.commit().await?;
-        Ok(Some(done))
+            if !held.is_cancel_requested {
+                let query = sql("UPDATE build SET cancel_requested_at = $4, cancel_reason = $5, \
+                     updated_at = $4 WHERE tenant_id = $1 AND id = $2 AND state = $3");
+                was_held(tx.execute(held.key(query).at(now).text(reason)).await?)?;
+            }
+            let done = match held.state.is_running() {
+                true => Cancel::Requested,
+                false => {
+                    Ending::by("tenant", Happening::Cancelled).apply(&mut tx, &held, now).await?;
+                    Cancel::Done
+                }
+            };
+            tx.commit().await?;
+            Ok(Some(done))
+        })
+        .await
     }
 
     pub(crate) async fn delete(
@@ -253,36 +243,71 @@ impl Rows {
         tenant: &TenantId,
         id: &BuildId,
     ) -> Result<Option<Delete>, StoreError> {
-        self.again(|| self.delete_once(tenant, id)).await
+        self.again(|| async {
+            let mut tx = self.engine.begin().await?;
+            let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
+            if !held.state.is_terminal() {
+                return Ok(Some(Delete::Running(held.state)));
+            }
+            let freed_bytes = drop_claim(&mut tx, &held).await?;
+            for statement in [
+                "DELETE FROM build_log WHERE tenant_id = $1 AND build_id = $2",
+                "DELETE FROM build_event WHERE tenant_id = $1 AND build_id = $2",
+                "DELETE FROM build WHERE tenant_id = $1 AND id = $2",
+            ] {
+                tx.execute(sql(statement).text(tenant.as_str()).text(id.as_str())).await?;
+            }
+            let tally =
+                Tally { storage_bytes: -freed_bytes, ..Tally::moved(Some(held.state), None) };
+            tally.apply(&mut tx, tenant).await?;
+            // The day's quota stays used.
+            let query = sql("UPDATE tenant_day SET deleted = deleted + 1 \
+                 WHERE tenant_id = $1 AND day = $2");
+            tx.execute(query.text(tenant.as_str()).at(held.created_at.day())).await?;
+            tx.commit().await?;
+            Ok(Some(Delete::Done))
+        })
+        .await
     }
+}
 
-    async fn delete_once(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-    ) -> Result<Option<Delete>, StoreError> {
-        let mut tx = self.engine.begin().await?;
-        let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
-        if !held.state.is_terminal() {
-            return Ok(Some(Delete::Running(held.state)));
-        }
-        let freed_bytes = drop_claim(&mut tx, &held).await?;
-        for statement in [
-            "DELETE FROM build_log WHERE tenant_id = $1 AND build_id = $2",
-            "DELETE FROM build_event WHERE tenant_id = $1 AND build_id = $2",
-            "DELETE FROM build WHERE tenant_id = $1 AND id = $2",
-        ] {
-            tx.execute(sql(statement).text(tenant.as_str()).text(id.as_str())).await?;
-        }
-        let tally = Tally { storage_bytes: -freed_bytes, ..Tally::moved(Some(held.state), None) };
-        tally.apply(&mut tx, tenant).await?;
-        // The day's quota stays used.
-        let query = sql("UPDATE tenant_day SET deleted = deleted + 1 \
-             WHERE tenant_id = $1 AND day = $2");
-        tx.execute(query.text(tenant.as_str()).at(held.created_at.day())).await?;
-        tx.commit().await?;
-        Ok(Some(Delete::Done))
+/// Why a tenant's storage cannot take an artifact; none if it can. Builds that were accepted
+/// while there was room end at the same time: whoever comes last finds none.
+///
+/// The artifact's row is held before the tenant's, as everywhere.
+async fn no_room_for(
+    tx: &mut Tx,
+    held: &Held,
+    result: &BuildResult,
+) -> Result<Option<Failure>, StoreError> {
+    let key = result.artifact_key.as_str();
+    let query = sql("SELECT size_bytes FROM artifact WHERE artifact_key = $1 FOR UPDATE");
+    tx.optional(query.text(key)).await?;
+    let query =
+        sql("SELECT builds FROM tenant_artifact WHERE tenant_id = $1 AND artifact_key = $2");
+    if tx.optional(query.text(held.tenant.as_str()).text(key)).await?.is_some() {
+        return Ok(None);
     }
+    let query = sql("SELECT limits FROM build WHERE tenant_id = $1 AND id = $2 AND state = $3");
+    let limits: TenantLimits = tx.one(held.key(query)).await?.json("limits")?;
+    let query = sql("SELECT storage_bytes FROM tenant WHERE id = $1 FOR NO KEY UPDATE");
+    let stored = tx.one(query.text(held.tenant.as_str())).await?.count("storage_bytes")?;
+    let bytes = result.artifact_bytes;
+    if stored.saturating_add(bytes) <= limits.storage_bytes {
+        return Ok(None);
+    }
+    Ok(Some(Failure {
+        code: FailureCode::QuotaExceeded,
+        step: "publish".into(),
+        cause: format!(
+            "the artifact has {bytes} bytes; {stored} of the {} bytes of storage are in use",
+            limits.storage_bytes
+        ),
+        blame: "yours".into(),
+        remedy: "delete builds whose artifacts are no longer needed, or use a tier with more \
+                 storage"
+            .into(),
+    }))
 }
 
 /// Counts a build that ended in its tenant's day.

@@ -6,18 +6,22 @@
 //! | `queue` | claims, heartbeats, progress, logs, leases that run out |
 //! | `ending` | a try ends; cancel and delete |
 //! | `artifacts` | which build has which file, and what goes when there is no room |
+//! | `removals` | a file is taken or removed, never both |
 //! | `reading` | builds, logs, figures |
 //! | `tenants` | tenants and tokens as the operator set them up |
+//! | `keys` | which master key secrets are sealed with |
 //!
-//! Rows are locked in this order, whoever asks: build, artifact, a tenant's claim on it,
-//! tenant, the tenant's day. A claim holds a tenant before it looks for a build, and so takes
+//! Rows are locked in this order, whoever asks: build, a file's removal, artifact, a tenant's
+//! claim on it, tenant, the tenant's day. A claim holds a tenant before it looks for a build, and so takes
 //! only a build that nobody else holds; nobody waits in a circle.
 
 mod artifacts;
 mod create;
 mod ending;
+mod keys;
 mod queue;
 mod reading;
+mod removals;
 mod tenants;
 
 #[cfg(test)]
@@ -72,6 +76,16 @@ impl Rows {
                 done => return done,
             }
         }
+    }
+
+    /// Does `work` as [`again`](Self::again) does, and says that something changed.
+    async fn change<T, Fut>(&self, work: impl Fn() -> Fut) -> Result<T, StoreError>
+    where
+        Fut: Future<Output = Result<T, StoreError>>,
+    {
+        let done = self.again(work).await?;
+        self.announcer.announce();
+        Ok(done)
     }
 }
 
@@ -146,9 +160,16 @@ impl Held {
         self.lease_owner.as_deref().unwrap_or("worker")
     }
 
+    /// When the running try ended, if it ends now. One whose worker died is over when its lease
+    /// is: nothing was computed while no server ran.
+    fn attempt_end(&self, now: Micros) -> Micros {
+        self.lease_expires_at.map_or(now, |expires_at| expires_at.min(now))
+    }
+
     /// How long the running try has taken.
     fn attempt_us(&self, now: Micros) -> i64 {
-        self.attempt_started_at.map_or(0, |start| now.0.saturating_sub(start.0).max(0))
+        let end = self.attempt_end(now);
+        self.attempt_started_at.map_or(0, |start| end.0.saturating_sub(start.0).max(0))
     }
 
     /// Writes down that the build is `to` now. The update of the row itself counts `event_seq`

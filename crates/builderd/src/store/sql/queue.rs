@@ -6,10 +6,10 @@
 
 use std::sync::LazyLock;
 
-use crate::build::record::{Build, BuildId, Failure, FailureCode, LogLine, Micros};
+use crate::build::record::{Build, BuildId, Failure, FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::{BuildState, Happening};
-use crate::store::engine::{Query, Row, Tx, signed, sql};
-use crate::store::{Claimed, Fenced, Heartbeat, Lease, StoreError};
+use crate::store::engine::{Query, Row, Tx, signed, sql, to_json};
+use crate::store::{Claimed, Fenced, Heartbeat, Lease, Leases, StoreError};
 use crate::tenant::TenantId;
 
 use super::ending::{Ending, Requeue};
@@ -18,7 +18,9 @@ use super::{Held, Rows, Tally, length, virtual_cost, was_held};
 
 /// How often a claim looks again when others hold what it found.
 const CLAIM_TRIES: u32 = 5;
-/// Expired leases that one call of `reap` looks at.
+/// How long a build waits that a worker could not read.
+const PUT_OFF_SECS: u64 = 30;
+/// Lost leases that one call of `reap` looks at.
 const REAP_MAX: i64 = 1000;
 /// Longest log of a build, in lines.
 pub(crate) const LOG_LINES_MAX: u64 = 100_000;
@@ -88,7 +90,7 @@ impl Rows {
         let query = sql("UPDATE build SET state = $4, attempt = attempt + 1, lease_token = $5, \
              lease_owner = $6, lease_expires_at = $7, attempt_started_at = $8, \
              started_at = COALESCE(started_at, $8), updated_at = $8, progress_percent = 0, \
-             step = '', event_seq = event_seq + 1 \
+             step = '', live_usage = NULL, event_seq = event_seq + 1 \
              WHERE tenant_id = $1 AND id = $2 AND state = $3");
         let query = held.key(query).text(to.as_str()).int(token).text(worker);
         was_held(tx.execute(query.at(expires_at).at(now)).await?)?;
@@ -96,37 +98,62 @@ impl Rows {
         let moved = Tally::moved(Some(held.state), Some(to));
         let tally = Tally { virtual_time: virtual_cost(weight), ..moved };
         tally.apply(&mut tx, &tenant).await?;
-        let (build, sealed_credentials) = claimed_build(&mut tx, &held).await?;
+        let (build, sealed_credentials) = match claimed_build(&mut tx, &held).await {
+            Err(StoreError::Corrupt(problem)) => {
+                tx.rollback().await?;
+                self.put_off(&held, &problem, now).await?;
+                return Ok(None);
+            }
+            other => other?,
+        };
         tx.commit().await?;
         let lease = Lease { build: id, tenant, token };
         Ok(Some(Claimed { lease, build, sealed_credentials }))
+    }
+
+    /// Lets a build wait that this version cannot read, so that the queue goes on without it: a
+    /// newer node wrote it, and will take it, or somebody has to mend the database.
+    async fn put_off(&self, held: &Held, problem: &str, now: Micros) -> Result<(), StoreError> {
+        let (tenant, build) = (&held.tenant, &held.id);
+        tracing::error!(%tenant, %build, problem, "a build in the queue cannot be read");
+        let mut tx = self.engine.begin().await?;
+        let query = sql("UPDATE build SET run_at = $4 \
+             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $5");
+        let query = held.key(query).at(now.plus_secs(PUT_OFF_SECS)).int(held.token);
+        tx.execute(query).await?;
+        tx.commit().await
     }
 
     pub(crate) async fn heartbeat(
         &self,
         lease: &Lease,
         lease_secs: u64,
+        usage: Option<&LiveUsage>,
         now: Micros,
     ) -> Result<Heartbeat, StoreError> {
-        self.again(|| self.heartbeat_once(lease, lease_secs, now)).await
+        let usage = usage.map(to_json).transpose()?;
+        self.again(|| self.heartbeat_once(lease, lease_secs, usage.as_deref(), now)).await
     }
 
     async fn heartbeat_once(
         &self,
         lease: &Lease,
         lease_secs: u64,
+        usage: Option<&str>,
         now: Micros,
     ) -> Result<Heartbeat, StoreError> {
         let mut tx = self.engine.begin().await?;
         let expires_at = tx.lease_clock(now).await?.plus_secs(lease_secs);
-        let query = sql("UPDATE build SET lease_expires_at = $4 \
+        let query = sql("UPDATE build SET lease_expires_at = $4, \
+             live_usage = COALESCE($5, live_usage) \
              WHERE tenant_id = $1 AND id = $2 AND lease_token = $3 AND lease_owner IS NOT NULL \
              RETURNING cancel_requested_at, cancel_reason");
         let query = query
             .text(lease.tenant.as_str())
             .text(lease.build.as_str())
             .int(lease.token)
-            .at(expires_at);
+            .at(expires_at)
+            .maybe_text(usage);
         let Some(row) = tx.optional(query).await? else { return Ok(Heartbeat::Lost) };
         tx.commit().await?;
         match row.maybe_int("cancel_requested_at")? {
@@ -146,41 +173,30 @@ impl Rows {
         step: &str,
         now: Micros,
     ) -> Result<Fenced, StoreError> {
-        let progress = || self.progress_once(lease, state, percent, step, now);
-        let done = self.again(progress).await?;
-        self.announcer.announce();
-        Ok(done)
-    }
-
-    async fn progress_once(
-        &self,
-        lease: &Lease,
-        state: BuildState,
-        percent: u32,
-        step: &str,
-        now: Micros,
-    ) -> Result<Fenced, StoreError> {
-        let mut tx = self.engine.begin().await?;
-        let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
-        let to = held.state.next(Happening::Entered(state))?;
-        let is_new = to != held.state;
-        let query = sql("UPDATE build SET state = $4, progress_percent = $6, step = $7, \
-             updated_at = $8, event_seq = event_seq + $9 \
-             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $5");
-        let query = held
-            .key(query)
-            .text(to.as_str())
-            .int(held.token)
-            .int(i64::from(percent.min(100).max(held.progress_percent)))
-            .text(step)
-            .at(now)
-            .int(i64::from(is_new));
-        was_held(tx.execute(query).await?)?;
-        if is_new {
-            held.record(&mut tx, to, held.token, held.worker(), now).await?;
-        }
-        tx.commit().await?;
-        Ok(Fenced::Written)
+        self.change(|| async {
+            let mut tx = self.engine.begin().await?;
+            let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
+            let to = held.state.next(Happening::Entered(state))?;
+            let is_new = to != held.state;
+            let query = sql("UPDATE build SET state = $4, progress_percent = $6, step = $7, \
+                 updated_at = $8, event_seq = event_seq + $9 \
+                 WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $5");
+            let query = held
+                .key(query)
+                .text(to.as_str())
+                .int(held.token)
+                .int(i64::from(percent.min(100).max(held.progress_percent)))
+                .text(step)
+                .at(now)
+                .int(i64::from(is_new));
+            was_held(tx.execute(query).await?)?;
+            if is_new {
+                held.record(&mut tx, to, held.token, held.worker(), now).await?;
+            }
+            tx.commit().await?;
+            Ok(Fenced::Written)
+        })
+        .await
     }
 
     pub(crate) async fn append_log(
@@ -188,37 +204,42 @@ impl Rows {
         lease: &Lease,
         lines: &[LogLine],
     ) -> Result<Fenced, StoreError> {
-        let done = self.again(|| self.append_log_once(lease, lines)).await?;
-        self.announcer.announce();
-        Ok(done)
+        self.change(|| async {
+            let mut tx = self.engine.begin().await?;
+            let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
+            let addition = Addition::to(&held, lines);
+            addition.insert(&mut tx, &held).await?;
+            let query = sql("UPDATE build SET log_lines = $4, log_bytes = $5, log_is_cut = $6 \
+                 WHERE tenant_id = $1 AND id = $2 AND state = $3");
+            let query = held
+                .key(query)
+                .count(addition.log_lines)
+                .count(addition.log_bytes)
+                .int(i64::from(addition.log_is_cut));
+            was_held(tx.execute(query).await?)?;
+            tx.commit().await?;
+            Ok(Fenced::Written)
+        })
+        .await
     }
 
-    async fn append_log_once(
+    pub(crate) async fn reap(
         &self,
-        lease: &Lease,
-        lines: &[LogLine],
-    ) -> Result<Fenced, StoreError> {
-        let mut tx = self.engine.begin().await?;
-        let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
-        let addition = Addition::to(&held, lines);
-        addition.insert(&mut tx, &held).await?;
-        let query = sql("UPDATE build SET log_lines = $4, log_bytes = $5, log_is_cut = $6 \
-             WHERE tenant_id = $1 AND id = $2 AND state = $3");
-        let query = held
-            .key(query)
-            .count(addition.log_lines)
-            .count(addition.log_bytes)
-            .int(i64::from(addition.log_is_cut));
-        was_held(tx.execute(query).await?)?;
-        tx.commit().await?;
-        Ok(Fenced::Written)
-    }
-
-    pub(crate) async fn reap(&self, attempts_max: u32, now: Micros) -> Result<u64, StoreError> {
+        leases: Leases,
+        attempts_max: u32,
+        now: Micros,
+    ) -> Result<u64, StoreError> {
         let mut reaped = 0;
-        for (tenant, id) in self.again(|| self.expired(now)).await? {
-            let reap = || self.reap_once(&tenant, &id, attempts_max, now);
-            reaped += u64::from(self.again(reap).await?);
+        for (tenant, id) in self.again(|| self.lost(leases, now)).await? {
+            let reap = || self.reap_once(&tenant, &id, leases, attempts_max, now);
+            match self.again(reap).await {
+                Ok(done) => reaped += u64::from(done),
+                // The others shall not wait for whoever mends this one.
+                Err(StoreError::Corrupt(problem)) => {
+                    tracing::error!(%tenant, build = %id, problem, "a lost build cannot be read");
+                }
+                Err(error) => return Err(error),
+            }
         }
         if reaped > 0 {
             self.announcer.announce();
@@ -226,10 +247,17 @@ impl Rows {
         Ok(reaped)
     }
 
-    /// Builds whose lease has run out.
-    async fn expired(&self, now: Micros) -> Result<Vec<(TenantId, BuildId)>, StoreError> {
+    /// Builds that their workers have lost.
+    async fn lost(
+        &self,
+        leases: Leases,
+        now: Micros,
+    ) -> Result<Vec<(TenantId, BuildId)>, StoreError> {
         let mut tx = self.engine.snapshot().await?;
-        let clock = tx.lease_clock(now).await?;
+        let clock = match leases {
+            Leases::Expired => tx.lease_clock(now).await?,
+            Leases::All => Micros(i64::MAX),
+        };
         let query = sql("SELECT tenant_id, id FROM build \
              WHERE lease_owner IS NOT NULL AND lease_expires_at <= $1 \
              ORDER BY lease_expires_at LIMIT $2");
@@ -242,6 +270,7 @@ impl Rows {
         &self,
         tenant: &TenantId,
         id: &BuildId,
+        leases: Leases,
         attempts_max: u32,
         now: Micros,
     ) -> Result<bool, StoreError> {
@@ -250,7 +279,7 @@ impl Rows {
         // It may have lived or ended meanwhile.
         let clock = tx.lease_clock(now).await?;
         let is_expired = held.lease_expires_at.is_some_and(|expires_at| expires_at <= clock);
-        if !held.state.is_running() || !is_expired {
+        if !held.state.is_running() || !(is_expired || leases == Leases::All) {
             return Ok(false);
         }
         let token = held.token + 1;

@@ -7,15 +7,19 @@ use crate::store::engine::{Row, Tx, signed, sql};
 use crate::store::{Depth, Filter, Page, StoreError};
 use crate::tenant::TenantId;
 
-/// Behind every id.
+/// Before every id, and behind.
+const FIRST_ID: &str = "";
 const LAST_ID: &str = "build_ZZZZZZZZZZZZZZZZZZZZZZZZZZ";
+/// What the builds of a page may hold together, however many are asked for: an answer is made
+/// in memory, from a multiple of it. One build always comes.
+const PAGE_BYTES_MAX: u64 = 4 << 20;
 
 /// What makes a [`Build`], of the table `build`.
 macro_rules! build_columns {
     () => {
         "tenant_id, id, customer, tier, limits, request, state, progress_percent, step, \
          cancel_requested_at, cancel_reason, attempt, attempts, created_at, started_at, \
-         updated_at, ended_at, artifact_key, result, failure, traceparent"
+         updated_at, ended_at, artifact_key, result, failure, live_usage, traceparent"
     };
 }
 pub(super) use build_columns;
@@ -33,6 +37,11 @@ pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
     let result = match state == BuildState::Completed && has_artifact {
         true => row.maybe_json("result")?,
         false => None,
+    };
+    // A node that is older does not clear it.
+    let usage = match matches!(state, BuildState::Queued | BuildState::Completed) {
+        true => None,
+        false => row.maybe_json("live_usage")?,
     };
     Ok(Build {
         id: row.parsed("id")?,
@@ -53,6 +62,7 @@ pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
         ended_at: row.maybe_at("ended_at")?,
         result,
         failure: row.maybe_json("failure")?,
+        usage,
         traceparent: row.maybe_text("traceparent")?,
     })
 }
@@ -250,6 +260,27 @@ async fn running(tx: &mut Tx, tenant: &TenantId, state: BuildState) -> Result<u6
     tx.one(query.text(tenant.as_str()).text(state.as_str())).await?.count("found")
 }
 
+/// The statements that give some columns of a tenant's newest builds in a range of ids: of any
+/// state, and of one.
+macro_rules! newest {
+    ($columns:expr) => {
+        (
+            concat!(
+                "SELECT ",
+                $columns,
+                " FROM build WHERE tenant_id = $1 AND id >= $2 AND id < $3 \
+                 ORDER BY id DESC LIMIT $4"
+            ),
+            concat!(
+                "SELECT ",
+                $columns,
+                " FROM build WHERE tenant_id = $1 AND id >= $2 AND id < $3 AND state = $5 \
+                 ORDER BY id DESC LIMIT $4"
+            ),
+        )
+    };
+}
+
 /// The id of the `offset`th build before `before`; none if there are fewer.
 async fn skip(
     tx: &mut Tx,
@@ -258,12 +289,9 @@ async fn skip(
     before: &str,
     offset: u64,
 ) -> Result<Option<String>, StoreError> {
-    const ANY: &str = "SELECT id FROM build WHERE tenant_id = $1 AND id < $2 \
-        ORDER BY id DESC LIMIT $3";
-    const ONE: &str = "SELECT id FROM build WHERE tenant_id = $1 AND id < $2 AND state = $4 \
-        ORDER BY id DESC LIMIT $3";
+    let texts = newest!("id");
     let mut ids = Vec::new();
-    for row in by_state(tx, (ANY, ONE), tenant, states, before, signed(offset)).await? {
+    for row in by_state(tx, texts, tenant, states, (FIRST_ID, before), signed(offset)).await? {
         ids.push(row.text("id")?);
     }
     ids.sort_unstable_by(|a, b| b.cmp(a));
@@ -271,7 +299,8 @@ async fn skip(
     Ok(ids.into_iter().nth(last))
 }
 
-/// The newest builds before `before`, and whether there are more.
+/// The newest builds before `before`, and whether there are more. How long they are is asked
+/// first: what does not fit is never read.
 async fn page(
     tx: &mut Tx,
     tenant: &TenantId,
@@ -279,23 +308,38 @@ async fn page(
     before: &str,
     limit: u32,
 ) -> Result<(Vec<Build>, bool), StoreError> {
-    const ANY: &str = concat!(
-        "SELECT ",
-        build_columns!(),
-        " FROM build WHERE tenant_id = $1 AND id < $2 ORDER BY id DESC LIMIT $3"
+    let texts = newest!(
+        "id, CAST(OCTET_LENGTH(request) + OCTET_LENGTH(attempts) \
+         + COALESCE(OCTET_LENGTH(result), 0) + COALESCE(OCTET_LENGTH(failure), 0) AS BIGINT) \
+         AS held_bytes"
     );
-    const ONE: &str = concat!(
-        "SELECT ",
-        build_columns!(),
-        " FROM build WHERE tenant_id = $1 AND id < $2 AND state = $4 ORDER BY id DESC LIMIT $3"
-    );
-    let found = by_state(tx, (ANY, ONE), tenant, states, before, rows(limit, 1)).await?;
+    let range = (FIRST_ID, before);
+    let mut sizes = Vec::new();
+    for row in by_state(tx, texts, tenant, states, range, rows(limit, 1)).await? {
+        sizes.push((row.text("id")?, row.count("held_bytes")?));
+    }
+    sizes.sort_unstable_by(|(a, _), (b, _)| b.cmp(a));
+    let limit_rows = usize::try_from(limit).unwrap_or(usize::MAX);
+    let count = fitting(sizes.iter().map(|(_, bytes)| *bytes)).min(limit_rows);
+    let has_more = sizes.len() > count;
+    let Some((last, _)) = count.checked_sub(1).and_then(|last| sizes.get(last)) else {
+        return Ok((Vec::new(), has_more));
+    };
+    let texts = newest!(build_columns!());
+    let found = by_state(tx, texts, tenant, states, (last, before), rows(limit, 0)).await?;
     let mut builds = found.iter().map(build).collect::<Result<Vec<Build>, _>>()?;
     builds.sort_unstable_by(|a, b| b.id.cmp(&a.id));
-    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-    let has_more = builds.len() > limit;
-    builds.truncate(limit);
     Ok((builds, has_more))
+}
+
+/// How many of them, from the first, are a page; the first is one, however long it is.
+fn fitting(sizes: impl Iterator<Item = u64>) -> usize {
+    let mut sum = 0u64;
+    let fits = |(place, bytes): &(usize, u64)| {
+        sum = sum.saturating_add(*bytes);
+        *place == 0 || sum <= PAGE_BYTES_MAX
+    };
+    sizes.enumerate().take_while(fits).count()
 }
 
 /// Asks once for any state, or once for each: an index gives each answer from its start, so
@@ -305,10 +349,10 @@ async fn by_state(
     (any, one): (&'static str, &'static str),
     tenant: &TenantId,
     states: &[BuildState],
-    before: &str,
+    (from, before): (&str, &str),
     limit: i64,
 ) -> Result<Vec<Row>, StoreError> {
-    let query = |text| sql(text).text(tenant.as_str()).text(before).int(limit);
+    let query = |text| sql(text).text(tenant.as_str()).text(from).text(before).int(limit);
     if states.is_empty() {
         return tx.all(query(any)).await;
     }

@@ -1,10 +1,10 @@
 //! Tenants and tokens as the operator set them up.
 
-use super::{Rows, virtual_start};
+use super::{Rows, rows, virtual_start};
 use crate::build::record::Micros;
 use crate::store::engine::{Row, sql, to_json};
-use crate::store::{StoreError, TenantRow, TokenRow};
-use crate::tenant::TenantId;
+use crate::store::{StoreError, TenantLoad, TenantRow, TokenRow};
+use crate::tenant::{TenantId, Tier};
 
 impl Rows {
     pub(crate) async fn put_tenant(&self, tenant: &TenantRow) -> Result<(), StoreError> {
@@ -27,8 +27,7 @@ impl Rows {
             .int(i64::from(tenant.tier.weight()))
             .int(i64::from(running_max))
             .int(virtual_start(tenant.tier.weight()));
-        self.again(|| self.engine.execute(query.clone())).await?;
-        self.announcer.announce();
+        self.change(|| self.engine.execute(query.clone())).await?;
         Ok(())
     }
 
@@ -42,6 +41,28 @@ impl Rows {
     pub(crate) async fn tenants(&self) -> Result<Vec<TenantRow>, StoreError> {
         let query = || sql("SELECT id, tier, limits FROM tenant ORDER BY id");
         self.again(|| self.engine.all(query())).await?.iter().map(tenant_row).collect()
+    }
+
+    pub(crate) async fn busiest(
+        &self,
+        limit: u32,
+        now: Micros,
+    ) -> Result<Vec<TenantLoad>, StoreError> {
+        let query = sql("SELECT t.id, t.tier, t.limits, t.running, t.storage_bytes, \
+             COALESCE(d.created, 0) AS created \
+             FROM tenant t LEFT JOIN tenant_day d ON d.tenant_id = t.id AND d.day = $1 \
+             ORDER BY t.running DESC, t.storage_bytes DESC, t.id LIMIT $2");
+        let query = query.at(now.day()).int(rows(limit, 0));
+        let found = self.again(|| self.engine.all(query.clone())).await?;
+        let load = |row: &Row| {
+            Ok(TenantLoad {
+                tenant: tenant_row(row)?,
+                running: row.count("running")?,
+                created_today: row.count("created")?,
+                storage_bytes: row.count("storage_bytes")?,
+            })
+        };
+        found.iter().map(load).collect()
     }
 
     pub(crate) async fn add_token(&self, token: &TokenRow) -> Result<(), StoreError> {
@@ -65,12 +86,17 @@ impl Rows {
     pub(crate) async fn token_by_hash(
         &self,
         secret_hash: &str,
-    ) -> Result<Option<TokenRow>, StoreError> {
-        let query = sql("SELECT id, secret_hash, tenant_id, customer, rights, note, created_at, \
-             expires_at, revoked_at FROM api_token WHERE secret_hash = $1");
+    ) -> Result<Option<(TokenRow, Option<Tier>)>, StoreError> {
+        let query = sql("SELECT k.id, k.secret_hash, k.tenant_id, k.customer, k.rights, k.note, \
+             k.created_at, k.expires_at, k.revoked_at, t.tier FROM api_token k \
+             LEFT JOIN tenant t ON t.id = k.tenant_id AND t.is_set_up = 1 \
+             WHERE k.secret_hash = $1");
         let query = query.text(secret_hash);
-        let row = self.again(|| self.engine.optional(query.clone())).await?;
-        row.as_ref().map(token_row).transpose()
+        let Some(row) = self.again(|| self.engine.optional(query.clone())).await? else {
+            return Ok(None);
+        };
+        let tier = row.maybe_text("tier")?.map(|_| row.parsed("tier")).transpose()?;
+        Ok(Some((token_row(&row)?, tier)))
     }
 
     pub(crate) async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {

@@ -3,10 +3,15 @@
 use super::{TestStore, result, tenant};
 use crate::build::record::{Build, BuildResult};
 use crate::build::state::BuildState;
-use crate::store::{ArtifactName, Claimed, Fenced, Outcome};
+use crate::store::{ArtifactDomain, ArtifactName, Claimed, Outcome};
 
+/// The name that everybody shares, or that a tenant has for itself.
 fn name(domain: &str) -> ArtifactName {
-    ArtifactName { domain: domain.into(), recipe: "recipe-1".into() }
+    let domain = match domain.strip_prefix("tenant-") {
+        Some(owner) => ArtifactDomain::Tenant(tenant(owner)),
+        None => ArtifactDomain::Public,
+    };
+    ArtifactName { domain, recipe: "recipe-1".into() }
 }
 
 async fn storage(t: &TestStore, name: &str) -> u64 {
@@ -21,7 +26,7 @@ async fn make(t: &TestStore, who: &str, domain: &str, made: &BuildResult) -> Bui
     t.pack(&claimed).await;
     let outcome = Outcome::Completed(Box::new(made.clone()));
     let done = t.rows().finish(&claimed.lease, Some(&name(domain)), &outcome, t.now()).await;
-    assert_eq!(done.unwrap(), Fenced::Written);
+    assert_eq!(done.unwrap(), Some(BuildState::Completed));
     t.get(&build).await
 }
 
@@ -32,16 +37,16 @@ async fn known(t: &TestStore, claimed: &Claimed, domain: &str) -> Option<BuildRe
 
 pub(super) async fn an_artifact_of_several_builds_counts_once(t: &TestStore) {
     let made = result("tenant-a/one", 100);
-    let first = make(t, "a", "tenant:a", &made).await;
+    let first = make(t, "a", "tenant-a", &made).await;
     let again = t.create("a").await;
     let claimed = t.claim().await;
-    assert_eq!(known(t, &claimed, "tenant:a").await, Some(made.clone()));
+    assert_eq!(known(t, &claimed, "tenant-a").await, Some(made.clone()));
     t.pack(&claimed).await;
     let cached = BuildResult { from_cache: true, ..made.clone() };
     t.finish(&claimed, Outcome::Completed(Box::new(cached.clone()))).await;
     assert_eq!(t.get(&again).await.result, Some(cached));
     assert_eq!((storage(t, "a").await, t.rows().storage_bytes().await.unwrap()), (100, 100));
-    make(t, "a", "tenant:a", &result("tenant-a/two", 7)).await;
+    make(t, "a", "tenant-a", &result("tenant-a/two", 7)).await;
     assert_eq!(storage(t, "a").await, 107);
 
     t.rows().delete(&first.tenant, &first.id).await.unwrap();
@@ -55,12 +60,12 @@ pub(super) async fn an_artifact_of_several_builds_counts_once(t: &TestStore) {
 pub(super) async fn a_public_artifact_is_found_by_others(t: &TestStore) {
     let made = result("public/one", 100);
     make(t, "a", "public", &made).await;
-    make(t, "a", "tenant:a", &result("tenant-a/own", 5)).await;
+    make(t, "a", "tenant-a", &result("tenant-a/own", 5)).await;
     t.create("b").await;
     let claimed = t.claim().await;
     assert_eq!(known(t, &claimed, "public").await, Some(made.clone()));
     // A name of somebody else is no name.
-    assert_eq!(known(t, &claimed, "tenant:a").await, None);
+    assert_eq!(known(t, &claimed, "tenant-a").await, None);
     t.pack(&claimed).await;
     t.finish(&claimed, Outcome::Completed(Box::new(made))).await;
     assert_eq!((storage(t, "a").await, storage(t, "b").await), (105, 100));
@@ -69,10 +74,10 @@ pub(super) async fn a_public_artifact_is_found_by_others(t: &TestStore) {
 
 pub(super) async fn what_a_running_build_wants_stays(t: &TestStore) {
     let made = result("tenant-a/one", 100);
-    let first = make(t, "a", "tenant:a", &made).await;
+    let first = make(t, "a", "tenant-a", &made).await;
     let second = t.create("a").await;
     let claimed = t.claim().await;
-    assert!(known(t, &claimed, "tenant:a").await.is_some());
+    assert!(known(t, &claimed, "tenant-a").await.is_some());
     t.rows().delete(&first.tenant, &first.id).await.unwrap();
     assert_eq!(t.rows().evict(0).await.unwrap(), 0);
     assert!(t.rows().artifact_is_referenced("tenant-a/one").await.unwrap());
@@ -84,24 +89,24 @@ pub(super) async fn what_a_running_build_wants_stays(t: &TestStore) {
     assert_eq!(storage(t, "a").await, 100);
 
     // One that does not take it lets it go.
-    make(t, "a", "tenant:a", &made).await;
+    make(t, "a", "tenant-a", &made).await;
     let third = t.create("a").await;
     let claimed = t.claim().await;
-    assert!(known(t, &claimed, "tenant:a").await.is_some());
+    assert!(known(t, &claimed, "tenant-a").await.is_some());
     assert_eq!(t.rows().evict(0).await.unwrap(), 0);
     t.finish(&claimed, Outcome::Retry { failure: None, run_at: t.now() }).await;
     assert!(!t.rows().artifact_is_referenced("tenant-a/one").await.unwrap());
     let claimed = t.claim().await;
     assert_eq!(claimed.build.id, third.id);
-    assert_eq!(known(t, &claimed, "tenant:a").await, None);
+    assert_eq!(known(t, &claimed, "tenant-a").await, None);
     assert_eq!(t.rows().storage_bytes().await.unwrap(), 0);
 }
 
 pub(super) async fn old_artifacts_are_forgotten(t: &TestStore) {
-    let old = make(t, "a", "tenant:a", &result("tenant-a/old", 10)).await;
+    let old = make(t, "a", "tenant-a", &result("tenant-a/old", 10)).await;
     let shared = make(t, "a", "public", &result("public/shared", 20)).await;
     t.advance_secs(100);
-    let young = make(t, "a", "tenant:a", &result("public/shared", 20)).await;
+    let young = make(t, "a", "tenant-a", &result("public/shared", 20)).await;
     assert_eq!(t.rows().expire(t.now()).await.unwrap(), 2);
     for build in [&old, &shared] {
         let build = t.get(build).await;
@@ -118,7 +123,7 @@ pub(super) async fn old_artifacts_are_forgotten(t: &TestStore) {
 pub(super) async fn the_oldest_artifacts_make_room(t: &TestStore) {
     let mut builds = Vec::new();
     for number in 0..4 {
-        builds.push(make(t, "a", "tenant:a", &result(&format!("tenant-a/{number}"), 10)).await);
+        builds.push(make(t, "a", "tenant-a", &result(&format!("tenant-a/{number}"), 10)).await);
         t.advance_secs(1);
     }
     assert_eq!(t.rows().evict(40).await.unwrap(), 0);

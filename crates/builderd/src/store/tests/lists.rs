@@ -3,7 +3,7 @@
 use super::{TestStore, failure, new_build, plenty, tenant};
 use crate::build::record::{BuildId, FailureCode, Micros};
 use crate::build::state::BuildState;
-use crate::store::{Filter, Outcome, Page};
+use crate::store::{Accepted, Filter, Outcome, Page};
 
 pub(super) fn newest(limit: u32) -> Filter {
     Filter { limit, ..Filter::default() }
@@ -45,6 +45,37 @@ pub(super) async fn pages_follow_each_other(t: &TestStore) {
     }
     let nothing = list(t, &newest(0)).await;
     assert_eq!((nothing.builds.len(), nothing.total, nothing.has_more), (0, 7, true));
+}
+
+pub(super) async fn a_page_ends_early_where_its_builds_are_large(t: &TestStore) {
+    let mut all = Vec::new();
+    for mebibytes in [3, 0, 0, 1, 5, 3, 0] {
+        let mut build = new_build(t.now());
+        build.request.echo = "x".repeat(mebibytes << 20);
+        assert!(matches!(t.ask("a", &plenty(), &build).await, Accepted::Created(_)));
+        all.insert(0, build.id);
+    }
+    for states in [vec![], vec![BuildState::Queued, BuildState::Failed]] {
+        let mut filter = Filter { states, ..newest(1000) };
+        let (mut seen, mut pages) = (Vec::new(), Vec::new());
+        loop {
+            let page = list(t, &filter).await;
+            assert_eq!(page.total, 7);
+            pages.push(page.builds.len());
+            seen.extend(ids(&page));
+            assert_eq!(page.has_more, seen.len() < 7, "{pages:?}");
+            if !page.has_more {
+                break;
+            }
+            filter.before = seen.last().cloned();
+        }
+        // Newest first: 0 and 3 MiB, 5 alone, 1 and two small ones, 3.
+        assert_eq!((pages, &seen), (vec![2, 1, 3, 1], &all));
+    }
+    let second = list(t, &Filter { offset: 2, ..newest(5) }).await;
+    assert_eq!((ids(&second), second.has_more), (vec![all[2].clone()], true));
+    let few = list(t, &newest(1)).await;
+    assert_eq!((ids(&few), few.has_more), (vec![all[0].clone()], true));
 }
 
 pub(super) async fn filters_find_rare_states(t: &TestStore) {

@@ -2,12 +2,14 @@
 //! runs on both. When a story ends, the database is checked for what should never be in it.
 
 mod artifacts;
+mod fleet;
 mod lists;
 mod logs;
 mod model;
 mod operations;
 mod queue;
 mod quotas;
+mod removals;
 
 #[path = "../../../tests/it/support/postgres.rs"]
 mod postgres;
@@ -98,6 +100,12 @@ impl TestStore {
         self.try_claim(0).await.expect("a build is ready")
     }
 
+    /// Writes past the store's rules; the build's id is the statement's `$1`.
+    async fn damage(&self, statement: &'static str, build: &Build) {
+        let query = super::engine::sql(statement).text(build.id.as_str());
+        assert_eq!(self.rows().engine.execute(query).await.unwrap(), 1);
+    }
+
     async fn get(&self, build: &Build) -> Build {
         self.rows().get(&build.tenant, &build.id).await.unwrap().expect("the build is there")
     }
@@ -114,7 +122,8 @@ impl TestStore {
     }
 
     async fn finish(&self, claimed: &Claimed, outcome: Outcome) -> super::Fenced {
-        self.rows().finish(&claimed.lease, None, &outcome, self.now()).await.unwrap()
+        let done = self.rows().finish(&claimed.lease, None, &outcome, self.now()).await.unwrap();
+        done.map_or(super::Fenced::Lost, |_| super::Fenced::Written)
     }
 
     /// Claims the next build and completes it with the artifact.
@@ -130,6 +139,19 @@ impl TestStore {
     async fn check(&self) {
         let violations = admin::check(&self.store).await.unwrap();
         assert!(violations.is_empty(), "{violations:#?}");
+    }
+}
+
+/// A build of `image` in the queue, for stories that are not about the store.
+pub(crate) async fn queue_build(store: &Store, image: &str, now: Micros) -> Build {
+    let mut build = new_build(now);
+    build.request.image = image.into();
+    build.sealed_credentials = None;
+    match store.rows.create(&tenant("acme"), Tier::Pro, &plenty(), &build).await.unwrap() {
+        Accepted::Created(build) => build,
+        other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+            panic!("{other:?}")
+        }
     }
 }
 
@@ -223,7 +245,10 @@ stories! {
         many_workers_never_take_the_same_build,
         a_worker_without_its_lease_changes_nothing,
         a_lease_that_runs_out_puts_the_build_back,
+        who_is_alone_waits_for_no_lease,
+        a_build_that_cannot_be_read_holds_nobody_up,
         a_heartbeat_keeps_the_lease,
+        a_heartbeat_says_what_the_build_takes,
         a_build_whose_workers_die_fails_in_the_end,
         a_cancelled_build_is_never_queued_again,
         a_queued_build_is_cancelled_at_once,
@@ -237,12 +262,15 @@ stories! {
         one_of_five_hundred_takes_the_last_build_of_the_day,
         the_day_ends_and_deleting_gives_nothing_back,
         full_storage_accepts_no_build,
+        the_busiest_tenants_are_known,
+        builds_that_end_together_never_fill_more_than_there_is,
         the_queue_of_a_tenant_is_bounded,
         a_key_makes_one_build,
         tenants_see_their_own_builds_alone,
         texts_with_nul_are_stored;
     lists:
         pages_follow_each_other,
+        a_page_ends_early_where_its_builds_are_large,
         filters_find_rare_states,
         figures_cover_a_stretch_of_time;
     logs:
@@ -255,6 +283,11 @@ stories! {
         what_a_running_build_wants_stays,
         old_artifacts_are_forgotten,
         the_oldest_artifacts_make_room;
+    removals:
+        a_file_is_taken_or_removed_never_both,
+        a_removal_whose_janitor_died_is_over_some_day,
+        takers_and_removers_never_meet,
+        the_first_key_is_the_key;
     operations:
         tenants_are_as_they_were_set_up,
         tokens_are_found_by_their_hash,
@@ -279,6 +312,7 @@ async fn every_story_holds_on_postgresql() {
     }
     operations::a_store_moves_to_postgresql(&postgres.database()).await;
     operations::nodes_hear_of_each_other(&postgres.database()).await;
+    fleet::one_connection_is_enough(&postgres).await;
     operations::a_lost_database_comes_back(&mut postgres).await;
     assert!(failed.is_empty(), "{failed:#?}");
 }

@@ -11,7 +11,7 @@ use super::postgres::Postgres;
 use super::{LONG, TestStore, failure, new_build, plenty, result, tenant};
 use crate::build::record::{Build, BuildId, FailureCode, LogLine};
 use crate::build::state::{BuildState, Happening};
-use crate::store::{
+use crate::store::{ArtifactDomain, Leases, 
     Accepted, ArtifactName, Cancel, Delete, Fenced, Heartbeat, Lease, NewBuild, Outcome, StoreError,
 };
 use crate::tenant::TenantLimits;
@@ -115,7 +115,7 @@ fn key(artifact: u8) -> String {
 }
 
 fn name(artifact: u8) -> ArtifactName {
-    ArtifactName { domain: "public".into(), recipe: artifact.to_string() }
+    ArtifactName { domain: ArtifactDomain::Public, recipe: artifact.to_string() }
 }
 
 impl Model {
@@ -263,7 +263,7 @@ impl Model {
                 }
             }
         };
-        same!(expected, t.rows().heartbeat(&lease, LONG, t.now()).await.unwrap());
+        same!(expected, t.rows().heartbeat(&lease, LONG, None, t.now()).await.unwrap());
         Ok(())
     }
 
@@ -308,14 +308,14 @@ impl Model {
         let outcome = Outcome::Completed(Box::new(result(&key(artifact), bytes(artifact))));
         let done = t.rows().finish(&lease, Some(&name(artifact)), &outcome, now).await;
         let Some(build) = held else {
-            prop_assert_eq!(done.unwrap(), Fenced::Lost);
+            prop_assert_eq!(done.unwrap(), None);
             return Ok(());
         };
         if build.cancel {
-            prop_assert_eq!(done.unwrap(), Fenced::Written);
+            prop_assert_eq!(done.unwrap(), Some(BuildState::Cancelled));
             (build.state, build.artifact) = (BuildState::Cancelled, None);
         } else if build.state == BuildState::Packaging {
-            prop_assert_eq!(done.unwrap(), Fenced::Written);
+            prop_assert_eq!(done.unwrap(), Some(BuildState::Completed));
             build.state = BuildState::Completed;
             build.artifact = Some(artifact);
             build.ended_at = now.0;
@@ -346,7 +346,7 @@ impl Model {
             false => (Outcome::Failed(failure(FailureCode::Internal)), BuildState::Failed),
         };
         let done = t.rows().finish(&lease, None, &outcome, now).await.unwrap();
-        same!(if held.is_some() { Fenced::Written } else { Fenced::Lost }, done);
+        same!(held.as_ref().map(|_| state), done);
         if let Some(build) = held {
             (build.state, build.artifact) = (state, None);
         }
@@ -359,8 +359,12 @@ impl Model {
         let run_at = t.now().plus_secs(secs.into());
         let outcome = Outcome::Retry { failure, run_at };
         let done = t.rows().finish(&lease, None, &outcome, t.now()).await.unwrap();
-        same!(if held.is_some() { Fenced::Written } else { Fenced::Lost }, done);
-        let Some(build) = held else { return Ok(()) };
+        let Some(build) = held else {
+            prop_assert_eq!(done, None);
+            return Ok(());
+        };
+        let state = if build.cancel { BuildState::Cancelled } else { BuildState::Queued };
+        prop_assert_eq!(done, Some(state));
         build.artifact = None;
         if build.cancel {
             build.state = BuildState::Cancelled;
@@ -423,7 +427,7 @@ impl Model {
                 (build.state, build.run_at) = (BuildState::Queued, t.now().0);
             }
         }
-        prop_assert_eq!(expected, t.rows().reap(ATTEMPTS_MAX, t.now()).await.unwrap());
+        prop_assert_eq!(expected, t.rows().reap(Leases::Expired, ATTEMPTS_MAX, t.now()).await.unwrap());
         Ok(())
     }
 

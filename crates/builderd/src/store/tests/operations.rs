@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::postgres::Postgres;
 use super::{LONG, TestStore, failure, new_build, plenty, result, tenant};
-use crate::build::record::{FailureCode, LogLine, Micros};
+use crate::build::record::{FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::BuildState;
 use crate::store::admin::{self, AdminError};
 use crate::store::engine::{Query, sql};
@@ -48,8 +48,15 @@ pub(super) async fn tokens_are_found_by_their_hash(t: &TestStore) {
     rows.add_token(&one).await.unwrap();
     rows.add_token(&two).await.unwrap();
     assert!(matches!(rows.add_token(&one).await, Err(StoreError::Database(_))));
-    assert_eq!(rows.token_by_hash("hash of one").await.unwrap(), Some(one.clone()));
-    assert_eq!(rows.token_by_hash("hash of three").await.unwrap(), None);
+    let found = async |hash: &str| rows.token_by_hash(hash).await.unwrap();
+    assert_eq!(found("hash of one").await, Some((one.clone(), None)));
+    assert_eq!(found("hash of three").await, None);
+    // What a build says of the tier is not the operator's word.
+    t.create_at("a", Tier::Free).await;
+    assert_eq!(found("hash of one").await, Some((one.clone(), None)));
+    let set = TenantRow { id: tenant("a"), tier: Tier::Enterprise, limits: None };
+    rows.put_tenant(&set).await.unwrap();
+    assert_eq!(found("hash of one").await, Some((one.clone(), Some(Tier::Enterprise))));
     assert!(rows.revoke_token("one", Micros(8)).await.unwrap());
     assert!(rows.revoke_token("one", Micros(9)).await.unwrap());
     assert!(!rows.revoke_token("three", Micros(8)).await.unwrap());
@@ -121,8 +128,7 @@ pub(super) async fn a_change_wakes_who_waits(t: &TestStore) {
     let start = std::time::Instant::now();
     t.create("a").await;
     changes.wait(Duration::from_secs(LONG)).await;
-    let waiting = t.store.system();
-    tokio::join!(waiting.wait_for_change(Duration::from_secs(LONG)), async {
+    tokio::join!(changes.wait(Duration::from_secs(LONG)), async {
         t.create("a").await;
     });
     assert!(start.elapsed() < Duration::from_secs(LONG / 2));
@@ -135,7 +141,7 @@ async fn filled(t: &TestStore) {
             t.create(name).await;
         }
     }
-    let name = crate::store::ArtifactName { domain: "public".into(), recipe: "r".into() };
+    let name = crate::store::ArtifactName { domain: crate::store::ArtifactDomain::Public, recipe: "r".into() };
     let claimed = t.claim().await;
     let said = |number| LogLine {
         offset: 0,
@@ -151,10 +157,14 @@ async fn filled(t: &TestStore) {
     t.rows().finish(&claimed.lease, Some(&name), &outcome, t.now()).await.unwrap();
     let claimed = t.claim().await;
     t.finish(&claimed, Outcome::Failed(failure(FailureCode::Internal))).await;
-    t.claim().await;
+    let claimed = t.claim().await;
+    let usage = LiveUsage { memory_bytes: 77, ..LiveUsage::default() };
+    t.rows().heartbeat(&claimed.lease, LONG, Some(&usage), t.now()).await.unwrap();
     t.rows().add_token(&token("one")).await.unwrap();
     let set = TenantRow { id: tenant("c"), tier: Tier::Free, limits: Some(plenty()) };
     t.rows().put_tenant(&set).await.unwrap();
+    t.rows().claim_master_key("key").await.unwrap();
+    t.rows().begin_removal("public/y", t.now()).await.unwrap().unwrap();
 }
 
 /// Everything that tenants can see.
@@ -171,6 +181,7 @@ async fn seen(store: &Store) -> String {
         seen.push_str(&format!("{tenant:?} {usage:?} {}\n", page.total));
     }
     seen.push_str(&format!("{:?}", store.rows.tokens().await.unwrap()));
+    seen.push_str(&format!("{:?}", store.rows.master_key().await.unwrap()));
     seen
 }
 

@@ -1,10 +1,10 @@
 //! What a tenant may not have more of, however many ask at once.
 
-use super::{TestStore, new_build, plenty, tenant};
-use crate::build::record::{Build, LogLine, Usage};
+use super::{LONG, TestStore, new_build, plenty, result, tenant};
+use crate::build::record::{Build, FailureCode, LogLine, Usage};
 use crate::build::state::BuildState;
-use crate::store::{Accepted, Delete, NewBuild, QuotaExceeded};
-use crate::tenant::TenantLimits;
+use crate::store::{Accepted, Delete, NewBuild, Outcome, QuotaExceeded, TenantLoad, TenantRow};
+use crate::tenant::{TenantLimits, Tier};
 
 fn created(accepted: Accepted) -> Build {
     match accepted {
@@ -49,6 +49,35 @@ pub(super) async fn one_of_five_hundred_takes_the_last_build_of_the_day(t: &Test
     assert_eq!((usage.created_today, usage.queued), (5, 5));
 }
 
+pub(super) async fn the_busiest_tenants_are_known(t: &TestStore) {
+    for name in ["idle", "stores", "stores", "works", "works"] {
+        t.create(name).await;
+    }
+    let own = TenantLimits { storage_bytes: 77, ..plenty() };
+    let set = TenantRow { id: tenant("works"), tier: Tier::Pro, limits: Some(own) };
+    t.rows().put_tenant(&set).await.unwrap();
+    while let Some(claimed) = t.try_claim(LONG).await {
+        match claimed.build.tenant.as_str() {
+            "works" => continue,
+            "idle" => t.finish(&claimed, Outcome::Cancelled).await,
+            _ => {
+                t.pack(&claimed).await;
+                let result = Box::new(result("tenant-stores/x", 500));
+                t.finish(&claimed, Outcome::Completed(result)).await
+            }
+        };
+    }
+    let busiest = t.rows().busiest(2, t.now()).await.unwrap();
+    let works = TenantLoad { tenant: set, running: 2, created_today: 2, storage_bytes: 0 };
+    let stores = TenantRow { id: tenant("stores"), tier: Tier::Pro, limits: None };
+    let stores = TenantLoad { tenant: stores, running: 0, created_today: 2, storage_bytes: 500 };
+    assert_eq!(busiest, [works, stores]);
+    // Tomorrow is another day.
+    t.advance_secs(86_400);
+    let busiest = t.rows().busiest(10, t.now()).await.unwrap();
+    assert_eq!(busiest.iter().map(|load| load.created_today).collect::<Vec<_>>(), [0, 0, 0]);
+}
+
 pub(super) async fn the_day_ends_and_deleting_gives_nothing_back(t: &TestStore) {
     let limits = TenantLimits { daily_builds: 2, ..plenty() };
     let first = created(t.ask("a", &limits, &new_build(t.now())).await);
@@ -81,6 +110,45 @@ pub(super) async fn full_storage_accepts_no_build(t: &TestStore) {
     created(t.ask("a", &limits, &new_build(t.now())).await);
     // A refused build is not counted.
     assert_eq!(t.rows().usage(&tenant("a"), t.now()).await.unwrap().created_today, 3);
+}
+
+pub(super) async fn builds_that_end_together_never_fill_more_than_there_is(t: &TestStore) {
+    let limits = TenantLimits { storage_bytes: 1000, ..plenty() };
+    let ask = || async {
+        let build = NewBuild { limits: limits.clone(), ..new_build(t.now()) };
+        created(t.ask("a", &limits, &build).await)
+    };
+    let mut claimed = Vec::new();
+    // Accepted while the storage was empty, all of them.
+    for _ in 0..4 {
+        ask().await;
+        claimed.push(t.claim().await);
+        t.pack(claimed.last().unwrap()).await;
+    }
+    let ends = claimed.iter().enumerate().map(|(number, claimed)| {
+        let outcome = Outcome::Completed(Box::new(result(&format!("tenant-a/{number}"), 400)));
+        async move { t.rows().finish(&claimed.lease, None, &outcome, t.now()).await.unwrap() }
+    });
+    let ended = futures_util::future::join_all(ends).await;
+    let completed = ended.iter().filter(|end| **end == Some(BuildState::Completed)).count();
+    assert_eq!(completed, 2, "{ended:?}");
+    assert_eq!(t.rows().usage(&tenant("a"), t.now()).await.unwrap().storage_bytes, 800);
+    for (claimed, end) in claimed.iter().zip(&ended) {
+        let build = t.get(&claimed.build).await;
+        assert_eq!(Some(build.state), *end);
+        let is_failed = build.state == BuildState::Failed;
+        let code = build.failure.map(|failure| failure.code);
+        assert_eq!(code, is_failed.then_some(FailureCode::QuotaExceeded));
+        assert_eq!(build.result.is_some(), !is_failed);
+    }
+    // Another build with a file that the tenant has already takes no room.
+    ask().await;
+    let again = t.claim().await;
+    t.pack(&again).await;
+    let kept = claimed.iter().zip(&ended).position(|(_, end)| *end == Some(BuildState::Completed));
+    let outcome = Outcome::Completed(Box::new(result(&format!("tenant-a/{}", kept.unwrap()), 400)));
+    let end = t.rows().finish(&again.lease, None, &outcome, t.now()).await.unwrap();
+    assert_eq!(end, Some(BuildState::Completed));
 }
 
 pub(super) async fn the_queue_of_a_tenant_is_bounded(t: &TestStore) {

@@ -1,0 +1,41 @@
+//! How much a request may bring. What is kept with a build is shown again by every list, so
+//! that each of its parts has a bound, and the whole of it has one too.
+
+use crate::build::service::ServiceError;
+
+/// Longest name, key, label, tag and id, in bytes.
+pub(super) const TEXT_BYTES_MAX: usize = 256;
+/// Longest image reference: registry, repository, tag and digest are shorter at their longest.
+pub(super) const IMAGE_BYTES_MAX: usize = 1024;
+/// Longest password or token of a registry: some are signed documents.
+pub(super) const SECRET_BYTES_MAX: usize = 16 << 10;
+/// Longest reason for a cancel.
+pub(super) const REASON_BYTES_MAX: usize = 1024;
+/// Longest config as it is kept: JSON without secrets. As many labels as there may be, each as
+/// long as it may be, take half of it.
+pub(super) const ECHO_BYTES_MAX: usize = 64 << 10;
+/// Most labels of a build.
+pub(super) const LABELS_MAX: usize = 64;
+/// Most tags to try: each may cost a request to the registry.
+pub(super) const PULL_TAGS_MAX: usize = 16;
+
+/// A field that a request gets wrong.
+pub(super) fn invalid(field: &str, problem: impl ToString) -> ServiceError {
+    ServiceError::Invalid { field: field.to_owned(), problem: problem.to_string() }
+}
+
+/// A text that is kept.
+pub(super) fn bounded(field: &str, text: &str, bytes_max: usize) -> Result<String, ServiceError> {
+    match text.len() <= bytes_max {
+        true => Ok(text.to_owned()),
+        false => Err(invalid(field, format!("is longer than {bytes_max} bytes"))),
+    }
+}
+
+/// How many there may be of something.
+pub(super) fn few(field: &str, count: usize, most: usize) -> Result<(), ServiceError> {
+    match count <= most {
+        true => Ok(()),
+        false => Err(invalid(field, format!("are more than {most}"))),
+    }
+}

@@ -1,0 +1,162 @@
+//! What the janitor removes while somebody wants it again.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+
+use super::*;
+use crate::artifact::{LocalArtifacts, OpenArtifact, Stored};
+use crate::build::record::{BuildMetrics, BuildResult};
+use crate::build::state::BuildState;
+use crate::clock::{StoppedClock, WallClock};
+use crate::store::tests::queue_build;
+use crate::store::{Claimed, NewFile, Outcome, Reserved};
+use crate::tenant::Tier;
+
+const KEY: &str = "public/ab";
+const CONTENT: &[u8] = b"an image";
+
+/// A build that has made its file and is about to store it.
+struct Worker {
+    store: Store,
+    clock: Arc<dyn Clock>,
+    files: Arc<LocalArtifacts>,
+    claimed: Claimed,
+    staged: PathBuf,
+}
+
+impl Worker {
+    /// Ends the build with the file, or hears that it must wait.
+    async fn publish(&self) -> ControlFlow<()> {
+        let lease = self.store.lease(&self.claimed.lease);
+        let size_bytes = CONTENT.len() as u64;
+        let file = NewFile { key: KEY, size_bytes, sha256: "ab" };
+        match lease.reserve(&file, self.clock.now()).await.unwrap() {
+            Reserved::BeingRemoved => return ControlFlow::Continue(()),
+            Reserved::Yes => {}
+            Reserved::Lost => panic!("the lease is lost"),
+        }
+        self.files.publish(&self.staged, KEY).await.unwrap();
+        let packaging = lease.progress(BuildState::Packaging, 98, "storing", self.clock.now());
+        packaging.await.unwrap();
+        let result = BuildResult {
+            artifact_key: KEY.into(),
+            artifact_bytes: size_bytes,
+            sha256: "ab".into(),
+            image_bytes: size_bytes,
+            metadata: serde_json::json!({}),
+            from_cache: false,
+            metrics: BuildMetrics::default(),
+        };
+        let outcome = Outcome::Completed(Box::new(result));
+        lease.finish(None, outcome, self.clock.now()).await.unwrap();
+        ControlFlow::Break(())
+    }
+}
+
+/// Files that a worker wants at the worst moment: when the janitor has decided to remove them.
+struct Contended {
+    files: Arc<LocalArtifacts>,
+    worker: Arc<Worker>,
+    heard: Mutex<Vec<ControlFlow<()>>>,
+}
+
+#[async_trait]
+impl ArtifactStore for Contended {
+    fn staging(&self) -> &Path {
+        self.files.staging()
+    }
+
+    async fn publish(&self, staged: &Path, key: &str) -> io::Result<()> {
+        self.files.publish(staged, key).await
+    }
+
+    async fn settle(&self) {}
+
+    async fn open(&self, key: &str) -> io::Result<Option<OpenArtifact>> {
+        self.files.open(key).await
+    }
+
+    async fn remove(&self, key: &str) -> io::Result<()> {
+        let heard = self.worker.publish().await;
+        self.heard.lock().unwrap().push(heard);
+        self.files.remove(key).await
+    }
+
+    async fn list(&self) -> io::Result<Vec<Stored>> {
+        self.files.list().await
+    }
+
+    fn path(&self, key: &str) -> String {
+        self.files.path(key)
+    }
+
+    fn space(&self) -> io::Result<Option<(u64, u64)>> {
+        self.files.space()
+    }
+}
+
+/// The file of a build that came to nothing, two hours ago.
+#[expect(clippy::disallowed_methods, reason = "a file's time")]
+async fn forgotten_file(files: &LocalArtifacts) {
+    let staged = files.staging().join("old");
+    std::fs::write(&staged, CONTENT).unwrap();
+    files.publish(&staged, KEY).await.unwrap();
+    let file = std::fs::File::options().append(true).open(files.path(KEY)).unwrap();
+    file.set_modified(std::time::SystemTime::now() - Duration::from_secs(7200)).unwrap();
+}
+
+#[tokio::test]
+async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(WallClock.now()));
+    let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
+    forgotten_file(&files).await;
+    queue_build(&store, "app", clock.now()).await;
+    let claimed = store.system().claim("worker", 3600, clock.now()).await.unwrap().unwrap();
+    let staged = files.staging().join("made");
+    std::fs::write(&staged, CONTENT).unwrap();
+    let worker = Worker {
+        store: store.clone(),
+        clock: Arc::clone(&clock),
+        files: Arc::clone(&files),
+        claimed,
+        staged,
+    };
+    let worker = Arc::new(worker);
+    let contended = Arc::new(Contended {
+        files: Arc::clone(&files),
+        worker: Arc::clone(&worker),
+        heard: Mutex::default(),
+    });
+    let rules = JanitorRules {
+        sweep_every: Duration::from_secs(1),
+        retention_secs: 1 << 30,
+        storage_bytes_max: u64::MAX,
+        packs: None,
+        tenants: ServiceRules {
+            limits: Tier::ALL.map(Tier::limits),
+            registry_auth: true,
+            allowed_registries: Vec::new(),
+            build_secs_max: 900,
+            stop_wait: Duration::from_secs(1),
+        },
+    };
+    let artifacts = Arc::clone(&contended) as Arc<dyn ArtifactStore>;
+    let mut janitor = Janitor::new(store, artifacts, clock, Metrics::unread(), rules);
+    janitor.sweep().await.unwrap();
+    assert!(files.open(KEY).await.unwrap().is_some(), "seen for the first time, it stays");
+    janitor.sweep().await.unwrap();
+    assert_eq!(*contended.heard.lock().unwrap(), [ControlFlow::Continue(())], "it must wait");
+    assert!(files.open(KEY).await.unwrap().is_none(), "nobody had named it");
+
+    assert_eq!(worker.publish().await, ControlFlow::Break(()), "the way is free");
+    for _ in 0..2 {
+        janitor.sweep().await.unwrap();
+    }
+    assert!(files.open(KEY).await.unwrap().is_some(), "the completed build has its file");
+    assert_eq!(contended.heard.lock().unwrap().len(), 1);
+}

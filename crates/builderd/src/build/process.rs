@@ -1,0 +1,179 @@
+//! A process and its files as the kernel shows them: proc(5). Knows no build.
+
+use std::collections::HashMap;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use rustix::fs::OFlags;
+
+/// What a process takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ProcessUsage {
+    /// CPU time of all its threads, in milliseconds; the kernel counts in hundredths of a second.
+    pub(super) cpu_ms: u64,
+    /// Resident memory.
+    pub(super) memory_bytes: u64,
+    /// The most of it so far.
+    pub(super) memory_peak_bytes: u64,
+}
+
+impl ProcessUsage {
+    /// None when there is no such process. One that has ended and waits for its parent has no
+    /// memory.
+    pub(super) fn of(pid: u32) -> Option<Self> {
+        let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+        let status = fs::read(format!("/proc/{pid}/status")).ok()?;
+        let status = String::from_utf8_lossy(&status);
+        let ticks = cpu_ticks(&String::from_utf8_lossy(&stat))?;
+        Some(Self {
+            cpu_ms: ticks.saturating_mul(1000) / rustix::param::clock_ticks_per_second().max(1),
+            memory_bytes: status_bytes(&status, "VmRSS:"),
+            memory_peak_bytes: status_bytes(&status, "VmHWM:"),
+        })
+    }
+}
+
+/// `utime` and `stime`, the fields 14 and 15 of /proc/PID/stat. The second field is a name that
+/// may hold anything, in parentheses.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split_ascii_whitespace().skip(14 - 3);
+    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    Some(user + system)
+}
+
+/// A line of /proc/PID/status that is a size; 0 when it is not there.
+pub(super) fn status_bytes(status: &str, name: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+/// Bytes on disk of the files that a process has open to write, nameless ones too, and of those
+/// in `directory`. A file counts once, however often it is open.
+pub(super) fn disk_bytes(pid: Option<u32>, directory: &Path) -> u64 {
+    /// A block of stat(2), whatever the file system's own are.
+    const BLOCK_BYTES: u64 = 512;
+    let mut blocks = HashMap::new();
+    let mut note = |file: &Metadata| {
+        if file.is_file() {
+            blocks.insert((file.dev(), file.ino()), file.blocks());
+        }
+    };
+    if let Some(pid) = pid {
+        for entry in entries(Path::new(&format!("/proc/{pid}/fd"))) {
+            let number = entry.file_name();
+            if !is_written(&format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy())) {
+                continue;
+            }
+            // Follows to the file itself, name or not; it may be closed meanwhile.
+            if let Ok(file) = fs::metadata(entry.path()) {
+                note(&file);
+            }
+        }
+    }
+    for entry in entries(directory) {
+        if let Ok(file) = entry.metadata() {
+            note(&file);
+        }
+    }
+    blocks.values().sum::<u64>() * BLOCK_BYTES
+}
+
+fn entries(directory: &Path) -> impl Iterator<Item = fs::DirEntry> {
+    fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok)
+}
+
+/// Whether a descriptor is there to make a file. One past the page cache is a second way to a
+/// file that is open already, also to one that is only read.
+fn is_written(fdinfo: &str) -> bool {
+    let text = fs::read_to_string(fdinfo).unwrap_or_default();
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
+    let Some(flags) = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok()) else {
+        return false;
+    };
+    let flags = OFlags::from_bits_retain(flags);
+    flags.intersects(OFlags::WRONLY | OFlags::RDWR) && !flags.contains(OFlags::DIRECT)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_process_does_not_shift_its_fields() {
+        let fields = "S 1 7 7 0 -1 4194560 1 2 3 4 150 25 9 9 20 0 1 0 5 6 7";
+        for name in ["builderd", "a b", ") R 9 9", "(x) "] {
+            assert_eq!(cpu_ticks(&format!("7 ({name}) {fields}")), Some(175), "{name:?}");
+        }
+        assert_eq!(cpu_ticks("7 (a) S 1"), None);
+        assert_eq!(cpu_ticks(""), None);
+    }
+
+    #[test]
+    fn sizes_are_in_kib_there_and_in_bytes_here() {
+        let status = "VmPeak:\t  9 kB\nVmHWM:\t    2048 kB\nVmRSS:\t1 kB\n";
+        assert_eq!(status_bytes(status, "VmHWM:"), 2 << 20);
+        assert_eq!(status_bytes(status, "VmRSS:"), 1024);
+        assert_eq!(status_bytes("Name:\tgone\n", "VmRSS:"), 0);
+    }
+
+    /// A shell that does something, says so, and then waits until it is told to end.
+    #[expect(clippy::disallowed_methods, reason = "tests start programs")]
+    fn shell(directory: &Path, script: &str) -> Child {
+        let mut child = Command::new("sh")
+            .args(["-c", &format!("{script}; echo done; read -r end")])
+            .current_dir(directory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "done\n");
+        child
+    }
+
+    fn end(mut child: Child) {
+        child.stdin.take().unwrap().write_all(b"\n").unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_is_measured_while_it_runs_and_not_afterwards() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done";
+        let child = shell(directory.path(), script);
+        let usage = ProcessUsage::of(child.id()).unwrap();
+        assert!((10..60_000).contains(&usage.cpu_ms), "{usage:?}");
+        assert!((100 << 10..1 << 30).contains(&usage.memory_bytes), "{usage:?}");
+        assert!(usage.memory_peak_bytes >= usage.memory_bytes, "{usage:?}");
+        let pid = child.id();
+        end(child);
+        assert_eq!(ProcessUsage::of(pid), None);
+    }
+
+    #[test]
+    fn what_a_process_writes_counts_once_and_what_it_reads_does_not() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let (made, staging) = (directory.path().join("made"), directory.path().join("staging"));
+        fs::create_dir_all(&made).unwrap();
+        fs::create_dir_all(&staging).unwrap();
+        fs::write(made.join("read"), vec![1; 8 << 20]).unwrap();
+        // One without a name, one that is also in the directory, one that is only read.
+        let script = "exec 5>nameless 6<read 7>../staging/named 8>>../staging/named; \
+             rm nameless; head -c 3145728 /dev/zero >&5; head -c 1048576 /dev/zero >&7";
+        let child = shell(&made, script);
+        let seen = disk_bytes(Some(child.id()), &staging);
+        // The file system's own blocks, and whoever else keeps books of a file, come on top.
+        assert!((4 << 20..5 << 20).contains(&seen), "{seen}");
+        let named = disk_bytes(None, &staging);
+        assert!((1 << 20..2 << 20).contains(&named), "{named}");
+        end(child);
+        assert_eq!(disk_bytes(None, &directory.path().join("nowhere")), 0);
+    }
+}

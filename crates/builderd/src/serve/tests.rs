@@ -1,0 +1,72 @@
+//! The service as a whole, when it cannot go on or must not begin.
+
+use std::os::fd::AsFd as _;
+use std::time::Duration;
+
+use super::*;
+use crate::config::{PREFIX, Settings, Sources};
+
+/// Settings of a server below `directory`.
+fn config(directory: &Path) -> Config {
+    let path = |name: &str| directory.join(name).display().to_string();
+    let environment = [
+        ("DEV", "true".to_owned()),
+        ("DATABASE_DATA_DIR", path("data")),
+        ("ROOTFS_OUTPUT_DIR", path("rootfs")),
+        ("CACHE_DIR", path("cache")),
+        ("SHUTDOWN_TIMEOUT", "1s".to_owned()),
+    ];
+    let named = |(name, text): (&str, String)| (format!("{PREFIX}{name}"), text);
+    let environment = environment.map(named).into();
+    let sources = Sources { environment, ..Sources::default() };
+    Config::new(&Settings::resolve(&sources).unwrap()).unwrap()
+}
+
+/// A socket that has a port and never listens: the kernel refuses to accept (EINVAL).
+fn broken_listener() -> TcpListener {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = std::net::TcpListener::from(socket.as_fd().try_clone_to_owned().unwrap());
+    TcpListener::from_std(listener).unwrap()
+}
+
+#[tokio::test]
+async fn a_server_whose_door_is_broken_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_stop, stopped) = watch::channel(false);
+    let metrics = telemetry::Metrics::unread();
+    let serve = serve(config(directory.path()), broken_listener(), metrics, stopped);
+    let ended = tokio::time::timeout(Duration::from_secs(30), serve).await.expect("it ends");
+    let ServeError::Part(error) = ended.unwrap_err() else { panic!("another error") };
+    assert_eq!(error.to_string(), "the API failed");
+    assert_eq!(
+        std::error::Error::source(&error).unwrap().to_string(),
+        "Invalid argument (os error 22)"
+    );
+    // What it held is free again.
+    claim_directory(&directory.path().join("rootfs")).unwrap();
+    Store::open_sqlite(&directory.path().join("data")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_with_another_key_does_not_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(&directory.path().join("data")).await.unwrap();
+    let paths = ["one", "two", "three"].map(|name| directory.path().join(name));
+    let first = master_key(&paths[0], &store).await.unwrap();
+    let again = master_key(&paths[0], &store).await.unwrap();
+    assert_eq!(first.id(), again.id());
+    let problem = |result: Result<MasterKey, ServeError>| match result {
+        Err(ServeError::Seal(SealError::KeyFile { problem, .. })) => problem,
+        other => panic!("{:?}", other.map(|key| key.id().to_owned())),
+    };
+    MasterKey::load_or_create(&paths[1]).unwrap();
+    let other = problem(master_key(&paths[1], &store).await);
+    assert!(other.contains(first.id()) && other.contains("copy the key file"), "{other}");
+    let none = problem(master_key(&paths[2], &store).await);
+    assert!(none.contains("there is none"), "{none}");
+    assert!(!paths[2].exists(), "a key that is of no use is not made");
+    store.system().forget_master_key().await.unwrap();
+    master_key(&paths[1], &store).await.unwrap();
+    assert!(master_key(&paths[0], &store).await.is_err());
+}
