@@ -72,9 +72,13 @@ impl MasterKey {
     /// [`SealError::KeyFile`]; also if others may read the file.
     pub(crate) fn load_or_create(path: &Path) -> Result<Self, SealError> {
         let bytes = match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                create_key(path).map_err(|error| unusable(path, error.to_string()))?
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match create_key(path) {
+                // Another server that starts at the same moment was first.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    read_key(path, File::open(path))?
+                }
+                created => created.map_err(|error| unusable(path, error.to_string()))?,
+            },
             found => read_key(path, found)?,
         };
         Self::new(path, &bytes)
@@ -200,13 +204,19 @@ fn read_key(path: &Path, file: io::Result<File>) -> Result<[u8; KEY_BYTES], Seal
     bytes.try_into().map_err(wrong)
 }
 
+/// The file gets its name when it is whole, and only if nobody has it.
 fn create_key(path: &Path) -> io::Result<[u8; KEY_BYTES]> {
     let mut bytes = [0; KEY_BYTES];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| io::Error::other("no random numbers"))?;
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(&bytes)?;
-    file.sync_all()?;
-    Ok(bytes)
+    let unfinished = path.with_extension(format!("{}.new", std::process::id()));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
+    let named = (|| {
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        std::fs::hard_link(&unfinished, path)
+    })();
+    std::fs::remove_file(&unfinished)?;
+    named.map(|()| bytes)
 }
 
 #[cfg(test)]

@@ -243,21 +243,19 @@ impl Workers {
             let error = match tokio::time::timeout_at(give_up, finish).await {
                 Ok(Err(error)) => error,
                 Ok(Ok(state)) => return Ok(state),
-                Err(_) => return Err(StoreError::Unavailable(sqlx::Error::PoolTimedOut)),
+                Err(_) => return Err(StoreError::timed_out()),
             };
-            match error {
+            if matches!((&error, &outcome), (StoreError::Illegal(_), Outcome::Completed(_))) {
                 // The last step could not be written when it was entered.
-                StoreError::Illegal(_) if matches!(outcome, Outcome::Completed(_)) => {
-                    let step = "Storing the artifact";
-                    match store.progress(BuildState::Packaging, 99, step, now).await {
-                        Ok(Fenced::Written) => {}
-                        Ok(Fenced::Lost) => return Ok(None),
-                        Err(StoreError::Unavailable(_) | StoreError::Full(_)) => {}
-                        Err(error) => return Err(error),
-                    }
+                let step = "Storing the artifact";
+                match store.progress(BuildState::Packaging, 99, step, now).await {
+                    Ok(Fenced::Written) => {}
+                    Ok(Fenced::Lost) => return Ok(None),
+                    Err(error) if error.may_pass() => {}
+                    Err(error) => return Err(error),
                 }
-                StoreError::Unavailable(_) | StoreError::Full(_) => {}
-                error => return Err(error),
+            } else if !error.may_pass() {
+                return Err(error);
             }
             if Instant::now() > give_up {
                 return Err(error);
@@ -697,6 +695,8 @@ impl<'a> Running<'a> {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
+            // A terminal's Ctrl-C is for the server, which decides what becomes of its builds.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
         let text = serde_json::to_vec(spec)?;

@@ -58,9 +58,7 @@ fn sqlite(config: &Config) -> Result<&Path, Failure> {
 async fn check_all(config: &Config) -> Result<(), Failure> {
     let store = match &config.database {
         DatabaseConfig::Sqlite => Store::attach_sqlite(&config.data_dir).await?,
-        DatabaseConfig::Postgres { url, .. } => {
-            Store::attach_postgres(url.expose_secret()).await?
-        }
+        DatabaseConfig::Postgres { url, .. } => Store::attach_postgres(url.expose_secret()).await?,
     };
     let violations = check(&store).await;
     store.close().await;
@@ -85,9 +83,7 @@ async fn forget_key(config: &Config) -> Result<(), Failure> {
     let store = match &config.database {
         // Not attached but opened: a server that runs goes on with the old key.
         DatabaseConfig::Sqlite => Store::open_sqlite(&config.data_dir).await?,
-        DatabaseConfig::Postgres { url, .. } => {
-            Store::attach_postgres(url.expose_secret()).await?
-        }
+        DatabaseConfig::Postgres { url, .. } => Store::attach_postgres(url.expose_secret()).await?,
     };
     let sealed = store.system().forget_master_key().await;
     store.close().await;

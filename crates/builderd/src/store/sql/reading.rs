@@ -7,8 +7,7 @@ use crate::store::engine::{Row, Tx, signed, sql};
 use crate::store::{Depth, Filter, Page, StoreError};
 use crate::tenant::TenantId;
 
-/// Before every id, and behind.
-const FIRST_ID: &str = "";
+/// Behind every id.
 const LAST_ID: &str = "build_ZZZZZZZZZZZZZZZZZZZZZZZZZZ";
 /// What the builds of a page may hold together, however many are asked for: an answer is made
 /// in memory, from a multiple of it. One build always comes.
@@ -260,22 +259,21 @@ async fn running(tx: &mut Tx, tenant: &TenantId, state: BuildState) -> Result<u6
     tx.one(query.text(tenant.as_str()).text(state.as_str())).await?.count("found")
 }
 
-/// The statements that give some columns of a tenant's newest builds in a range of ids: of any
-/// state, and of one.
+/// The statements that give some columns of a tenant's newest builds before an id: of any state,
+/// and of one. No other bound: SQLite would choose the wrong index for it.
 macro_rules! newest {
     ($columns:expr) => {
         (
             concat!(
                 "SELECT ",
                 $columns,
-                " FROM build WHERE tenant_id = $1 AND id >= $2 AND id < $3 \
-                 ORDER BY id DESC LIMIT $4"
+                " FROM build WHERE tenant_id = $1 AND id < $2 ORDER BY id DESC LIMIT $3"
             ),
             concat!(
                 "SELECT ",
                 $columns,
-                " FROM build WHERE tenant_id = $1 AND id >= $2 AND id < $3 AND state = $5 \
-                 ORDER BY id DESC LIMIT $4"
+                " FROM build WHERE tenant_id = $1 AND id < $2 AND state = $4 \
+                 ORDER BY id DESC LIMIT $3"
             ),
         )
     };
@@ -289,10 +287,11 @@ async fn skip(
     before: &str,
     offset: u64,
 ) -> Result<Option<String>, StoreError> {
-    let texts = newest!("id");
     let mut ids = Vec::new();
-    for row in by_state(tx, texts, tenant, states, (FIRST_ID, before), signed(offset)).await? {
-        ids.push(row.text("id")?);
+    for state in wanted(states) {
+        for row in newest(tx, newest!("id"), tenant, state, before, signed(offset)).await? {
+            ids.push(row.text("id")?);
+        }
     }
     ids.sort_unstable_by(|a, b| b.cmp(a));
     let last = usize::try_from(offset - 1).unwrap_or(usize::MAX);
@@ -313,23 +312,25 @@ async fn page(
          + COALESCE(OCTET_LENGTH(result), 0) + COALESCE(OCTET_LENGTH(failure), 0) AS BIGINT) \
          AS held_bytes"
     );
-    let range = (FIRST_ID, before);
     let mut sizes = Vec::new();
-    for row in by_state(tx, texts, tenant, states, range, rows(limit, 1)).await? {
-        sizes.push((row.text("id")?, row.count("held_bytes")?));
+    for state in wanted(states) {
+        for row in newest(tx, texts, tenant, state, before, rows(limit, 1)).await? {
+            sizes.push((row.text("id")?, state, row.count("held_bytes")?));
+        }
     }
-    sizes.sort_unstable_by(|(a, _), (b, _)| b.cmp(a));
+    sizes.sort_unstable_by(|(a, ..), (b, ..)| b.cmp(a));
     let limit_rows = usize::try_from(limit).unwrap_or(usize::MAX);
-    let count = fitting(sizes.iter().map(|(_, bytes)| *bytes)).min(limit_rows);
-    let has_more = sizes.len() > count;
-    let Some((last, _)) = count.checked_sub(1).and_then(|last| sizes.get(last)) else {
-        return Ok((Vec::new(), has_more));
-    };
-    let texts = newest!(build_columns!());
-    let found = by_state(tx, texts, tenant, states, (last, before), rows(limit, 0)).await?;
-    let mut builds = found.iter().map(build).collect::<Result<Vec<Build>, _>>()?;
+    let count = fitting(sizes.iter().map(|(.., bytes)| *bytes)).min(limit_rows);
+    let mut builds = Vec::with_capacity(count);
+    for state in wanted(states) {
+        let those = sizes[..count].iter().filter(|(_, of, _)| *of == state).count();
+        let limit = i64::try_from(those).unwrap_or(i64::MAX);
+        for row in newest(tx, newest!(build_columns!()), tenant, state, before, limit).await? {
+            builds.push(build(&row)?);
+        }
+    }
     builds.sort_unstable_by(|a, b| b.id.cmp(&a.id));
-    Ok((builds, has_more))
+    Ok((builds, sizes.len() > count))
 }
 
 /// How many of them, from the first, are a page; the first is one, however long it is.
@@ -342,23 +343,30 @@ fn fitting(sizes: impl Iterator<Item = u64>) -> usize {
     sizes.enumerate().take_while(fits).count()
 }
 
-/// Asks once for any state, or once for each: an index gives each answer from its start, so
-/// that rare states among many builds cost nothing.
-async fn by_state(
+/// What to ask for: any state at once, or one after the other: an index gives each answer from
+/// its start, so that rare states among many builds cost nothing.
+fn wanted(states: &[BuildState]) -> Vec<Option<BuildState>> {
+    match states {
+        [] => vec![None],
+        states => states.iter().copied().map(Some).collect(),
+    }
+}
+
+async fn newest(
     tx: &mut Tx,
     (any, one): (&'static str, &'static str),
     tenant: &TenantId,
-    states: &[BuildState],
-    (from, before): (&str, &str),
+    state: Option<BuildState>,
+    before: &str,
     limit: i64,
 ) -> Result<Vec<Row>, StoreError> {
-    let query = |text| sql(text).text(tenant.as_str()).text(from).text(before).int(limit);
-    if states.is_empty() {
-        return tx.all(query(any)).await;
+    if limit == 0 {
+        return Ok(Vec::new());
     }
-    let mut found = Vec::new();
-    for state in states {
-        found.extend(tx.all(query(one).text(state.as_str())).await?);
-    }
-    Ok(found)
+    let query = |text| sql(text).text(tenant.as_str()).text(before).int(limit);
+    tx.all(match state {
+        None => query(any),
+        Some(state) => query(one).text(state.as_str()),
+    })
+    .await
 }

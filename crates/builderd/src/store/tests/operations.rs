@@ -141,7 +141,10 @@ async fn filled(t: &TestStore) {
             t.create(name).await;
         }
     }
-    let name = crate::store::ArtifactName { domain: crate::store::ArtifactDomain::Public, recipe: "r".into() };
+    let name = crate::store::ArtifactName {
+        domain: crate::store::ArtifactDomain::Public,
+        recipe: "r".into(),
+    };
     let claimed = t.claim().await;
     let said = |number| LogLine {
         offset: 0,
