@@ -40,7 +40,7 @@ impl Door {
     }
 
     fn job(&self, build: &Build) -> v1::BuildJob {
-        convert::job(&self.state.service, build, &[], self.now())
+        convert::job(&self.state.service, build, Vec::new(), self.now())
     }
 
     /// The state of a build that was told to stop, for callers who may not look at it: cancelled
@@ -142,9 +142,8 @@ impl v1::BuilderService for Door {
         let claim = Claim::tenant(&request.tenant_id);
         let job = admitted(&self.state, &context, claim, |who| async move {
             let service = &self.state.service;
-            let build = service.get(&who, &request.build_id).await?;
-            let log = service.log_tail(&who, &request.build_id, TAIL_LINES).await?;
-            Ok(convert::job(service, &build, &log, self.now()))
+            let (build, log) = service.get_with_log(&who, &request.build_id, TAIL_LINES).await?;
+            Ok(convert::job(service, &build, log, self.now()))
         });
         let build = job.await?.into();
         Response::ok(v1::GetBuildResponse { build, ..Default::default() })

@@ -92,7 +92,7 @@ pub(super) async fn status(
 
 /// A build in the documentation's spelling.
 fn job(state: &ApiState, build: &Build) -> Value {
-    let job = convert::job(&state.service, build, &[], state.clock.now());
+    let job = convert::job(&state.service, build, Vec::new(), state.clock.now());
     let canonical = serde_json::to_value(&job).unwrap_or_default();
     spelling::documented("builder.v1.BuildJob", canonical)
 }

@@ -322,6 +322,21 @@ impl BuildService {
         found.ok_or_else(|| ServiceError::NotFound(id.to_owned()))
     }
 
+    /// One build with the last messages of its log, oldest first.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`] also for builds of others.
+    pub async fn get_with_log(
+        &self,
+        who: &Principal,
+        id: &str,
+        lines: u32,
+    ) -> Result<(Build, Vec<String>), ServiceError> {
+        let permit = who.permit(Right::BuildRead)?;
+        let found = self.store.tenant(&permit).get_with_log(&known(id)?, lines).await?;
+        found.ok_or_else(|| ServiceError::NotFound(id.to_owned()))
+    }
+
     /// The tenant's builds, newest first.
     ///
     /// # Errors
@@ -402,20 +417,6 @@ impl BuildService {
         let whole = u32::try_from(lines.len()).is_ok_and(|count| count < limit);
         let next_offset = lines.last().map_or(offset, |line| line.offset + 1);
         Ok(LogPage { lines, next_offset, is_end: whole && state.is_terminal() })
-    }
-
-    /// The last lines of a log, oldest first.
-    ///
-    /// # Errors
-    /// [`ServiceError`]
-    pub async fn log_tail(
-        &self,
-        who: &Principal,
-        id: &str,
-        lines: u32,
-    ) -> Result<Vec<LogLine>, ServiceError> {
-        let permit = who.permit(Right::BuildRead)?;
-        Ok(self.store.tenant(&permit).log_tail(&known(id)?, lines).await?)
     }
 
     /// Sees from now on when a log may have grown; whoever follows one looks again.

@@ -1,8 +1,8 @@
 //! Two databases behind one face: a statement with its values goes in, rows come out.
 //!
 //! The text of a statement is the same for both. What differs is here: how a transaction
-//! begins, and that PostgreSQL locks rows where SQLite has one writer anyway, so that SQLite
-//! gets a statement without its closing ` FOR ...`. It does not know what the tables mean.
+//! begins, names of functions, and that PostgreSQL locks rows where SQLite has one writer anyway,
+//! so that SQLite gets a statement without its closing ` FOR ...`. It does not know what the tables mean.
 
 use std::borrow::Cow;
 
@@ -37,6 +37,8 @@ pub(super) enum Tx {
 #[derive(Clone, Debug)]
 pub(super) struct Query {
     text: Cow<'static, str>,
+    /// Where PostgreSQL has another word for the same.
+    postgres: Option<&'static str>,
     values: Vec<Value>,
 }
 
@@ -50,13 +52,18 @@ pub(super) enum Value {
 
 /// A statement whose values follow in the order of its `$1`, `$2`, ...
 pub(super) fn sql(text: &'static str) -> Query {
-    Query { text: Cow::Borrowed(text), values: Vec::new() }
+    Query { text: Cow::Borrowed(text), postgres: None, values: Vec::new() }
+}
+
+/// One statement in two dialects: for what both databases do and call differently.
+pub(super) fn either(sqlite: &'static str, postgres: &'static str) -> Query {
+    Query { postgres: Some(postgres), ..sql(sqlite) }
 }
 
 impl Query {
     /// A statement put together by the program; never of what came from outside.
     pub(super) fn assembled(text: String) -> Self {
-        Self { text: Cow::Owned(text), values: Vec::new() }
+        Self { text: Cow::Owned(text), postgres: None, values: Vec::new() }
     }
 
     pub(super) fn value(mut self, value: Value) -> Self {
@@ -105,7 +112,8 @@ impl Query {
     fn postgres(
         self,
     ) -> sqlx::query::Query<'static, Postgres, <Postgres as sqlx::Database>::Arguments> {
-        let query = sqlx::query(AssertSqlSafe(self.text));
+        let text = self.postgres.map_or(self.text, Cow::Borrowed);
+        let query = sqlx::query(AssertSqlSafe(text));
         self.values.into_iter().fold(query, |query, value| match value {
             Value::Int(value) => query.bind(value),
             Value::Text(value) => query.bind(value),

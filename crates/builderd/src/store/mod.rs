@@ -454,6 +454,18 @@ impl TenantStore<'_> {
         self.rows.get(self.tenant(), id).await
     }
 
+    /// One build with the last messages of its log, oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn get_with_log(
+        &self,
+        id: &BuildId,
+        lines: u32,
+    ) -> Result<Option<(Build, Vec<String>)>, StoreError> {
+        self.rows.get_with_log(self.tenant(), id, lines).await
+    }
+
     /// A page of builds.
     ///
     /// # Errors
@@ -494,14 +506,6 @@ impl TenantStore<'_> {
         limit: u32,
     ) -> Result<Vec<LogLine>, StoreError> {
         self.rows.log(self.tenant(), id, offset, limit).await
-    }
-
-    /// The last lines of a log, oldest first.
-    ///
-    /// # Errors
-    /// [`StoreError`]
-    pub async fn log_tail(&self, id: &BuildId, lines: u32) -> Result<Vec<LogLine>, StoreError> {
-        self.rows.log_tail(self.tenant(), id, lines).await
     }
 
     /// What the tenant uses now.

@@ -60,11 +60,11 @@ fn stage(state: BuildState) -> &'static str {
     }
 }
 
-/// One build, with the last lines of its log where they are wanted.
+/// One build, with the last messages of its log where they are wanted.
 pub(in super::super) fn job(
     service: &BuildService,
     build: &Build,
-    log: &[LogLine],
+    log: Vec<String>,
     now: Micros,
 ) -> v1::BuildJob {
     let result = build.result.as_ref();
@@ -84,7 +84,7 @@ pub(in super::super) fn job(
         image_metadata: result.map(|result| image_metadata(&result.metadata)).into(),
         metrics: metrics(build).into(),
         error_message: failure.map_or_else(String::new, |failure| failure.cause.clone()),
-        build_logs: log.iter().map(|line| line.message.clone()).collect(),
+        build_logs: log,
         progress_percent: small(build.progress_percent.into()),
         current_step: build.step.clone(),
         status: status(build.state).into(),

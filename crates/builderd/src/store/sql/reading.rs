@@ -3,7 +3,7 @@
 use super::{Rows, counter, rows};
 use crate::build::record::{Build, BuildId, LogLine, Micros, Stats, Usage};
 use crate::build::state::BuildState;
-use crate::store::engine::{Row, Tx, signed, sql};
+use crate::store::engine::{Row, Tx, either, signed, sql};
 use crate::store::{Depth, Filter, Page, StoreError};
 use crate::tenant::TenantId;
 
@@ -25,6 +25,21 @@ pub(super) use build_columns;
 
 const BUILD: &str =
     concat!("SELECT ", build_columns!(), " FROM build WHERE tenant_id = $1 AND id = $2");
+
+/// A build and the last messages of its log as a JSON list, made by that function.
+macro_rules! build_with_log {
+    ($messages:expr) => {
+        concat!(
+            "SELECT ",
+            build_columns!(),
+            ", CAST((SELECT ",
+            $messages,
+            " FROM (SELECT line, message FROM build_log WHERE tenant_id = $1 AND build_id = $2 \
+             ORDER BY line DESC LIMIT $3) AS tail) AS TEXT) AS log_tail \
+             FROM build WHERE tenant_id = $1 AND id = $2"
+        )
+    };
+}
 
 /// A row with the columns of [`build_columns`].
 pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
@@ -86,6 +101,23 @@ impl Rows {
         row.as_ref().map(build).transpose()
     }
 
+    /// In one statement: a row costs more than what is in it.
+    pub(crate) async fn get_with_log(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+        lines: u32,
+    ) -> Result<Option<(Build, Vec<String>)>, StoreError> {
+        let query = either(
+            build_with_log!("json_group_array(message ORDER BY line)"),
+            build_with_log!("json_agg(message ORDER BY line)"),
+        );
+        let query = query.text(tenant.as_str()).text(id.as_str()).int(rows(lines, 0));
+        let row = self.again(|| self.engine.optional(query.clone())).await?;
+        let read = |row: &Row| Ok((build(row)?, row.maybe_json("log_tail")?.unwrap_or_default()));
+        row.as_ref().map(read).transpose()
+    }
+
     pub(crate) async fn list(
         &self,
         tenant: &TenantId,
@@ -127,19 +159,6 @@ impl Rows {
         let query = query.text(tenant.as_str()).text(id.as_str()).count(offset).int(rows(limit, 0));
         let found = self.again(|| self.engine.all(query.clone())).await?;
         found.iter().map(log_line).collect()
-    }
-
-    pub(crate) async fn log_tail(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-        lines: u32,
-    ) -> Result<Vec<LogLine>, StoreError> {
-        let query = sql("SELECT line, said_at, level, component, message FROM build_log \
-             WHERE tenant_id = $1 AND build_id = $2 ORDER BY line DESC LIMIT $3");
-        let query = query.text(tenant.as_str()).text(id.as_str()).int(rows(lines, 0));
-        let found = self.again(|| self.engine.all(query.clone())).await?;
-        found.iter().rev().map(log_line).collect()
     }
 
     pub(crate) async fn usage(&self, tenant: &TenantId, now: Micros) -> Result<Usage, StoreError> {

@@ -39,12 +39,20 @@ pub(super) async fn lines_are_numbered_from_zero(t: &TestStore) {
     }
     assert_eq!(rows.log(&build.tenant, &build.id, 70, 3).await.unwrap(), all[70..73]);
     assert!(rows.log(&build.tenant, &build.id, 80, 3).await.unwrap().is_empty());
-    assert_eq!(rows.log_tail(&build.tenant, &build.id, 4).await.unwrap(), all[76..]);
+    let (seen, tail) = rows.get_with_log(&build.tenant, &build.id, 4).await.unwrap().unwrap();
+    assert_eq!((seen, tail), (t.get(&build).await, messages(&all[76..])));
+    let silent = t.create("a").await;
+    let (_, tail) = rows.get_with_log(&silent.tenant, &silent.id, 4).await.unwrap().unwrap();
+    assert_eq!(tail, Vec::<String>::new());
     t.finish(&again, Outcome::Cancelled).await;
     let late = rows.append_log(&again.lease, &more).await.unwrap();
     assert_eq!(late, Fenced::Lost);
     rows.delete(&build.tenant, &build.id).await.unwrap();
     assert!(rows.log(&build.tenant, &build.id, 0, 10).await.unwrap().is_empty());
+}
+
+fn messages(lines: &[LogLine]) -> Vec<String> {
+    lines.iter().map(|line| line.message.clone()).collect()
 }
 
 /// Appends until well behind the bound; gives the number of lines kept.
@@ -56,12 +64,23 @@ async fn flood(t: &TestStore, message: &str, rounds: usize) -> u64 {
         let done = t.rows().append_log(&claimed.lease, &some).await.unwrap();
         assert_eq!(done, Fenced::Written);
     }
-    let tail = t.rows().log_tail(&build.tenant, &build.id, 2).await.unwrap();
-    assert!(tail[1].message.starts_with("the log ends here"), "{:?}", tail[1]);
-    assert_eq!(tail[1].level, "warn");
-    assert!(!tail[0].message.starts_with("the log ends here"));
-    let end = tail[1].offset;
-    assert!(t.rows().log(&build.tenant, &build.id, end + 1, 1).await.unwrap().is_empty());
+    let (_, tail) =
+        t.rows().get_with_log(&build.tenant, &build.id, 2).await.unwrap().expect("it is there");
+    assert!(tail[1].starts_with("the log ends here"), "{:?}", tail[1]);
+    assert!(!tail[0].starts_with("the log ends here"));
+    let said = rounds as u64 * 1000;
+    let (mut end, mut behind) = (0, said);
+    // The last line is found by halving.
+    while behind - end > 1 {
+        let middle = u64::midpoint(end, behind);
+        match t.rows().log(&build.tenant, &build.id, middle, 1).await.unwrap().as_slice() {
+            [] => behind = middle,
+            _ => end = middle,
+        }
+    }
+    let last = t.rows().log(&build.tenant, &build.id, end, 2).await.unwrap();
+    assert_eq!((last.len(), last[0].level.as_str()), (1, "warn"));
+    assert_eq!(last[0].message, tail[1]);
     end + 1
 }
 
