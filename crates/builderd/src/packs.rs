@@ -12,13 +12,14 @@
 //! or when something wrote to the file) every byte is checked against the pack's
 //! own sums before use. The cache does not know images, registries or tenants.
 
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use oci::Digest;
-use rootfs::{Pack, PackReadError, ReadAt};
+use rootfs::{Limits, Pack, PackError, PackReadError, ReadAt, Tally};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
@@ -91,10 +92,10 @@ fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 }
 
 /// A pack that is open and was found good; its table of contents is not kept in memory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct OpenPack {
     /// The file, kept open: deleting the pack does not disturb its users.
-    pub file: File,
+    pub file: Arc<File>,
     /// Where in the file the pack begins.
     pub base: u64,
     length: u64,
@@ -102,6 +103,8 @@ pub struct OpenPack {
     pub data_blocks: u64,
     /// SHA-256 of the uncompressed layer.
     pub diff_id: [u8; 32],
+    blob_bytes: u64,
+    tar_bytes: u64,
 }
 
 impl OpenPack {
@@ -109,10 +112,21 @@ impl OpenPack {
     ///
     /// # Errors
     /// [`PackReadError`].
-    pub fn new(file: File, base: u64, length: u64) -> Result<Self, PackReadError> {
+    pub fn new(file: impl Into<Arc<File>>, base: u64, length: u64) -> Result<Self, PackReadError> {
+        let file = file.into();
         let pack = Pack::open(&Part { file: &file, base }, length)?;
         let (data_blocks, diff_id) = (pack.data_blocks(), pack.diff_id());
-        Ok(Self { file, base, length, data_blocks, diff_id })
+        let (blob_bytes, tar_bytes) = (pack.blob_bytes(), pack.tar_bytes());
+        Ok(Self { file, base, length, data_blocks, diff_id, blob_bytes, tar_bytes })
+    }
+
+    /// Counts the layer as one of an image.
+    ///
+    /// # Errors
+    /// [`PackError`] when the layers of the image together are beyond a limit.
+    pub(crate) fn count(&self, tally: &Tally, limits: &Limits) -> Result<(), PackError> {
+        let data_bytes = self.data_blocks * rootfs::BLOCK_BYTES;
+        tally.add(self.blob_bytes, self.tar_bytes, data_bytes, limits)
     }
 
     /// Reads the table of contents.
@@ -245,7 +259,7 @@ impl PackCache {
             std::fs::read_to_string(&stamp_path).is_ok_and(|text| text == stamp.0)
         });
         if !trusted {
-            open.load()?.verify_data(&open.file)?;
+            open.load()?.verify_data(&*open.file)?;
         }
         if trusted {
             touch(&stamp_path);
@@ -261,25 +275,41 @@ impl PackCache {
     /// # Errors
     /// [`CacheError::Io`].
     pub fn lock(&self, key: &PackKey) -> Result<PackLock, CacheError> {
-        let path = self.key_path(key, "lock");
-        self.make_domain(key)?;
         loop {
-            let file = File::options()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .open(&path)
-                .map_err(failed("open the lock", &path))?;
+            let (path, file) = self.open_lock(key)?;
             file.lock().map_err(failed("take the lock", &path))?;
-            let ours = file.metadata().map_err(failed("stat the lock", &path))?;
-            // The holder before us removed the name: then this lock guards nothing.
-            match std::fs::metadata(&path) {
-                Ok(named) if named.ino() == ours.ino() => {
-                    return Ok(PackLock { path, _file: file });
-                }
-                _ => {}
+            if guards(&file, &path)? {
+                return Ok(PackLock { path, _file: file });
             }
         }
+    }
+
+    /// As [`PackCache::lock`], but `None` where that would wait.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub fn try_lock(&self, key: &PackKey) -> Result<Option<PackLock>, CacheError> {
+        loop {
+            let (path, file) = self.open_lock(key)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(error)) => {
+                    return Err(failed("take the lock", &path)(error));
+                }
+            }
+            if guards(&file, &path)? {
+                return Ok(Some(PackLock { path, _file: file }));
+            }
+        }
+    }
+
+    fn open_lock(&self, key: &PackKey) -> Result<(PathBuf, File), CacheError> {
+        let path = self.key_path(key, "lock");
+        self.make_domain(key)?;
+        let opened = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = opened.map_err(failed("open the lock", &path))?;
+        Ok((path, file))
     }
 
     /// A nameless file on the cache's file system, to make a pack in.
@@ -408,6 +438,13 @@ impl PackCache {
     fn stamp_path(&self, key: &PackKey) -> PathBuf {
         self.key_path(key, "stamp")
     }
+}
+
+/// Whether a lock that was just taken still has its name: the holder before us removed it otherwise,
+/// and the lock guards nothing.
+fn guards(lock: &File, path: &Path) -> Result<bool, CacheError> {
+    let ours = lock.metadata().map_err(failed("stat the lock", path))?;
+    Ok(std::fs::metadata(path).is_ok_and(|named| named.ino() == ours.ino()))
 }
 
 /// In which boot, and for which state of the file, its bytes were known good.

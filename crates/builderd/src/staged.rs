@@ -11,6 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -51,8 +52,9 @@ impl Staged {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 opened => {
                     let file = opened?;
-                    file.lock()?;
-                    return Ok(Self { file, hidden: Some(path) });
+                    if lock_named(&file, &path)? {
+                        return Ok(Self { file, hidden: Some(path) });
+                    }
                 }
             }
         }
@@ -117,6 +119,23 @@ impl Drop for Staged {
     }
 }
 
+/// Takes the lock of a file just made. False if its name is not its own any more: until the lock
+/// it was a dead writer's to everybody else.
+fn lock_named(file: &File, path: &Path) -> io::Result<bool> {
+    file.lock()?;
+    is_named(file, path)
+}
+
+/// Whether `path` is a name of this very file.
+fn is_named(file: &File, path: &Path) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (ours.dev(), ours.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn hidden_name(directory: &Path) -> PathBuf {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     directory.join(format!("{HIDDEN_PREFIX}{}-{number}{HIDDEN_SUFFIX}", std::process::id()))
@@ -131,13 +150,22 @@ pub(crate) fn sweep(directory: &Path) -> io::Result<()> {
         if !(name.starts_with(HIDDEN_PREFIX) && name.ends_with(HIDDEN_SUFFIX)) {
             continue;
         }
-        if let Ok(file) = File::open(entry.path())
+        if let Some(file) = open_regular(&entry.path())
             && file.try_lock().is_ok()
+            // Another sweeper may have been here, and another writer have the name since.
+            && is_named(&file, &entry.path()).unwrap_or(false)
         {
             let _ = std::fs::remove_file(entry.path());
         }
     }
     Ok(())
+}
+
+/// Whatever has the name, opening it must not wait or lead elsewhere.
+fn open_regular(path: &Path) -> Option<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
+    file.metadata().is_ok_and(|metadata| metadata.is_file()).then_some(file)
 }
 
 #[cfg(test)]
@@ -192,5 +220,60 @@ mod tests {
         assert!(!dead.exists());
         sweep(directory.path()).unwrap();
         assert!(living.hidden.as_ref().unwrap().exists());
+    }
+
+    #[test]
+    fn a_file_whose_name_was_swept_before_its_lock_is_known_to_be_lost() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = hidden_name(directory.path());
+        let make = || File::options().write(true).create_new(true).open(&path).unwrap();
+        let lost = make();
+        sweep(directory.path()).unwrap();
+        assert!(!lock_named(&lost, &path).unwrap(), "the name is gone");
+        let other = make();
+        assert!(!lock_named(&lost, &path).unwrap(), "the name is another's");
+        assert!(lock_named(&other, &path).unwrap());
+    }
+
+    #[test]
+    fn writers_that_sweep_at_any_moment_never_take_a_living_ones_name() {
+        use std::sync::atomic::AtomicBool;
+        let directory = tempfile::tempdir().unwrap();
+        let (path, done) = (directory.path(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        sweep(path).unwrap();
+                    }
+                });
+            }
+            let lost = (0..3000).filter(|_| {
+                let staged = Staged::create_hidden(path).unwrap();
+                staged.publish(&path.join("out")).is_err()
+            });
+            let lost = lost.count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(lost, 0);
+        });
+    }
+
+    #[test]
+    fn what_is_no_file_is_neither_waited_for_nor_swept() {
+        use rustix::fs::FileType;
+        let directory = tempfile::tempdir().unwrap();
+        let name = |what| directory.path().join(format!("{HIDDEN_PREFIX}{what}{HIDDEN_SUFFIX}"));
+        let mode = Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(CWD, name("fifo"), FileType::Fifo, mode, 0).unwrap();
+        let kept = directory.path().join("kept");
+        std::fs::write(&kept, b"somebody's").unwrap();
+        std::os::unix::fs::symlink(&kept, name("link")).unwrap();
+        std::fs::create_dir(name("directory")).unwrap();
+        let (swept, ended) = std::sync::mpsc::channel();
+        let path = directory.path().to_owned();
+        std::thread::spawn(move || swept.send(sweep(&path).is_ok()));
+        let ended = ended.recv_timeout(std::time::Duration::from_secs(10));
+        assert_eq!(ended, Ok(true), "the sweep waits");
+        assert_eq!(names(directory.path()).len(), 4);
     }
 }

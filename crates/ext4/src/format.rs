@@ -234,7 +234,7 @@ pub struct Superblock {
     pub inodes_per_group: u32,
     /// Last mount, seconds since 1970; 0 for never.
     pub mounted_secs: u64,
-    /// Last write, seconds since 1970.
+    /// Last write, seconds since 1970; 0 for never.
     pub written_secs: u64,
     /// Creation, seconds since 1970.
     pub created_secs: u64,

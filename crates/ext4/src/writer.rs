@@ -622,7 +622,8 @@ impl<T: Tree> Writer<'_, T> {
             blocks_per_group: lo32(BLOCKS_PER_GROUP),
             inodes_per_group: lo32(geometry.inodes_per_group),
             mounted_secs: 0,
-            written_secs: created_secs,
+            // Never, as e2fsck would object to a creation that the image's maker says is to come.
+            written_secs: 0,
             created_secs,
             state: 1,
             errors: ERRORS_REMOUNT_RO,

@@ -6,9 +6,10 @@
 //! `image/spec/v1.2.md` ("Combined Image JSON + Filesystem Changeset Format"), OCI
 //! `image-layout.md`. It does not know what is in a layer.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufReader, Cursor, Read};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ use crate::layout::{INDEX_BYTES_MAX, checked_index, same_name, select};
 use crate::manifest::{Descriptor, Document, ImageIndex, Manifest, media_type};
 use crate::options::Limits;
 use crate::source::Source;
-use crate::spool::{SpoolError, spool};
+use crate::spool::{Counted, SpoolError, spool};
 use crate::tar::{Span, TarError, TarIndex};
 
 /// Why an archive cannot be used.
@@ -178,7 +179,7 @@ impl Archive {
             Some(_) => File::open(&path),
             None => std::io::stdin().as_fd().try_clone_to_owned().map(File::from),
         };
-        let file = seekable(opened.map_err(io)?, &path, spool_dir, limits.spool_bytes_max)?;
+        let file = seekable(opened.map_err(io)?, &path, spool_dir, &limits)?;
         let length = file.metadata().map_err(io)?.len();
         let failed = |source| PullError::Archive { path: path.clone(), source };
         let index = TarIndex::read(&file, length, limits.archive_entries_max)
@@ -203,7 +204,7 @@ impl Archive {
 
     fn select_oci(&self, tag: Option<&str>) -> Result<Selection, PullError> {
         let index = self.oci_index().map_err(|error| self.failed(error))?;
-        select(&index, tag, &self.path).map(Selection::Descriptors)
+        select(&index, tag, &self.path, "oci-archive").map(Selection::Descriptors)
     }
 
     fn select_saved(&self, tag: Option<&str>) -> Result<Selection, PullError> {
@@ -240,7 +241,10 @@ impl Archive {
         match (tag, entries) {
             (_, []) => Err(self.failed(ArchiveError::Empty)),
             (None, [only]) => Ok(only),
-            (None, _) => Err(PullError::SeveralImages { path, available: labels() }),
+            (None, _) => {
+                let transport = "docker-archive";
+                Err(PullError::SeveralImages { path, transport, available: labels() })
+            }
             (Some(tag), entries) => {
                 let named = |entry: &&SavedEntry| {
                     let mut tags = entry.repo_tags.iter().flatten();
@@ -450,12 +454,7 @@ impl Magic {
 }
 
 /// A file that can be read in any order: the original where it can, else a temporary copy.
-fn seekable(
-    file: File,
-    path: &Path,
-    spool_dir: &Path,
-    spool_bytes_max: u64,
-) -> Result<File, PullError> {
+fn seekable(file: File, path: &Path, spool_dir: &Path, limits: &Limits) -> Result<File, PullError> {
     let io = |source| PullError::Io { path: path.to_owned(), source };
     let at_start = |mut file: &File| {
         use std::io::Seek as _;
@@ -471,25 +470,28 @@ fn seekable(
         }
     }
     let head = head.get(..length).unwrap_or_default().to_vec();
-    let compressed = |with| PullError::Archive {
-        path: path.to_owned(),
-        source: ArchiveError::Compression(with),
-    };
-    let whole = std::io::Cursor::new(head.clone()).chain(&file);
-    let copied = match Magic::of(&head) {
+    let refused = |source| PullError::Archive { path: path.to_owned(), source };
+    let compressed = |with| Err(refused(ArchiveError::Compression(with)));
+    let magic = Magic::of(&head);
+    let read_bytes = Cell::new(0);
+    let whole = Counted { inner: Cursor::new(head).chain(&file), bytes: &read_bytes };
+    let mut plain: Box<dyn Read + '_> = match magic {
         Magic::Other if is_seekable => return Ok(file),
-        Magic::Other => spool(whole, spool_dir, spool_bytes_max),
-        Magic::Gzip => inflated(whole, spool_dir, spool_bytes_max),
-        Magic::Zstd => return Err(compressed("zstd")),
-        Magic::Bzip2 => return Err(compressed("bzip2")),
-        Magic::Xz => return Err(compressed("xz")),
+        Magic::Other => Box::new(whole),
+        Magic::Gzip => {
+            let buffered = BufReader::with_capacity(256 << 10, whole);
+            Box::new(flate2::bufread::MultiGzDecoder::new(buffered))
+        }
+        Magic::Zstd => return compressed("zstd"),
+        Magic::Bzip2 => return compressed("bzip2"),
+        Magic::Xz => return compressed("xz"),
     };
-    copied.map_err(|source| PullError::Spool { path: path.to_owned(), source })
-}
-
-fn inflated<R: Read>(from: R, dir: &Path, bytes_max: u64) -> Result<File, SpoolError> {
-    let buffered = std::io::BufReader::with_capacity(256 << 10, from);
-    spool(flate2::bufread::MultiGzDecoder::new(buffered), dir, bytes_max)
+    let failed = |source| PullError::Spool { path: path.to_owned(), source };
+    let mut first = Vec::with_capacity(512);
+    let begun = plain.by_ref().take(512).read_to_end(&mut first);
+    begun.map_err(|source| failed(SpoolError::Read(source)))?;
+    TarIndex::check_start(&first).map_err(|error| refused(ArchiveError::Tar(error)))?;
+    spool(Cursor::new(first).chain(plain), &read_bytes, spool_dir, limits).map_err(failed)
 }
 
 /// Runs something slow on a thread that may block.

@@ -176,7 +176,7 @@ pub(crate) struct Repository {
     /// The endpoint that had the manifest: those before it have failed.
     first_good: AtomicUsize,
     used_credentials: AtomicBool,
-    /// Mirrors that were passed over, with the reason.
+    /// Mirrors that were passed over, with the reason, until somebody takes note.
     notes: Mutex<Vec<String>>,
 }
 
@@ -262,8 +262,8 @@ impl Repository {
         }
     }
 
-    pub(crate) fn notes(&self) -> Vec<String> {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn take_notes(&self) -> Vec<String> {
+        std::mem::take(&mut *self.notes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Remembers why a mirror was passed over.

@@ -3,7 +3,7 @@
 //! Errors name hosts, never whole URLs: a URL may carry a signature or a password. This module
 //! does not decide what is tried again inside the client; `retry` does.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::archive::ArchiveError;
@@ -279,8 +279,10 @@ pub enum PullError {
     /// An archive or layout has several images and none was chosen.
     #[error("{} has several images: {}", path.display(), list(available))]
     SeveralImages {
-        /// The archive or layout.
+        /// The archive or layout; `-` is standard input.
         path: PathBuf,
+        /// What a source begins with that names one of them.
+        transport: &'static str,
         /// What there is.
         available: Vec<String>,
     },
@@ -364,9 +366,10 @@ impl PullError {
             | PullError::Token { .. }
             | PullError::DigestMismatch { .. }
             | PullError::SizeMismatch { .. } => Blame::Upstream,
-            PullError::Spool { source: SpoolError::Read(_) | SpoolError::TooLarge(_), .. } => {
-                Blame::Yours
-            }
+            PullError::Spool {
+                source: SpoolError::Read(_) | SpoolError::TooLarge(_) | SpoolError::Ratio { .. },
+                ..
+            } => Blame::Yours,
             PullError::Io { source, .. } if is_about_the_path(source) => Blame::Yours,
             PullError::Client { .. } | PullError::Spool { .. } | PullError::Io { .. } => {
                 Blame::Ours
@@ -504,7 +507,14 @@ impl PullError {
                     .to_owned(),
             );
         }
-        if let PullError::SeveralImages { .. } | PullError::NoSuchTag { .. } = self {
+        if let PullError::SeveralImages { path, transport, available } = self {
+            // `-` has no room for a name.
+            let is_stdin = path.as_os_str() == "-";
+            let path = if is_stdin { Path::new("/dev/stdin") } else { path.as_path() };
+            let first = available.first()?;
+            return Some(format!("choose one, for example {transport}:{}:{first}", path.display()));
+        }
+        if let PullError::NoSuchTag { .. } = self {
             return Some("add one of these names after the path, separated by a colon".to_owned());
         }
         if let PullError::MissingBlob { .. } = self {

@@ -104,12 +104,13 @@ impl Fetcher {
         }
     }
 
-    /// What went wrong on the way without being fatal: mirrors that were passed over, each with
-    /// its reason, for a person to read.
+    /// What went wrong without being fatal since this was last asked: mirrors that were passed
+    /// over, each with its reason, for a person to read. Ask after [`Fetcher::resolve`], well
+    /// or not, and when the layers have been read.
     #[must_use]
-    pub fn notes(&self) -> Vec<String> {
+    pub fn take_notes(&self) -> Vec<String> {
         match &self.store {
-            Store::Registry(repository) => repository.notes(),
+            Store::Registry(repository) => repository.take_notes(),
             Store::Layout(_) | Store::Archive(_) => Vec::new(),
         }
     }

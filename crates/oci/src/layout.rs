@@ -53,7 +53,7 @@ impl Layout {
 
     /// The entries that `tag` names, or the only image there is.
     pub(crate) fn select(&self, tag: Option<&str>) -> Result<Vec<Descriptor>, PullError> {
-        select(&self.index, tag, &self.path)
+        select(&self.index, tag, &self.path, "oci")
     }
 
     pub(crate) fn blob(&self, digest: Digest, size_bytes: u64) -> Result<BlobStream, PullError> {
@@ -147,6 +147,7 @@ pub(crate) fn select(
     index: &ImageIndex,
     tag: Option<&str>,
     path: &Path,
+    transport: &'static str,
 ) -> Result<Vec<Descriptor>, PullError> {
     let usable =
         |entry: &&Descriptor| !entry.is_attestation() && (entry.is_index() || entry.is_manifest());
@@ -179,7 +180,8 @@ pub(crate) fn select(
     if one_digest {
         entries.truncate(1);
     } else if !(platforms && entries.iter().all(same_image)) {
-        return Err(PullError::SeveralImages { path, available: available(&entries) });
+        let available = available(&entries);
+        return Err(PullError::SeveralImages { path, transport, available });
     }
     Ok(entries)
 }

@@ -148,6 +148,11 @@ pub struct Limits {
     pub archive_entries_max: usize,
     /// Bytes of a spooled archive (stdin, or inflated gzip).
     pub spool_bytes_max: u64,
+    /// Spooled bytes per byte read, looked at once `spool_ratio_free_bytes` have been spooled
+    /// (deflate cannot do more than about 1030).
+    pub spool_ratio_max: u64,
+    /// How much may be spooled before `spool_ratio_max` is looked at.
+    pub spool_ratio_free_bytes: u64,
 }
 
 impl Default for Limits {
@@ -163,6 +168,8 @@ impl Default for Limits {
             redirects_max: 8,
             archive_entries_max: 100_000,
             spool_bytes_max: 1 << 40,
+            spool_ratio_max: 500,
+            spool_ratio_free_bytes: 1 << 30,
         }
     }
 }

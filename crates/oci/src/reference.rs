@@ -164,7 +164,10 @@ fn split_registry(text: &str) -> Result<(String, &str), ReferenceError> {
 }
 
 /// `host[:port]`: dot-separated labels of letters, digits and inner hyphens, or `[IPv6]`.
-pub(crate) fn check_registry(text: &str) -> Result<(), ReferenceError> {
+///
+/// # Errors
+/// [`ReferenceError::Registry`] for anything else, such as a URL.
+pub fn check_registry(text: &str) -> Result<(), ReferenceError> {
     let bad = || ReferenceError::Registry(shown(text));
     if text.len() > REGISTRY_LENGTH_MAX {
         return Err(bad());

@@ -76,6 +76,17 @@ struct Extended {
 }
 
 impl TarIndex {
+    /// Whether a tar can begin like this, for those who have not got all of it yet.
+    pub(crate) fn check_start(bytes: &[u8]) -> Result<(), TarError> {
+        let header = match bytes.first_chunk::<512>() {
+            Some(header) => header,
+            None if bytes.is_empty() => return Err(TarError::Header(0)),
+            None => return Err(TarError::Truncated(0)),
+        };
+        // Also a block of zeros, which ends a tar, has no right sum.
+        check_sum(header, 0)
+    }
+
     /// Reads all headers of the first `length_bytes` of a file.
     pub(crate) fn read(
         file: &File,

@@ -13,7 +13,7 @@ use crate::pack::{Footer, PackSummary, chunk_bytes, write_tail};
 use crate::tar::{Entry, EntryKind, TarReader};
 use crate::toc::{NewKind, NewMetadata, TocWriter};
 use crate::whiteout::{self, Meaning, WhiteoutProblem};
-use crate::{Compression, Limits, PackError, TarError, TarProblem, path};
+use crate::{Compression, Limits, PackError, Tally, TarError, TarProblem, path};
 
 /// Small enough to stay in a core's cache between the two threads.
 const BUFFER: usize = 256 << 10;
@@ -37,6 +37,7 @@ pub(crate) fn make_pack(
     blob: impl Read + Send,
     out: &mut impl Write,
     limits: &Limits,
+    tally: &Tally,
 ) -> Result<PackSummary, PackError> {
     let (full, filled) = sync_channel(QUEUED);
     let (empty, emptied) = channel();
@@ -45,9 +46,9 @@ pub(crate) fn make_pack(
         let _ = empty.send(vec![0; BUFFER]);
     }
     thread::scope(|scope| {
-        let inflating = scope.spawn(move || inflate(blob, limits, &full, &emptied));
+        let inflating = scope.spawn(move || inflate(blob, limits, tally, &full, &emptied));
         let mut stream = Stream::new(filled, empty);
-        let packed = pack_stream(&mut stream, out, limits);
+        let packed = pack_stream(&mut stream, out, limits, tally);
         let hashed = packed.and_then(|packed| {
             let (diff_id, tar_bytes) = stream.drain()?;
             Ok((packed, diff_id, tar_bytes))
@@ -100,10 +101,11 @@ fn finish(
 fn inflate(
     blob: impl Read,
     limits: &Limits,
+    tally: &Tally,
     full: &SyncSender<Message>,
     empty: &Receiver<Vec<u8>>,
 ) -> Result<Inflated, PackError> {
-    let mut inflate = Inflate::new(blob, limits)?;
+    let mut inflate = Inflate::new(blob, limits, tally)?;
     while let Ok(mut buffer) = empty.recv() {
         buffer.resize(BUFFER, 0);
         let length = inflate.fill(&mut buffer)?;
@@ -191,10 +193,11 @@ fn pack_stream(
     stream: &mut Stream,
     out: &mut impl Write,
     limits: &Limits,
+    tally: &Tally,
 ) -> Result<(TocWriter, u64, Vec<u32>), PackError> {
     let mut packer = Packer {
         tar: TarReader::new(stream, limits),
-        data: DataWriter::new(out, limits.data_bytes_max),
+        data: DataWriter::new(out, limits, tally),
         toc: TocWriter::default(),
         path: Vec::new(),
         limits,
@@ -315,5 +318,6 @@ fn data_error(error: DataError, limits: &Limits) -> PackError {
     match error {
         DataError::Write(source) => PackError::Write { source },
         DataError::Limit => PackError::DataBytes(limits.data_bytes_max),
+        DataError::ImageLimit => PackError::ImageDataBytes(limits.image_data_bytes_max),
     }
 }

@@ -3,6 +3,8 @@
 
 use std::io::{self, Write};
 
+use crate::{Limits, Tally};
+
 /// A block of contents.
 pub(crate) const BLOCK: usize = 4096;
 /// What one checksum covers.
@@ -18,6 +20,8 @@ pub(crate) enum DataError {
     Write(io::Error),
     /// More than `Limits::data_bytes_max`.
     Limit,
+    /// More than `Limits::image_data_bytes_max`, with the other layers.
+    ImageLimit,
 }
 
 /// One stored run of a file: blocks of hole before it, then its length.
@@ -30,7 +34,8 @@ pub(crate) struct StoredRun {
 /// Writes contents of files back to back, each from a block boundary on.
 pub(crate) struct DataWriter<'w, W> {
     out: &'w mut W,
-    bytes_max: u64,
+    limits: &'w Limits,
+    tally: &'w Tally,
     /// `FLUSH` bytes that can be written, then room for zero blocks not yet decided upon.
     buffer: Vec<u8>,
     /// Bytes of whole blocks in `buffer`.
@@ -50,10 +55,11 @@ pub(crate) struct DataWriter<'w, W> {
 }
 
 impl<'w, W: Write> DataWriter<'w, W> {
-    pub(crate) fn new(out: &'w mut W, bytes_max: u64) -> Self {
+    pub(crate) fn new(out: &'w mut W, limits: &'w Limits, tally: &'w Tally) -> Self {
         Self {
             out,
-            bytes_max,
+            limits,
+            tally,
             buffer: vec![0; FLUSH + (HOLE_BLOCKS + 1) * BLOCK],
             at: 0,
             partial: 0,
@@ -174,9 +180,10 @@ impl<'w, W: Write> DataWriter<'w, W> {
     }
 
     fn flush(&mut self, length: usize) -> Result<(), DataError> {
-        if self.written + length as u64 > self.bytes_max {
+        if self.written + length as u64 > self.limits.data_bytes_max {
             return Err(DataError::Limit);
         }
+        self.tally.stored(length as u64, self.limits).map_err(|_| DataError::ImageLimit)?;
         let (now, later) = self.buffer.split_at(length);
         self.crcs.extend(now.chunks(CHUNK).map(crc32c::crc32c));
         self.out.write_all(now).map_err(DataError::Write)?;
@@ -201,7 +208,8 @@ mod tests {
     /// The runs and the data area of one file.
     fn store(pieces: &[(u64, &[u8])]) -> (Vec<(u64, u64)>, Vec<u8>) {
         let mut out = Vec::new();
-        let mut writer = DataWriter::new(&mut out, u64::MAX);
+        let (limits, tally) = (Limits::default(), Tally::default());
+        let mut writer = DataWriter::new(&mut out, &limits, &tally);
         for (hole, bytes) in pieces {
             writer.hole(*hole).unwrap();
             writer.write(bytes).unwrap();

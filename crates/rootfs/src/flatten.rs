@@ -35,6 +35,12 @@ pub enum FlattenProblem {
     /// `TreeLimits::symlink_steps_max`.
     #[error("symbolic links in the paths of the layers lead over more than {0} directories")]
     SymlinkSteps(u64),
+    /// `TreeLimits::lookups_max`.
+    #[error("to find the names of all layers takes more than {0} look-ups")]
+    Lookups(u64),
+    /// `TreeLimits::entries_max`.
+    #[error("there are more than {0} entries in the layers")]
+    Entries(u64),
     /// `TreeLimits::depth_max`.
     #[error("it is deeper than {0} directories, links followed")]
     Depth(u32),
@@ -57,7 +63,7 @@ pub enum FlattenProblem {
     #[error("there are more than {0} files in the layers")]
     Inodes(u32),
     /// `TreeLimits::bytes_max`.
-    #[error("names, links or extended attributes of all files need more than {0} bytes")]
+    #[error("names, links, attributes or holes of all files need more than {0} bytes")]
     Bytes(u32),
     /// `TreeLimits::links_max`.
     #[error("it has {links} names, and {max} are possible")]
@@ -101,6 +107,17 @@ pub enum FlattenError {
     /// `TreeLimits::layers_max`.
     #[error("there are more than {0} layers")]
     Layers(u32),
+    /// `TreeLimits::toc_bytes_max`.
+    #[error(
+        "with layer {}, names and metadata of all layers need more than {bytes_max} bytes",
+        .layer + 1
+    )]
+    TocBytes {
+        /// Index of the layer, from the bottom, from 0.
+        layer: usize,
+        /// What they may need.
+        bytes_max: u64,
+    },
 }
 
 /// Folds layers, bottom first, one at a time: no more than one pack need be open.
@@ -108,6 +125,7 @@ pub enum FlattenError {
 pub struct Folder {
     limits: TreeLimits,
     layers: u32,
+    toc_bytes: u64,
     store: Store,
     steps: Steps,
     /// `None` before the first layer.
@@ -133,6 +151,7 @@ impl Folder {
         Self {
             limits: limits.clone(),
             layers: 0,
+            toc_bytes: 0,
             store: Store::default(),
             steps: Steps::default(),
             lower: None,
@@ -149,6 +168,11 @@ impl Folder {
             return Err(FlattenError::Layers(self.limits.layers_max));
         }
         let (region, layer) = (self.layers, self.layers as usize);
+        self.toc_bytes = self.toc_bytes.saturating_add(pack.toc_bytes());
+        let bytes_max = self.limits.toc_bytes_max;
+        if self.toc_bytes > bytes_max {
+            return Err(FlattenError::TocBytes { layer, bytes_max });
+        }
         let mut upper =
             Upper::new(pack.diff_id(), region, &mut self.store, &self.limits, &mut self.steps);
         // A record needs at least eight bytes, so a forged count reserves nothing much.
@@ -209,6 +233,8 @@ impl Folder {
             laying.dentry(upper.dentries.all()[index]).map_err(in_tree)?;
         }
         let Laying { mut lower, mut places, links, .. } = laying;
+        let rekeyed = lower.level.dentries.take_rekeyed();
+        self.steps.look_up_again(rekeyed, &self.limits).map_err(in_tree)?;
         // In the order of the tar, so that of two links to one file the later describes it.
         let mut pending: Vec<u32> = links.iter().map(|(_, dentry)| dentry.inode).collect();
         pending.sort_unstable();

@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use flate2::bufread::GzDecoder;
 
-use crate::{Limits, PackError};
+use crate::{Limits, PackError, Tally};
 
 const READ_BUFFER: usize = 256 << 10;
 /// Members without content cost time and bring nothing; builders write one at most.
@@ -78,16 +78,19 @@ enum Decoder<R: BufRead> {
 type Input<R> = BufReader<Chain<Cursor<Vec<u8>>, Counted<R>>>;
 
 /// The uncompressed layer.
-pub(crate) struct Inflate<R: Read> {
+pub(crate) struct Inflate<'t, R: Read> {
     decoder: Decoder<Input<R>>,
     compression: Compression,
     state: Rc<State>,
     limits: Limits,
     out_bytes: u64,
+    tally: &'t Tally,
+    /// Bytes of the blob that the tally knows of.
+    tallied_bytes: u64,
 }
 
-impl<R: Read> Inflate<R> {
-    pub(crate) fn new(blob: R, limits: &Limits) -> Result<Self, PackError> {
+impl<'t, R: Read> Inflate<'t, R> {
+    pub(crate) fn new(blob: R, limits: &Limits, tally: &'t Tally) -> Result<Self, PackError> {
         let state = Rc::new(State::default());
         let mut counted = Counted { inner: blob, state: Rc::clone(&state) };
         let magic = first_bytes(&mut counted)
@@ -104,7 +107,8 @@ impl<R: Read> Inflate<R> {
                 })
                 .map_err(|source| PackError::Inflate { compression, blob_bytes: 0, source })?,
         };
-        Ok(Self { decoder, compression, state, limits: limits.clone(), out_bytes: 0 })
+        let limits = limits.clone();
+        Ok(Self { decoder, compression, state, limits, out_bytes: 0, tally, tallied_bytes: 0 })
     }
 
     pub(crate) fn compression(&self) -> Compression {
@@ -127,6 +131,9 @@ impl<R: Read> Inflate<R> {
         }
         self.out_bytes += filled as u64;
         self.check_limits()?;
+        let read = self.blob_bytes() - self.tallied_bytes;
+        self.tallied_bytes += read;
+        self.tally.inflated(read, filled as u64, &self.limits)?;
         Ok(filled)
     }
 

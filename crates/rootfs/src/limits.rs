@@ -24,6 +24,14 @@ pub struct Limits {
     pub ratio_max: u64,
     /// How much may come out before `ratio_max` is looked at. Default 1 GiB.
     pub ratio_free_bytes: u64,
+    /// Uncompressed bytes of all layers of an image that share a [`Tally`](crate::Tally).
+    /// Default 256 GiB.
+    pub image_tar_bytes_max: u64,
+    /// Bytes of the data areas of their packs. Default 256 GiB.
+    pub image_data_bytes_max: u64,
+    /// How much may come out of all of them before `ratio_max` is looked at over all. Default
+    /// 4 GiB.
+    pub image_ratio_free_bytes: u64,
     /// Bytes of one PAX header, GNU long name or sparse map. Default 1 MiB.
     pub header_bytes_max: u64,
     /// Bytes of names and values of all extended attributes of one entry. Default 64 KiB, the
@@ -54,6 +62,9 @@ impl Default for Limits {
             file_bytes_max: (u32::MAX as u64) * 4096,
             ratio_max: 500,
             ratio_free_bytes: 1 << 30,
+            image_tar_bytes_max: 256 << 30,
+            image_data_bytes_max: 256 << 30,
+            image_ratio_free_bytes: 4 << 30,
             header_bytes_max: 1 << 20,
             xattr_bytes_max: 64 << 10,
             xattrs_max: 256,
@@ -68,6 +79,15 @@ impl Default for Limits {
 pub struct TreeLimits {
     /// Layers. Default 1024.
     pub layers_max: u32,
+    /// Entries of all layers together, with the directories that only their paths imply; a layer
+    /// that is named again counts again. Default 16 million.
+    pub entries_max: u64,
+    /// Bytes of the tables of contents of all layers together. Default 4 GiB.
+    pub toc_bytes_max: u64,
+    /// Names looked up, in all layers together: about one for each entry, and one for each
+    /// component of a hard link's target or of a path behind a symbolic link. A long name counts
+    /// as several. Default 200 million, some twenty seconds.
+    pub lookups_max: u64,
     /// Names and inodes the fold may hold, those of overwritten files included. Default 16 million.
     pub inodes_max: u32,
     /// Depth of a directory, after symbolic links in the paths of a layer were followed.
@@ -80,7 +100,8 @@ pub struct TreeLimits {
     /// Path components looked at behind symbolic links, in all layers together. Default 16
     /// million; real images need some dozens.
     pub symlink_steps_max: u64,
-    /// Bytes of names, of link targets and of extended attributes, each. Default 256 MiB.
+    /// Bytes of names, of link targets, of extended attributes and of the maps of files with
+    /// holes, each. Default 256 MiB.
     pub bytes_max: u32,
 }
 
@@ -88,6 +109,9 @@ impl Default for TreeLimits {
     fn default() -> Self {
         Self {
             layers_max: 1024,
+            entries_max: 16_000_000,
+            toc_bytes_max: 4 << 30,
+            lookups_max: 200_000_000,
             inodes_max: 16_000_000,
             depth_max: 256,
             links_max: 65_000,

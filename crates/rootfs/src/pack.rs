@@ -27,7 +27,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 
 use crate::data::CHUNK;
-use crate::{BLOCK_BYTES, Compression, Entries, Limits, TarError, build};
+use crate::{BLOCK_BYTES, Compression, Entries, Limits, Tally, TarError, build};
 
 /// The version this crate writes, and the only one it reads.
 pub const PACK_VERSION: u32 = 1;
@@ -77,6 +77,22 @@ pub enum PackError {
     /// `Limits::data_bytes_max`.
     #[error("the files of the layer need more than {0} bytes")]
     DataBytes(u64),
+    /// `Limits::image_tar_bytes_max`.
+    #[error("all layers together are larger than {0} bytes when uncompressed")]
+    ImageTarBytes(u64),
+    /// `Limits::ratio_max`, over all layers.
+    #[error(
+        "all layers together look like a decompression bomb: {blob_bytes} bytes became {tar_bytes}"
+    )]
+    ImageRatio {
+        /// Uncompressed bytes of all layers so far.
+        tar_bytes: u64,
+        /// Compressed bytes of all layers so far.
+        blob_bytes: u64,
+    },
+    /// `Limits::image_data_bytes_max`.
+    #[error("the files of all layers together need more than {0} bytes")]
+    ImageDataBytes(u64),
     /// `Limits::toc_bytes_max`.
     #[error("names and metadata of the layer need more than {0} bytes")]
     TocBytes(u64),
@@ -152,7 +168,20 @@ pub fn make_pack(
     out: &mut impl Write,
     limits: &Limits,
 ) -> Result<PackSummary, PackError> {
-    build::make_pack(blob, out, limits)
+    make_pack_of(blob, out, limits, &Tally::default())
+}
+
+/// As [`make_pack`], for one layer of an image whose layers share a tally.
+///
+/// # Errors
+/// [`PackError`]; also when the layers together are beyond a limit.
+pub fn make_pack_of(
+    blob: impl Read + Send,
+    out: &mut impl Write,
+    limits: &Limits,
+    tally: &Tally,
+) -> Result<PackSummary, PackError> {
+    build::make_pack(blob, out, limits, tally)
 }
 
 /// What the footer says.

@@ -21,9 +21,54 @@ enum Hop<'a> {
     Missing(&'a [u8]),
 }
 
-/// How far links may be followed; shared by all layers.
+/// What the fold has cost so far; shared by all layers.
 #[derive(Debug, Default)]
-pub(crate) struct Steps(u64);
+pub(crate) struct Steps {
+    behind_links: u64,
+    lookups: u64,
+    entries: u64,
+}
+
+/// To hash and compare so many bytes of a name costs about what finding its slot does.
+const NAME_BYTES_PER_LOOKUP: u64 = 64;
+
+impl Steps {
+    /// Counts a component of a path that is looked up.
+    fn look_up(&mut self, name: &[u8], limits: &TreeLimits) -> Result<(), FlattenProblem> {
+        self.look_up_again(1 + name.len() as u64 / NAME_BYTES_PER_LOOKUP, limits)
+    }
+
+    /// Counts names that are hashed anew.
+    pub(crate) fn look_up_again(
+        &mut self,
+        names: u64,
+        limits: &TreeLimits,
+    ) -> Result<(), FlattenProblem> {
+        self.lookups += names;
+        match self.lookups > limits.lookups_max {
+            true => Err(FlattenProblem::Lookups(limits.lookups_max)),
+            false => Ok(()),
+        }
+    }
+
+    /// Counts an entry, or a directory that a path implies.
+    fn enter(&mut self, limits: &TreeLimits) -> Result<(), FlattenProblem> {
+        self.entries += 1;
+        match self.entries > limits.entries_max {
+            true => Err(FlattenProblem::Entries(limits.entries_max)),
+            false => Ok(()),
+        }
+    }
+
+    /// Counts a component of a path behind a symbolic link.
+    fn step(&mut self, limits: &TreeLimits) -> Result<(), FlattenProblem> {
+        self.behind_links += 1;
+        match self.behind_links > limits.symlink_steps_max {
+            true => Err(FlattenProblem::SymlinkSteps(limits.symlink_steps_max)),
+            false => Ok(()),
+        }
+    }
+}
 
 impl Level {
     pub(crate) fn new(key: [u8; 32]) -> Self {
@@ -64,7 +109,9 @@ impl Level {
         parent: u32,
         name: &[u8],
         limits: &TreeLimits,
+        steps: &mut Steps,
     ) -> Result<u32, FlattenProblem> {
+        steps.enter(limits)?;
         let depth = self.depth(parent) + 1;
         if depth > limits.depth_max {
             return Err(FlattenProblem::Depth(limits.depth_max));
@@ -126,11 +173,9 @@ impl Level {
             if let Some(slash) = slash {
                 rests.push(&rest[slash + 1..]);
             }
+            steps.look_up(name, limits)?;
             if links > 0 {
-                steps.0 += 1;
-                if steps.0 > limits.symlink_steps_max {
-                    return Err(FlattenProblem::SymlinkSteps(limits.symlink_steps_max));
-                }
+                steps.step(limits)?;
             }
             let directory = match (name, hops.last()) {
                 (b"" | b".", _) => continue,
@@ -255,6 +300,7 @@ impl<'f> Upper<'f> {
     }
 
     pub(crate) fn add(&mut self, entry: &TocEntry<'_>) -> Result<(), FlattenProblem> {
+        self.steps.enter(self.limits)?;
         // A directory ending before the shared bytes end is one of this path too.
         while self.ancestors.last().is_some_and(|(end, _)| *end >= entry.shared) {
             self.ancestors.pop();
@@ -347,7 +393,11 @@ impl<'f> Upper<'f> {
         if blocks.dense().is_none() {
             let start = u32::try_from(self.store.runs.len()).map_err(too_large)?;
             let mut count = 0;
+            let runs_max = self.limits.bytes_max as usize / size_of::<(u32, u32)>();
             for (gap, length) in blocks.iter() {
+                if self.store.runs.len() >= runs_max {
+                    return Err(FlattenProblem::Bytes(self.limits.bytes_max));
+                }
                 let gap = u32::try_from(gap).map_err(too_large)?;
                 self.store.runs.push((gap, u32::try_from(length).map_err(too_large)?));
                 count += 1;
@@ -453,8 +503,9 @@ impl<'f> Upper<'f> {
             let slash = path[start..].iter().position(|byte| *byte == b'/');
             end = slash.map_or(path.len(), |slash| start + slash);
             let name = &path[start..end];
+            self.steps.look_up(name, self.limits)?;
             directory = match self.level.child(self.store, directory, name) {
-                None => self.level.add_directory(self.store, directory, name, self.limits)?,
+                None => self.add_directory(directory, name)?,
                 Some(child) => match self.level.node(child).body {
                     Body::Directory { .. } => child,
                     Body::Symlink { .. } => return self.directory_behind_links(path),
@@ -482,9 +533,13 @@ impl<'f> Upper<'f> {
             }
         }
         for name in missing {
-            directory = self.level.add_directory(self.store, directory, &name, self.limits)?;
+            directory = self.add_directory(directory, &name)?;
         }
         Ok(directory)
+    }
+
+    fn add_directory(&mut self, parent: u32, name: &[u8]) -> Result<u32, FlattenProblem> {
+        self.level.add_directory(self.store, parent, name, self.limits, self.steps)
     }
 
     /// Finds targets of hard links that came later in the layer. What is still pending after

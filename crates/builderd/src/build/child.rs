@@ -20,7 +20,7 @@ use super::process::status_bytes;
 use super::record::Failure;
 use super::service::RegistryCredentials;
 use super::{
-    BuildEvent, BuildSpec, Checksum, Compression, ImageOptions, Observer, PackStorage, Phase,
+    Blame, BuildEvent, BuildSpec, Checksum, Compression, ImageOptions, Observer, PackStorage, Phase,
 };
 use crate::packs::{PackCache, SharingDomain};
 
@@ -179,7 +179,14 @@ fn limit(resource: Resource, bytes: u64) -> io::Result<()> {
 fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
     let step = Mutex::new(Phase::Resolve);
     let observer = Steps { speaker, step: &step };
-    let failed = |error: super::BuildError| error.failure(*lock(&step));
+    let failed = |error: super::BuildError| {
+        let mut failure = error.failure(*lock(&step));
+        if matches!(error, super::BuildError::OutputName { source: Some(_), .. }) {
+            // The place is the service's choice, not the tenant's.
+            failure.blame = Blame::Ours.as_str().to_owned();
+        }
+        failure
+    };
     let report = super::run(&engine_spec(spec).map_err(failed)?, &observer).map_err(failed)?;
     let metadata = &report.metadata;
     Ok(ChildReport {
@@ -196,7 +203,10 @@ fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
 }
 
 fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
-    let wrong = |problem| super::BuildError::OutputName { path: spec.output.clone(), problem };
+    let wrong = |problem| {
+        let path = spec.output.clone();
+        super::BuildError::OutputName { path, problem, source: None }
+    };
     let source: Source = spec.image.parse().map_err(|_| wrong("its image has no valid name"))?;
     let platform: Platform =
         spec.platform.parse().map_err(|_| wrong("its platform has no valid name"))?;
@@ -223,9 +233,16 @@ fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
         checksum: Checksum::Sha256,
         packs,
         jobs: spec.jobs,
-        layer_limits: rootfs::Limits::default(),
+        layer_limits: layer_limits(spec.disk_bytes),
         tree_limits: rootfs::TreeLimits::default(),
     })
+}
+
+/// The packs of all layers lie on the build's disk, so together they are no larger than it.
+fn layer_limits(disk_bytes: u64) -> rootfs::Limits {
+    let limits = rootfs::Limits::default();
+    let image_data_bytes_max = limits.image_data_bytes_max.min(disk_bytes);
+    rootfs::Limits { image_data_bytes_max, ..limits }
 }
 
 /// Writes lines to the service.
@@ -282,6 +299,19 @@ mod tests {
         let sent = SentCredentials::new(&credentials, "docker.io");
         let spec = RegistrySpec { credentials: Some(sent), ..RegistrySpec::default() };
         spec.client_options().credentials.into_keys().collect()
+    }
+
+    #[test]
+    fn the_packs_of_all_layers_together_are_held_to_the_disk_of_a_build() {
+        let limits = layer_limits(8192);
+        let (tally, two_blocks) = (rootfs::Tally::default(), 8192);
+        tally.add(1, 1, two_blocks, &limits).unwrap();
+        let source = tally.add(1, 1, 1, &limits).unwrap_err();
+        let digest = format!("sha256:{:064}", 0).parse().unwrap();
+        let failure = super::super::BuildError::Pack { layer: 1, digest, source };
+        let failure = failure.failure(Phase::Layers);
+        assert_eq!(failure.code, crate::build::record::FailureCode::QuotaExceeded, "{failure:?}");
+        assert_eq!(layer_limits(u64::MAX), rootfs::Limits::default());
     }
 
     #[test]

@@ -121,6 +121,8 @@ pub enum BuildError {
         path: PathBuf,
         /// What is wrong with it.
         problem: &'static str,
+        /// What the system says, where it was asked.
+        source: Option<io::Error>,
     },
     /// The output could not be written.
     #[error("cannot {action} {}", path.display())]
@@ -208,10 +210,18 @@ impl BuildError {
             Self::TooLarge { .. } => {
                 Some("raise the size limit of the request, or make the image smaller".to_owned())
             }
+            Self::OutputName { source: Some(_), .. } => Some(
+                "make the directory first, or choose another place with --output and \
+                 --metadata-file"
+                    .to_owned(),
+            ),
+            Self::Pack { source: PackError::ImageDataBytes(_), .. } => {
+                Some("use a smaller image, or allow a build more disk".to_owned())
+            }
             Self::WorkerLost { .. } => Some("please report this as a bug of builderd".to_owned()),
             Self::Pack { .. }
             | Self::PackUnread { .. }
-            | Self::OutputName { .. }
+            | Self::OutputName { source: None, .. }
             | Self::Cache(_)
             | Self::Flatten(_)
             | Self::Layout { .. }
@@ -252,13 +262,17 @@ impl BuildError {
             | Self::PackUnread { .. }
             | Self::Write { .. }
             | Self::Output { .. }
+            | Self::OutputName { source: Some(_), .. }
             | Self::Worker { .. } => FailureCode::TemporaryResourceError,
+            Self::Pack { source: PackError::ImageDataBytes(_), .. } => FailureCode::QuotaExceeded,
             Self::Pack { .. }
             | Self::DiffId { .. }
             | Self::Flatten(_)
             | Self::Layout { .. }
             | Self::TooLarge { .. } => FailureCode::InvalidSource,
-            Self::OutputName { .. } | Self::WorkerLost { .. } => FailureCode::Internal,
+            Self::OutputName { source: None, .. } | Self::WorkerLost { .. } => {
+                FailureCode::Internal
+            }
         }
     }
 

@@ -1,5 +1,8 @@
 //! What a build tells while it runs. The same events feed a terminal, plain lines,
 //! `rawjson` and later the log of the service; none of them is known here.
+//!
+//! In `rawjson` one event more ends a build: `finished` with the [`BuildReport`](super::BuildReport)
+//! as `report`, or `failed` with the fields of a [`Failure`](super::record::Failure).
 
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +80,13 @@ pub enum BuildEvent {
         layers: usize,
         /// Their compressed size together.
         compressed_bytes: u64,
+    },
+    /// Another build makes the layer's pack just now; this one waits for it.
+    LayerWaiting {
+        /// Its place, from the bottom, from 0.
+        layer: usize,
+        /// Digest of its blob.
+        digest: String,
     },
     /// A layer is being fetched.
     LayerStarted {

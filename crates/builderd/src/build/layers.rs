@@ -6,6 +6,7 @@
 //! is filed only after size, blob digest and `diff_id` all matched, so a half-read
 //! or lying layer never reaches the cache.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -16,13 +17,13 @@ use bytes::{Buf, Bytes};
 use ext4::BLOCK_SIZE;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use oci::{Fetcher, Image, Layer};
-use rootfs::{Limits, PackSummary};
+use rootfs::{Limits, PackSummary, Tally};
 use tokio::sync::{mpsc, oneshot};
 
 use super::disk::{Disk, DiskWriter, Liking};
 use super::output;
 use super::{BuildError, BuildEvent, BuildSpec, LayerOrigin, Observer, PackStorage, Phase};
-use crate::packs::{Lookup, OpenPack, PackCache, PackKey};
+use crate::packs::{Lookup, OpenPack, PackCache, PackKey, PackLock};
 use crate::staged::Staged;
 
 /// Chunks of a blob that may wait for the worker; hyper's are 8 to 64 KiB each.
@@ -48,12 +49,18 @@ struct Job<'a> {
     fetcher: &'a Fetcher,
     image: &'a Image,
     disk: &'a Arc<Disk>,
-    slabs: Option<&'a File>,
+    slabs: Option<Arc<File>>,
     observer: &'a dyn Observer,
     fetched_bytes: AtomicU64,
+    /// What the layers come to, those of the cache too.
+    tally: Arc<Tally>,
 }
 
-/// Gets every layer's pack, from the cache or by fetching it, the largest blobs first.
+/// A blob and the layers that name it, by their place, ascending.
+type Mentions = Vec<usize>;
+
+/// Gets every layer's pack, from the cache or by fetching it, the largest blobs first. A blob that
+/// several layers name is fetched and packed once.
 pub(super) async fn fetch(
     spec: &BuildSpec,
     fetcher: &Fetcher,
@@ -73,26 +80,52 @@ pub(super) async fn fetch(
         fetcher,
         image,
         disk,
-        slabs: slabs.as_ref().map(Staged::file),
+        slabs: slabs.as_ref().map(|slabs| shared(slabs.file())).transpose()?,
         observer,
         fetched_bytes: AtomicU64::new(0),
+        tally: Arc::default(),
     };
-    let mut order: Vec<usize> = (0..image.layers.len()).collect();
-    order.sort_by_key(|&layer| std::cmp::Reverse(image.layers[layer].size_bytes));
-    let mut found: Vec<(usize, LayerOrigin, OpenPack)> = stream::iter(order)
-        .map(|layer| job.layer(layer))
+    let packed: Vec<(Mentions, LayerOrigin, OpenPack)> = stream::iter(by_blob(image))
+        .map(|mentions| job.blob(mentions))
         .buffer_unordered(spec.jobs.max(1))
         .try_collect()
         .await?;
+    // Of a stretch of the file that is in the image twice, only copies can be made.
+    let twice = packed.iter().any(|(mentions, _, pack)| mentions.len() > 1 && pack.data_blocks > 0);
+    let mut found: Vec<(usize, LayerOrigin, OpenPack)> = Vec::new();
+    for (mentions, origin, pack) in packed {
+        found.extend(mentions.into_iter().map(|layer| (layer, origin, pack.clone())));
+    }
     found.sort_by_key(|&(layer, ..)| layer);
     let cached = found.iter().filter(|(_, origin, _)| *origin == LayerOrigin::Cached).count();
     Ok(LayerPacks {
         cached,
         packed: found.len() - cached,
         fetched_bytes: job.fetched_bytes.into_inner(),
-        slabs,
+        slabs: slabs.filter(|_| !twice),
         packs: found.into_iter().map(|(.., pack)| pack).collect(),
     })
+}
+
+/// The layers by the blob they name, the largest blobs first. A size that is not the blob's makes
+/// it another, which cannot be fetched.
+fn by_blob(image: &Image) -> Vec<Mentions> {
+    let mut mentions: Vec<Mentions> = Vec::new();
+    let mut known = HashMap::new();
+    for (index, layer) in image.layers.iter().enumerate() {
+        let blob = *known.entry((layer.digest, layer.size_bytes)).or_insert(mentions.len());
+        match mentions.get_mut(blob) {
+            Some(mentions) => mentions.push(index),
+            None => mentions.push(vec![index]),
+        }
+    }
+    mentions.sort_by_key(|mentions| std::cmp::Reverse(image.layers[mentions[0]].size_bytes));
+    mentions
+}
+
+/// The same file, for several who keep it open with one descriptor.
+fn shared(file: &File) -> Result<Arc<File>, BuildError> {
+    file.try_clone().map(Arc::new).map_err(reopening)
 }
 
 /// The stretch of each layer.
@@ -116,7 +149,11 @@ fn stage_slabs(spec: &BuildSpec) -> Result<Option<Staged>, BuildError> {
 }
 
 impl Job<'_> {
-    async fn layer(&self, index: usize) -> Result<(usize, LayerOrigin, OpenPack), BuildError> {
+    async fn blob(
+        &self,
+        mentions: Mentions,
+    ) -> Result<(Mentions, LayerOrigin, OpenPack), BuildError> {
+        let index = mentions[0];
         let layer = &self.image.layers[index];
         let (origin, open) = match &self.spec.packs {
             PackStorage::Cache { cache, domain, .. } => {
@@ -125,23 +162,26 @@ impl Job<'_> {
             }
             PackStorage::Temporary => (LayerOrigin::Packed, self.temporary(index, layer).await?),
         };
-        self.check_diff_id(index, layer, &open.diff_id)?;
-        let digest = layer.digest.to_string();
-        self.observer.event(&BuildEvent::LayerReady { layer: index, digest, origin });
-        Ok((index, origin, open))
+        for &index in &mentions {
+            self.check_diff_id(index, &self.image.layers[index], &open.diff_id)?;
+            let digest = layer.digest.to_string();
+            self.observer.event(&BuildEvent::LayerReady { layer: index, digest, origin });
+        }
+        Ok((mentions, origin, open))
     }
 
     async fn temporary(&self, index: usize, layer: &Layer) -> Result<OpenPack, BuildError> {
-        if let Some(slabs) = self.slabs {
+        if let Some(slabs) = &self.slabs {
             let slab = slab_bytes(self.image);
             let base = index as u64 * slab;
             let summary = self.fetch_and_pack(index, layer, slabs, base..base + slab).await?;
-            return open_pack(index, layer, slabs, base, summary.pack_bytes);
+            return open_pack(index, layer, Arc::clone(slabs), base, summary.pack_bytes);
         }
         // The file stays nameless and goes with its descriptor.
         let staged = stage(self.spec)?;
-        let summary = self.fetch_and_pack(index, layer, staged.file(), 0..u64::MAX).await?;
-        open_pack(index, layer, staged.file(), 0, summary.pack_bytes)
+        let file = shared(staged.file())?;
+        let summary = self.fetch_and_pack(index, layer, &file, 0..u64::MAX).await?;
+        open_pack(index, layer, file, 0, summary.pack_bytes)
     }
 
     async fn through_cache(
@@ -151,26 +191,46 @@ impl Job<'_> {
         cache: &PackCache,
         key: PackKey,
     ) -> Result<(LayerOrigin, OpenPack), BuildError> {
-        if let Some(open) = self.cached(cache, &key).await? {
+        if let Some(open) = self.cached(index, cache, &key).await? {
             return Ok((LayerOrigin::Cached, open));
         }
-        let lock = {
-            let (cache, key) = (cache.clone(), key.clone());
-            blocking(move || cache.lock(&key)).await??
-        };
+        let lock = self.lock(index, layer, cache, &key).await?;
         // Another process may have made it while we waited for the lock.
-        if let Some(open) = self.cached(cache, &key).await? {
+        if let Some(open) = self.cached(index, cache, &key).await? {
             return Ok((LayerOrigin::Cached, open));
         }
         let staged = cache.stage(&key)?;
-        let summary = self.fetch_and_pack(index, layer, staged.file(), 0..u64::MAX).await?;
+        let file = shared(staged.file())?;
+        let summary = self.fetch_and_pack(index, layer, &file, 0..u64::MAX).await?;
         let file = cache.commit(&key, staged)?;
         drop(lock);
-        Ok((LayerOrigin::Packed, open_pack(index, layer, &file, 0, summary.pack_bytes)?))
+        Ok((LayerOrigin::Packed, open_pack(index, layer, file.into(), 0, summary.pack_bytes)?))
+    }
+
+    /// Says so before it waits for whoever makes the pack.
+    async fn lock(
+        &self,
+        index: usize,
+        layer: &Layer,
+        cache: &PackCache,
+        key: &PackKey,
+    ) -> Result<PackLock, BuildError> {
+        let at_once = {
+            let (cache, key) = (cache.clone(), key.clone());
+            blocking(move || cache.try_lock(&key)).await??
+        };
+        if let Some(lock) = at_once {
+            return Ok(lock);
+        }
+        let digest = layer.digest.to_string();
+        self.observer.event(&BuildEvent::LayerWaiting { layer: index, digest });
+        let (cache, key) = (cache.clone(), key.clone());
+        Ok(blocking(move || cache.lock(&key)).await??)
     }
 
     async fn cached(
         &self,
+        index: usize,
         cache: &PackCache,
         key: &PackKey,
     ) -> Result<Option<OpenPack>, BuildError> {
@@ -180,7 +240,11 @@ impl Job<'_> {
             blocking(move || cache.lookup(&key)).await??
         };
         Ok(match found {
-            Lookup::Hit(open) => Some(open),
+            Lookup::Hit(open) => {
+                open.count(&self.tally, &self.spec.layer_limits)
+                    .map_err(|source| BuildError::Pack { layer: index, digest, source })?;
+                Some(open)
+            }
             Lookup::Miss => None,
             Lookup::Damaged(error) => {
                 let message =
@@ -197,7 +261,7 @@ impl Job<'_> {
         &self,
         index: usize,
         layer: &Layer,
-        file: &File,
+        file: &Arc<File>,
         part: Range<u64>,
     ) -> Result<PackSummary, BuildError> {
         self.observer.event(&BuildEvent::LayerStarted {
@@ -206,12 +270,18 @@ impl Job<'_> {
             size_bytes: layer.size_bytes,
         });
         let (chunks, blob) = mpsc::channel(CHUNKS_IN_FLIGHT);
-        let file = file.try_clone().map_err(reopening)?;
-        let limits = self.spec.layer_limits.clone();
         // Blocks that are to be shared or shifted must be on the disk first.
-        let stays = self.slabs.is_some() || output::can_share(&file);
-        let liking = if stays { Liking::Direct } else { Liking::Faster };
-        let worker = spawn_packer(index, blob, file, part, liking, Arc::clone(self.disk), limits)?;
+        let stays = self.slabs.is_some() || output::can_share(file);
+        let packer = Packer {
+            blob: BlobReader { chunks: blob, current: Bytes::new() },
+            file: Arc::clone(file),
+            part,
+            liking: if stays { Liking::Direct } else { Liking::Faster },
+            disk: Arc::clone(self.disk),
+            limits: self.spec.layer_limits.clone(),
+            tally: Arc::clone(&self.tally),
+        };
+        let worker = packer.spawn(index)?;
         let fed = self.feed(index, layer, chunks).await;
         let packed = worker.await.map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })?;
         // A pull that failed explains a pack that failed, not the other way round.
@@ -289,28 +359,33 @@ impl Job<'_> {
 
 type PackResult = Result<PackSummary, rootfs::PackError>;
 
-fn spawn_packer(
-    index: usize,
-    blob: mpsc::Receiver<io::Result<Bytes>>,
-    file: File,
+/// The worker that makes one pack.
+struct Packer {
+    blob: BlobReader,
+    file: Arc<File>,
     part: Range<u64>,
     liking: Liking,
     disk: Arc<Disk>,
     limits: Limits,
-) -> Result<oneshot::Receiver<PackResult>, BuildError> {
-    let (answer, result) = oneshot::channel();
-    std::thread::Builder::new()
-        .name(format!("layer-{index}"))
-        .spawn(move || {
-            let blob = BlobReader { chunks: blob, current: Bytes::new() };
-            let summary = DiskWriter::run(disk.attach(&file, liking), part, |out| {
-                rootfs::make_pack(blob, out, &limits)
-            });
-            // The build may have given up meanwhile; then nobody wants the answer.
-            let _ = answer.send(summary);
-        })
-        .map_err(|source| BuildError::Worker { phase: Phase::Layers, source })?;
-    Ok(result)
+    tally: Arc<Tally>,
+}
+
+impl Packer {
+    fn spawn(self, index: usize) -> Result<oneshot::Receiver<PackResult>, BuildError> {
+        let (answer, result) = oneshot::channel();
+        std::thread::Builder::new()
+            .name(format!("layer-{index}"))
+            .spawn(move || {
+                let Self { blob, file, part, liking, disk, limits, tally } = self;
+                let summary = DiskWriter::run(disk.attach(&file, liking), part, |out| {
+                    rootfs::make_pack_of(blob, out, &limits, &tally)
+                });
+                // The build may have given up meanwhile; then nobody wants the answer.
+                let _ = answer.send(summary);
+            })
+            .map_err(|source| BuildError::Worker { phase: Phase::Layers, source })?;
+        Ok(result)
+    }
 }
 
 /// The worker's end of the blob: blocks until the network thread sends more.
@@ -336,12 +411,11 @@ impl Read for BlobReader {
 fn open_pack(
     index: usize,
     layer: &Layer,
-    file: &File,
+    file: Arc<File>,
     base: u64,
     length: u64,
 ) -> Result<OpenPack, BuildError> {
     let digest = layer.digest;
-    let file = file.try_clone().map_err(reopening)?;
     OpenPack::new(file, base, length).map_err(|source| BuildError::PackUnread {
         layer: index,
         digest,

@@ -77,7 +77,7 @@ pub struct FilesystemMetadata {
     pub r#type: &'static str,
     /// Its UUID.
     pub uuid: String,
-    /// Its size, holes included.
+    /// Its size, holes included; the file is longer where a last group is too short to be of use.
     pub size_bytes: u64,
     /// Free space for the guest.
     pub free_bytes: u64,

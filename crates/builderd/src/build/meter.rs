@@ -149,6 +149,7 @@ impl Meter {
                 }
             }
             BuildEvent::Resolved { .. }
+            | BuildEvent::LayerWaiting { .. }
             | BuildEvent::LayerStarted { .. }
             | BuildEvent::WriteProgress { .. }
             | BuildEvent::Warning { .. } => {}

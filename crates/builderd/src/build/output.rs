@@ -8,6 +8,7 @@
 use std::cmp::Ordering;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -25,7 +26,7 @@ use crate::packs::OpenPack;
 /// Most blocks moved by one read and one write.
 const PIECE_BLOCKS: u64 = 512;
 const PIECE_BYTES: usize = 512 * 4096;
-/// Dead blocks between two moves that are rather written as zeroes than stepped over.
+/// Dead blocks between two moves that are rather read along than stepped over; they are not written.
 const GAP_BLOCKS: u64 = 16;
 /// Threads that read for the one that hashes, each every other piece: one alone waits for the disk
 /// too often.
@@ -147,7 +148,7 @@ fn magic(file: &File) -> Option<u64> {
     rustix::fs::fstatfs(file).ok().and_then(|stat| u64::try_from(stat.f_type).ok())
 }
 
-/// Moves that are copied by one read and one write; dead blocks between them become zeroes.
+/// Moves that are read at once, with the dead blocks between them, and written each to its place.
 #[derive(Default)]
 struct Piece {
     moves: Vec<Move>,
@@ -231,16 +232,29 @@ struct Job<'a> {
     total_bytes: u64,
 }
 
-/// A piece's bytes on their way from reader to hasher to writer.
+/// A piece's bytes on their way from reader to hasher to writer; dead ones are zeroes.
 struct Parcel {
     buffer: AlignedBuffer,
     offset: u64,
     length: usize,
+    /// Which of the bytes are live, ascending.
+    live: Vec<Range<usize>>,
 }
 
 impl Parcel {
     fn bytes(&self) -> &[u8] {
         &self.buffer.bytes()[..self.length]
+    }
+
+    fn live_bytes(&self) -> u64 {
+        self.live.iter().map(|part| part.len() as u64).sum()
+    }
+
+    /// Writes what is live; what lies between stays a hole.
+    fn write(&self, image: &mut DiskFile<'_>) -> io::Result<()> {
+        let live = self.live.iter();
+        live.map(|part| (&self.bytes()[part.clone()], self.offset + part.start as u64))
+            .try_for_each(|(bytes, offset)| image.write(bytes, offset))
     }
 }
 
@@ -293,21 +307,20 @@ impl Job<'_> {
 
     /// Several threads, each reading and writing: a disk likes to have more than one thing to do.
     fn copy(&self, layout: &Layout) -> io::Result<()> {
-        let work = Mutex::new((Pieces { moves: layout.moves(), rest: None }, 0));
+        let pieces = Mutex::new(Pieces { moves: layout.moves(), rest: None });
+        let copied = Mutex::new(0);
         let copier = || {
             let mut reader = Reader::new(self, false);
             let mut image = self.disk.attach(self.image, Liking::Faster);
             let mut buffer = AlignedBuffer::new(PIECE_BYTES);
             loop {
-                let Some(piece) = lock(&work).0.next() else { return Ok(()) };
+                let Some(piece) = lock(&pieces).next() else { return Ok(()) };
                 let parcel = reader.read(&piece, buffer)?;
-                image.write(parcel.bytes(), parcel.offset)?;
-                let copied = {
-                    let mut work = lock(&work);
-                    work.1 += parcel.length as u64;
-                    work.1
-                };
-                self.tell(copied);
+                parcel.write(&mut image)?;
+                // Told under the lock, or the sums would come out of order.
+                let mut sum = lock(&copied);
+                *sum += parcel.live_bytes();
+                self.tell(*sum);
                 buffer = parcel.buffer;
             }
         };
@@ -372,9 +385,9 @@ impl Job<'_> {
         let (mut copied, mut turns) = (0, to_readers.iter().cycle());
         while let Ok(parcel) = from_hasher.recv() {
             if !in_place {
-                image.write(parcel.bytes(), parcel.offset)?;
+                parcel.write(&mut image)?;
             }
-            copied += parcel.length as u64;
+            copied += parcel.live_bytes();
             self.tell(copied);
             if let Some(reader) = turns.next() {
                 // The reader may be done.
@@ -484,14 +497,22 @@ impl<'a> Reader<'a> {
         let length = usize::try_from(piece.blocks() * BLOCK_SIZE).map_err(io::Error::other)?;
         let bytes = &mut buffer.bytes_mut()[..length];
         file.read(bytes, offset)?;
-        for pair in piece.moves.windows(2) {
+        let mut live: Vec<Range<usize>> = Vec::with_capacity(piece.moves.len());
+        for run in &piece.moves {
             let at = |block: u64| {
                 usize::try_from((block - first.region_block) * BLOCK_SIZE).map_err(io::Error::other)
             };
-            // What an upper layer deleted must not reach the image.
-            bytes[at(pair[0].region_block + pair[0].blocks)?..at(pair[1].region_block)?].fill(0);
+            let (start, end) = (at(run.region_block)?, at(run.region_block + run.blocks)?);
+            match live.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                last => {
+                    // What an upper layer deleted must not reach the image, nor its sum.
+                    bytes[last.map_or(0, |last| last.end)..start].fill(0);
+                    live.push(start..end);
+                }
+            }
         }
-        Ok(Parcel { buffer, offset: first.image_block * BLOCK_SIZE, length })
+        Ok(Parcel { buffer, offset: first.image_block * BLOCK_SIZE, length, live })
     }
 }
 
@@ -689,5 +710,55 @@ mod tests {
         }
         let shifted = write(&packs(Some(&slabs), slab), &slabs, true);
         assert_eq!(shifted, copied);
+    }
+
+    /// Remembers what was told of the writing.
+    #[derive(Default)]
+    struct Listener(Mutex<Vec<(u64, u64)>>);
+
+    impl Observer for Listener {
+        fn event(&self, event: &BuildEvent) {
+            if let BuildEvent::WriteProgress { bytes, total_bytes } = event {
+                lock(&self.0).push((*bytes, *total_bytes));
+            }
+        }
+    }
+
+    /// The dead blocks between live ones, as ranges of bytes of the image.
+    fn gaps(layout: &Layout) -> Vec<Range<u64>> {
+        let moves: Vec<Move> = layout.moves().collect();
+        let between = |pair: &[Move]| {
+            let (one, next) = (&pair[0], &pair[1]);
+            let together = one.region == next.region
+                && next.region_block - one.region_block == next.image_block - one.image_block;
+            let gap = one.image_block + one.blocks..next.image_block;
+            (together && !gap.is_empty()).then_some(gap.start * BLOCK_SIZE..gap.end * BLOCK_SIZE)
+        };
+        moves.windows(2).filter_map(between).collect()
+    }
+
+    #[test]
+    fn deleted_blocks_are_holes_and_progress_counts_live_bytes_alone() {
+        let packs = packs(None, 1 << 30);
+        let (tree, options) = plan(&packs);
+        let regions: Vec<u64> = packs.iter().map(|pack| pack.data_blocks).collect();
+        let layout = Layout::plan(&tree, &options, &regions).unwrap();
+        let gaps = gaps(&layout);
+        assert!(gaps.len() > 50, "{}", gaps.len());
+        for hash in [true, false] {
+            let image = tempfile::tempfile_in(".").unwrap();
+            image.set_len(layout.size_bytes()).unwrap();
+            layout.write(&tree, &mut ImageFile(&image)).unwrap();
+            let (disk, listener) = (Disk::default(), Listener::default());
+            write_data(&layout, &packs, &image, false, hash, &disk, &listener).unwrap();
+            for gap in &gaps {
+                let data = rustix::fs::seek(&image, SeekFrom::Data(gap.start)).unwrap();
+                assert!(data >= gap.end, "{gap:?} is no hole: data at {data}");
+            }
+            let told = lock(&listener.0).clone();
+            let all = layout.summary().data_bytes;
+            assert_eq!(told.last(), Some(&(all, all)), "hash: {hash}");
+            assert!(told.is_sorted(), "hash: {hash}");
+        }
     }
 }

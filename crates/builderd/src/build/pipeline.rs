@@ -1,5 +1,6 @@
 //! The build, top to bottom: resolve → layers → flatten → layout → write → publish.
 
+use std::fs::{File, TryLockError};
 use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -11,6 +12,7 @@ use oci::{Fetcher, Image};
 use rootfs::{FileTree, Folder};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
+use tokio::runtime::Runtime;
 
 use super::disk::Disk;
 use super::layers::{self, LayerPacks};
@@ -57,7 +59,10 @@ pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, Bui
     let written = write_image(spec, &layout, &tree, &mut packs, &disk, &mut phases)?;
     let biggest_directories = tree.biggest_directories(BIGGEST_DIRECTORIES);
     let metadata = describe(spec, &image, &options, &layout, &written);
+    // Not part of the phase: whoever interrupts a build that waits here has got no output.
+    let turn = take_turn(spec.output_directory(), observer);
     phases.time(Phase::Publish, || publish(spec, written.staged, &metadata))?;
+    drop(turn);
     prune(spec, observer);
     Ok(BuildReport {
         output: spec.output.clone(),
@@ -118,19 +123,32 @@ fn pull(
     disk: &Arc<Disk>,
     phases: &mut Phases<'_>,
 ) -> Result<(Image, LayerPacks), BuildError> {
-    let worker = |phase| move |source| BuildError::Worker { phase, source };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(worker(Phase::Resolve))?;
+        .map_err(|source| BuildError::Worker { phase: Phase::Resolve, source })?;
+    let pulled = pull_on(&runtime, spec, disk, phases);
+    // A failed build does not wait for what others hold up: a layer's lock, a name server. Who still
+    // waits there writes nothing that has a name, but for the cache's own upkeep of whole files.
+    runtime.shutdown_background();
+    pulled
+}
+
+fn pull_on(
+    runtime: &Runtime,
+    spec: &BuildSpec,
+    disk: &Arc<Disk>,
+    phases: &mut Phases<'_>,
+) -> Result<(Image, LayerPacks), BuildError> {
     let failed = |source| BuildError::pull(&spec.source, source);
-    let spool = spec.output_directory();
+    let (spool, observer) = (spec.output_directory(), phases.observer);
     let (fetcher, image) = phases.time(Phase::Resolve, || {
         runtime
             .block_on(async {
                 let fetcher = Fetcher::open(&spec.source, &spec.client, spool).await?;
-                let image = fetcher.resolve(&spec.platform).await?;
-                Ok((fetcher, image))
+                let image = fetcher.resolve(&spec.platform).await;
+                warn(&fetcher, observer);
+                Ok((fetcher, image?))
             })
             .map_err(failed)
     })?;
@@ -141,11 +159,19 @@ fn pull(
         layers: image.layers.len(),
         compressed_bytes: image.layers.iter().map(|layer| layer.size_bytes).sum(),
     });
-    let observer = phases.observer;
     let packs = phases.time(Phase::Layers, || {
-        runtime.block_on(layers::fetch(spec, &fetcher, &image, disk, observer))
+        let packs = runtime.block_on(layers::fetch(spec, &fetcher, &image, disk, observer));
+        warn(&fetcher, observer);
+        packs
     })?;
     Ok((image, packs))
+}
+
+/// Passes on what the fetcher noted since it was last asked.
+fn warn(fetcher: &Fetcher, observer: &dyn Observer) {
+    for message in fetcher.take_notes() {
+        observer.event(&BuildEvent::Warning { message });
+    }
 }
 
 /// When the config says the image was made; a text that is no time counts as none.
@@ -271,7 +297,7 @@ fn describe(
     let filesystem = FilesystemMetadata {
         r#type: "ext4",
         uuid: format_uuid(&options.uuid),
-        size_bytes: layout.size_bytes(),
+        size_bytes: summary.blocks * ext4::BLOCK_SIZE,
         free_bytes: summary.blocks_free * ext4::BLOCK_SIZE,
         data_bytes: summary.data_bytes,
         inodes_used: summary.inodes_used,
@@ -298,7 +324,9 @@ pub(crate) fn format_uuid(uuid: &[u8; 16]) -> String {
 fn check_names(spec: &BuildSpec) -> Result<(), BuildError> {
     let names = [&spec.output, &spec.metadata_file, &sibling(&spec.output, ".sha256")];
     for (index, path) in names.into_iter().enumerate() {
-        let wrong = |problem| BuildError::OutputName { path: path.clone(), problem };
+        let refused =
+            |problem, source| BuildError::OutputName { path: path.clone(), problem, source };
+        let wrong = |problem| refused(problem, None);
         // A trailing slash or dot means a directory to everybody else.
         let plain = path
             .file_name()
@@ -310,14 +338,32 @@ fn check_names(spec: &BuildSpec) -> Result<(), BuildError> {
             Ok(there) if !there.is_file() => {
                 return Err(wrong("what has that name is not a regular file"));
             }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(refused("nothing can have that name", Some(error)));
+            }
             _ => {}
         }
+        // The only way to know; the file has no name and is gone at once.
+        Staged::create_in(directory_of(path))
+            .map_err(|error| refused("its directory takes no file", Some(error)))?;
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         if names[..index].iter().any(|other| absolute(other) == absolute(path)) {
             return Err(wrong("another file of this build has the same name"));
         }
     }
     Ok(())
+}
+
+/// Waits until no other build gives names to files of `directory`, and keeps others waiting:
+/// image, checksum and metadata are then of one build. Where directories cannot be locked, as on
+/// some network file systems, nobody waits.
+fn take_turn(directory: &Path, observer: &dyn Observer) -> Option<File> {
+    let opened = File::open(directory).ok()?;
+    if matches!(opened.try_lock(), Err(TryLockError::WouldBlock)) {
+        let message = format!("another build publishes in {}: waiting", directory.display());
+        observer.event(&BuildEvent::Warning { message });
+    }
+    opened.lock().is_ok().then_some(opened)
 }
 
 /// Names the finished files, the image last: who sees it finds the others beside it. All are

@@ -43,6 +43,13 @@ impl Progress {
                 journal.say("debug", component(*phase), line);
             }
             Event::Resolved { .. } => {}
+            Event::LayerWaiting { digest, .. } => {
+                journal.say(
+                    "info",
+                    "extractor",
+                    format!("layer {digest}: waiting for another build to extract it"),
+                );
+            }
             Event::LayerStarted { digest, size_bytes, .. } => {
                 journal.say("info", "puller", format!("layer {digest}: {size_bytes} bytes"));
             }

@@ -515,7 +515,11 @@ impl<'a> Running<'a> {
             let work = async {
                 let spool = self.workers.artifacts.staging();
                 let fetcher = Fetcher::open(&source, &options, spool).await?;
-                fetcher.resolve(&platform()).await
+                let image = fetcher.resolve(&platform()).await;
+                for note in fetcher.take_notes() {
+                    self.journal.say("warn", "puller", note);
+                }
+                image
             };
             match tokio::time::timeout(self.workers.rules.pull_timeout, work).await {
                 Ok(Ok(image)) => return Ok(image),

@@ -8,6 +8,7 @@ use super::service_args::{
     AdminArgs, BuildsArgs, ConfigArgs, QuotasArgs, ServeArgs, StatsArgs, TenantArgs, TokenArgs,
 };
 use super::text::parse_size;
+use crate::config::{parse_host, parse_mirror};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -130,12 +131,12 @@ pub(super) struct BuildArgs {
 #[derive(Debug, Parser)]
 pub(super) struct CacheLocation {
     /// Where layer packs are kept [default: $XDG_CACHE_HOME/builderd or ~/.cache/builderd]
-    #[arg(long, value_name = "DIR", env = "UNKEY_BUILDERD_CACHE_DIR")]
+    #[arg(long, value_name = "DIR", env = "UNKEY_BUILDERD_CACHE_DIR", global = true)]
     pub(super) cache_dir: Option<PathBuf>,
 
     /// What the cache is pruned to after a build
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "20G",
-          env = "UNKEY_BUILDERD_CACHE_LIMIT")]
+          env = "UNKEY_BUILDERD_CACHE_LIMIT", global = true)]
     pub(super) cache_limit: u64,
 }
 
@@ -147,6 +148,7 @@ pub(super) struct RegistryArgs {
         long,
         value_name = "HOST[:PORT]",
         value_delimiter = ',',
+        value_parser = parse_host,
         env = "UNKEY_BUILDERD_DOCKER_INSECURE_REGISTRIES"
     )]
     pub(super) plain_http: Vec<String>,
@@ -156,6 +158,7 @@ pub(super) struct RegistryArgs {
         long,
         value_name = "[HOST=]MIRROR",
         value_delimiter = ',',
+        value_parser = parse_mirror,
         env = "UNKEY_BUILDERD_DOCKER_REGISTRY_MIRROR"
     )]
     pub(super) mirror: Vec<String>,
@@ -195,7 +198,7 @@ pub(super) enum ProgressArg {
     Tty,
     /// One line for each step
     Plain,
-    /// One JSON object for each event, on standard output
+    /// One JSON object for each event, on standard output; the last is `finished` or `failed`
     Rawjson,
     /// Nothing but errors
     Quiet,

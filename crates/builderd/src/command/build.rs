@@ -5,6 +5,7 @@ use std::num::NonZero;
 use oci::{ClientOptions, Platform, Source};
 
 use super::args::{BuildArgs, ChecksumArg, CompressionArg, ProgressArg};
+use super::interrupt::Watched;
 use super::progress::Progress;
 use super::{Failure, cache, text};
 use crate::build::{
@@ -15,9 +16,11 @@ use crate::packs::SharingDomain;
 
 pub(super) fn run(args: &BuildArgs) -> Result<(), Failure> {
     let spec = spec(args, &Environment::read())?;
-    leave_on_signals();
     let progress = Progress::new(args.progress);
-    let report = build::run(&spec, &progress)?;
+    let watched = Watched::new(&progress);
+    let report = build::run(&spec, &watched).inspect_err(|error| {
+        progress.failed(&error.failure(watched.phase()));
+    })?;
     progress.finish(&report);
     if matches!(args.progress, ProgressArg::Auto | ProgressArg::Tty | ProgressArg::Plain) {
         print_summary(&report);
@@ -103,13 +106,21 @@ fn source_date_epoch(environment: &Environment) -> Result<Option<i64>, Failure> 
 
 fn client_options(args: &BuildArgs, environment: &Environment) -> Result<ClientOptions, Failure> {
     let registry = &args.registry;
+    // Only the usual place may be empty. Not opened: what stands there may be a pipe.
+    if let Some(path) = &registry.docker_config {
+        std::fs::metadata(path).map_err(|error| {
+            Failure::usage(format!("--docker-config {} cannot be read: {error}", path.display()))
+        })?;
+    }
     let mut options = ClientOptions {
         docker_config: registry.docker_config.clone().or_else(|| environment.docker_config.clone()),
         connections_per_host: usize::from(registry.connections),
         ..ClientOptions::default()
     };
-    options.plain_http.extend(registry.plain_http.iter().cloned());
-    for mirror in &registry.mirror {
+    // An empty variable is no value.
+    let plain_http = registry.plain_http.iter().filter(|host| !host.is_empty());
+    options.plain_http.extend(plain_http.cloned());
+    for mirror in registry.mirror.iter().filter(|mirror| !mirror.is_empty()) {
         options.add_mirror(mirror);
     }
     for path in &registry.ca_file {
@@ -119,31 +130,6 @@ fn client_options(args: &BuildArgs, environment: &Environment) -> Result<ClientO
         options.extra_ca_pem.push(pem);
     }
     Ok(options)
-}
-
-/// Nothing named exists before a build is done, so leaving at once leaves nothing behind.
-fn leave_on_signals() {
-    let listen = async {
-        use tokio::signal::unix::{SignalKind, signal};
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut hang_up = signal(SignalKind::hangup())?;
-        tokio::select! {
-            result = tokio::signal::ctrl_c() => result,
-            _ = terminate.recv() => Ok(()),
-            _ = hang_up.recv() => Ok(()),
-        }
-    };
-    let spawned = std::thread::Builder::new().name("signals".into()).spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        if let Ok(runtime) = runtime
-            && runtime.block_on(listen).is_ok()
-        {
-            tell!("\ninterrupted: no output was written");
-            std::process::exit(130);
-        }
-    });
-    // Without the thread the default action of the signals ends the process as well.
-    drop(spawned);
 }
 
 fn print_summary(report: &BuildReport) {

@@ -34,15 +34,24 @@ impl From<InspectError> for Failure {
         let (code, hint) = match &error {
             // A reader that went away, as `head` does, is no failure of ours.
             InspectError::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => (0, None),
+            InspectError::Open { source, .. } if is_about_the_path(source) => (3, None),
             InspectError::Output(_) | InspectError::Open { .. } => (1, None),
-            InspectError::Image { .. } => {
+            InspectError::Image { source: ReadError::NotExt4, .. } => {
                 (3, Some("an image stored with --compression has to be unpacked first".to_owned()))
             }
             InspectError::Missing { .. } => (3, Some("list names with --tree".to_owned())),
-            InspectError::NotAFile { .. } | InspectError::Tree(_) => (3, None),
+            InspectError::Image { .. } | InspectError::NotAFile { .. } | InspectError::Tree(_) => {
+                (3, None)
+            }
         };
         Self { code, error: Box::new(error), hint }
     }
+}
+
+/// Whether the file is the problem, and not the disk.
+fn is_about_the_path(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied};
+    [NotFound, PermissionDenied, NotADirectory].contains(&error.kind())
 }
 
 type Ext4Image = Image<File>;

@@ -12,6 +12,7 @@ mod client;
 mod config;
 mod download;
 mod inspect;
+mod interrupt;
 mod progress;
 mod quotas;
 mod serve;
@@ -23,6 +24,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::build::{Blame, BuildError};
 use args::{Args, Command};
@@ -64,6 +66,7 @@ impl From<BuildError> for Failure {
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
+    raise_descriptor_limit();
     let result = match Args::parse().command {
         Command::Build(args) => build::run(&args),
         Command::Inspect(args) => inspect::run(&args),
@@ -92,6 +95,15 @@ pub fn main() -> ExitCode {
             ExitCode::from(failure.code)
         }
     }
+}
+
+/// Every layer's pack stays open until the image is written, and an image may have 1,024 of them,
+/// as many as the usual soft limit of open files (getrlimit(2)). That one is low for the sake of
+/// select(2), which nothing here uses.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // Refused, all goes on as before: most images have some dozen layers.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// The error, its causes and the remedy, on standard error.

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::args::ProgressArg;
 use super::text;
+use crate::build::record::Failure;
 use crate::build::{BuildEvent, BuildReport, LayerOrigin, Observer, Phase};
 
 /// Shows a build's events.
@@ -41,6 +42,21 @@ impl Progress {
         match self {
             Self::Bars(bars) => bars.clear(),
             Self::RawJson => print_json(&Finished { event: "finished", report }),
+            Self::Plain | Self::Quiet => {}
+        }
+    }
+
+    /// There will be no image; what people are told comes from the command's own failure.
+    pub(super) fn failed(&self, failure: &Failure) {
+        #[derive(Serialize)]
+        struct Failed<'a> {
+            event: &'static str,
+            #[serde(flatten)]
+            failure: &'a Failure,
+        }
+        match self {
+            Self::Bars(bars) => bars.clear(),
+            Self::RawJson => print_json(&Failed { event: "failed", failure }),
             Self::Plain | Self::Quiet => {}
         }
     }
@@ -90,6 +106,9 @@ fn plain_line(event: &BuildEvent) -> Option<String> {
                 short(digest),
                 text::bytes(*size_bytes)
             )
+        }
+        BuildEvent::LayerWaiting { layer, digest } => {
+            format!("layer {:>2} {} waiting for another build to pack it", layer + 1, short(digest))
         }
         BuildEvent::LayerReady { layer, digest, origin } => {
             format!("layer {:>2} {} {}", layer + 1, short(digest), origin_word(*origin))
@@ -161,7 +180,9 @@ impl Bars {
                 self.phase.set_length(*total_bytes);
                 self.phase.set_position(*bytes);
             }
-            BuildEvent::Resolved { .. } | BuildEvent::Warning { .. } => {
+            BuildEvent::Resolved { .. }
+            | BuildEvent::LayerWaiting { .. }
+            | BuildEvent::Warning { .. } => {
                 if let Some(line) = plain_line(event) {
                     // Without a terminal there is nowhere to print above the bars.
                     let _ = self.all.println(line);

@@ -26,7 +26,7 @@ pub(crate) use origins::Origins;
 pub(crate) use page::{document, effective, explain};
 pub(crate) use settings::{ConfigError, Settings, Sources};
 pub(crate) use table::PREFIX;
-pub(crate) use value::{parse_duration, parse_size};
+pub(crate) use value::{parse_duration, parse_host, parse_mirror, parse_size};
 
 /// The environment as the engine uses it.
 #[derive(Debug)]
@@ -402,7 +402,13 @@ fn mirrors(settings: &Settings, insecure: &[String], problems: &mut Vec<String>)
             None => (String::new(), entry),
         };
         match host(url) {
-            Ok(host) => mirrors.push(format!("{of}{host}")),
+            Ok(host) => match parse_mirror(&format!("{of}{host}")) {
+                Ok(mirror) => mirrors.push(mirror),
+                Err(wrong) => problems.push(format!(
+                    "{} is `{text}`: {wrong}",
+                    settings.written("DOCKER_REGISTRY_MIRROR")
+                )),
+            },
             Err(host) => problems.push(format!(
                 "{} is `{text}`: `{host}` is reached over plain HTTP only if \
                  {PREFIX}DOCKER_INSECURE_REGISTRIES names it, too",
@@ -728,6 +734,9 @@ mod tests {
         assert!(mirrors(&[]).is_empty());
         let plain = ("DOCKER_REGISTRY_MIRROR", "ghcr.io=http://127.0.0.1:5000, a=b:1");
         refused(&[plain], "DOCKER_INSECURE_REGISTRIES");
+        refused(&[("DOCKER_REGISTRY_MIRROR", "http://a.b=c.d")], "write `a.b`");
+        refused(&[("DOCKER_REGISTRY_MIRROR", "c d")], "expected `HOST[:PORT]`");
+        refused(&[("DOCKER_INSECURE_REGISTRIES", "http://a.b:1")], "write `a.b:1`");
         let both = [plain, ("DOCKER_INSECURE_REGISTRIES", "127.0.0.1:5000")];
         assert_eq!(mirrors(&both), ["ghcr.io=127.0.0.1:5000", "a=b:1"]);
     }

@@ -44,6 +44,8 @@ pub(crate) enum Kind {
         /// What is there instead of them.
         why: &'static str,
     },
+    /// `HOST[:PORT]`, several with commas.
+    Hosts,
     /// An IP address, or `localhost`.
     Ip,
     /// Of a part that does not exist yet: anything but these values is refused.
@@ -74,7 +76,7 @@ impl Kind {
             Self::Ratio => "0.0 to 1.0".into(),
             Self::Duration => "duration".into(),
             Self::Size => "size".into(),
-            Self::Names => "list".into(),
+            Self::Names | Self::Hosts => "list".into(),
             Self::OneOf(words) | Self::Choice { words, .. } => words.join(", "),
             Self::Ip => "address".into(),
             Self::Later { accepts, .. } if !accepts.is_empty() => accepts.join(", "),
@@ -455,7 +457,7 @@ const REGISTRIES: &[Setting] = &[
     ),
     setting(
         "DOCKER_INSECURE_REGISTRIES",
-        Kind::Names,
+        Kind::Hosts,
         "",
         "code",
         "`HOST[:PORT]` of registries that are reached over plain HTTP; no other is. \

@@ -85,6 +85,11 @@ impl Kind {
             },
             Self::Size => size(text, name.ends_with("_GB")),
             Self::Names => Ok(Value::Names(names(text))),
+            Self::Hosts => names(text)
+                .iter()
+                .map(|name| host(name))
+                .collect::<Result<_, _>>()
+                .map(Value::Names),
             Self::OneOf(words) => one_of(text, words),
             Self::Choice { words, later, why } => match one_of(text, later) {
                 Ok(_) => Err(format!("unimplemented: {why}")),
@@ -149,6 +154,36 @@ fn size(text: &str, in_gib: bool) -> Result<Value, String> {
 fn names(text: &str) -> Vec<String> {
     let words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
     words.map(str::to_owned).collect()
+}
+
+/// A registry as it is named without a scheme; a URL would never be the same as one.
+fn host(text: &str) -> Result<String, String> {
+    match (oci::check_registry(text), oci::registry_named(text)) {
+        (Ok(()), _) => Ok(text.to_owned()),
+        (Err(_), Some(host)) => Err(format!("`HOST[:PORT]`: write `{host}`")),
+        (Err(_), None) => Err("`HOST[:PORT]`, such as `localhost:5000`".into()),
+    }
+}
+
+/// A registry in a list of the command line, where nothing is nothing: variables may be empty.
+pub(crate) fn parse_host(text: &str) -> Result<String, String> {
+    match text.trim() {
+        "" => Ok(String::new()),
+        name => host(name).map_err(|expected| format!("expected {expected}")),
+    }
+}
+
+/// A mirror as users write it: `HOST=MIRROR`, `*=MIRROR` or `MIRROR`, each `HOST[:PORT]`, the
+/// mirror with a path perhaps. Nothing is nothing, as in [`parse_host`].
+pub(crate) fn parse_mirror(text: &str) -> Result<String, String> {
+    let text = text.trim();
+    let (of, mirror) = text.split_once('=').unwrap_or(("*", text));
+    if of != "*" {
+        parse_host(of)?;
+    }
+    let is_url = mirror.contains("://");
+    parse_host(if is_url { mirror } else { mirror.split('/').next().unwrap_or_default() })?;
+    Ok(text.to_owned())
 }
 
 fn one_of(text: &str, words: &[&str]) -> Result<Value, String> {

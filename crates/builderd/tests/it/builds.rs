@@ -1,6 +1,8 @@
 //! What a good build gives.
 
-use std::process::Command;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
 
 use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
 
@@ -77,6 +79,19 @@ fn the_bytes_depend_on_nothing_but_image_and_options() {
     }
     workshop.build_well("smaller", &["--free-space", "1M"]);
     assert_ne!(sha256(&workshop.read("smaller")), expected, "options are part of the identity");
+}
+
+#[test]
+fn an_image_that_was_made_in_the_future_is_clean() {
+    let mut image = two_layers();
+    image.config["created"] = "9999-01-01T00:00:00Z".into();
+    let workshop = Workshop::with(&image);
+    workshop.build_well("out", &[]);
+    let check = Command::new("/sbin/e2fsck").arg("-fn").arg(workshop.path("out")).output();
+    let said = String::from_utf8(check.expect("e2fsck is part of every Debian").stdout).unwrap();
+    // What it only remarks on does not show in its exit code.
+    let remarks: Vec<_> = said.lines().filter(|line| !line.starts_with("Pass ")).collect();
+    assert!(remarks.len() == 1 && remarks[0].contains(" files ("), "{said}");
 }
 
 #[test]
@@ -157,6 +172,65 @@ fn an_old_checksum_does_not_outlive_its_image() {
     assert!(workshop.path("out.sha256").exists());
     workshop.build_well("out", &["--checksum", "none"]);
     assert!(!workshop.path("out.sha256").exists());
+}
+
+/// A build that has made its files, and waits to name them: we hold the lock.
+fn build_that_waits(workshop: &Workshop, output: &str) -> (Child, impl Iterator<Item = String>) {
+    let mut build = workshop
+        .command(&["build", "oci:image", "-o", output, "--progress", "rawjson"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(build.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let waiting = lines.find(|line| line.contains("another build publishes"));
+    assert!(waiting.is_some(), "it did not wait");
+    (build, lines)
+}
+
+#[test]
+fn builds_give_names_to_their_files_one_after_the_other() {
+    let workshop = Workshop::with(&two_layers());
+    std::fs::create_dir(workshop.path("to")).unwrap();
+    let turn = File::open(workshop.path("to")).unwrap();
+    turn.lock().unwrap();
+    let (mut build, mut lines) = build_that_waits(&workshop, "to/out");
+    assert!(workshop.names("to").is_empty());
+    drop(turn);
+    assert!(lines.any(|line| line.contains("\"finished\"")));
+    assert!(build.wait().unwrap().success());
+    assert_eq!(workshop.names("to"), ["out", "out.metadata.json", "out.sha256"]);
+}
+
+#[test]
+fn a_build_interrupted_before_it_names_anything_says_so_and_leaves_nothing() {
+    let workshop = Workshop::with(&two_layers());
+    std::fs::create_dir(workshop.path("to")).unwrap();
+    let turn = File::open(workshop.path("to")).unwrap();
+    turn.lock().unwrap();
+    let (build, _lines) = build_that_waits(&workshop, "to/out");
+    let pid = build.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let result = build.wait_with_output().unwrap();
+    assert_eq!(result.status.code(), Some(130));
+    assert!(stderr(&result).contains("no output was written"), "{}", stderr(&result));
+    assert!(workshop.names("to").is_empty());
+}
+
+#[test]
+fn metadata_tells_the_size_of_the_file_system_and_that_of_the_file() {
+    let workshop = Workshop::with(&two_layers());
+    // One block more than a group: too short to be a second one.
+    let (group, file) = (128 << 20, (128 << 20) + 4096);
+    workshop.build_well("out", &["--size", &file.to_string()]);
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&workshop.read("out.metadata.json")).unwrap();
+    assert_eq!(metadata["filesystem"]["size_bytes"], group);
+    assert_eq!(metadata["artifact"]["size_bytes"], file);
+    assert_eq!(std::fs::metadata(workshop.path("out")).unwrap().len(), file);
+    let shown = workshop.run(&["inspect", "out", "--json"]).stdout;
+    let shown: serde_json::Value = serde_json::from_slice(&shown).unwrap();
+    assert_eq!(shown["blocks"].as_u64().unwrap() * 4096, group);
 }
 
 #[test]

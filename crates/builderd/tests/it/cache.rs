@@ -1,6 +1,7 @@
 //! The layer cache: what it saves, what it survives.
 
-use std::io::{Seek as _, SeekFrom, Write as _};
+use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
@@ -18,6 +19,18 @@ fn overwrite(path: &Path, offset: SeekFrom, bytes: &[u8]) {
     file.write_all(bytes).unwrap();
 }
 
+/// Writes the stamp that says the pack is good as it is now.
+fn vouch_for(pack: &Path) {
+    let good = std::fs::metadata(pack).unwrap();
+    let stamp = pack.with_extension("stamp");
+    let old = std::fs::read_to_string(&stamp).unwrap();
+    let boot = old.split(' ').next().unwrap();
+    let (inode, size) = (good.ino(), good.len());
+    let modified = format!("{}.{:09}", good.mtime(), good.mtime_nsec());
+    let changed = format!("{}.{:09}", good.ctime(), good.ctime_nsec());
+    std::fs::write(stamp, format!("{boot} {inode} {size} {modified} {changed}\n")).unwrap();
+}
+
 #[test]
 fn a_known_layer_is_not_read_again() {
     let image = image();
@@ -31,6 +44,52 @@ fn a_known_layer_is_not_read_again() {
     let one = workshop.build_well("again", &[]);
     assert_eq!(one.matches("from the cache\n").count(), 2, "{one}");
     assert_eq!(workshop.read("out"), workshop.read("again"));
+}
+
+/// Holds the lock of a layer as a build does that makes its pack.
+fn lock_layer(workshop: &Workshop, blob: &[u8]) -> std::fs::File {
+    let directory = workshop.path("cache/packs-v1/local");
+    std::fs::create_dir_all(&directory).unwrap();
+    let lock = std::fs::File::create(directory.join(format!("{}.lock", sha256(blob)))).unwrap();
+    lock.lock().unwrap();
+    lock
+}
+
+#[test]
+fn an_error_does_not_wait_for_the_lock_of_another_build() {
+    let mut image = image();
+    image.blobs[1].truncate(1000);
+    let workshop = Workshop::with(&image);
+    let lock = lock_layer(&workshop, &image.blobs[0]);
+    let arguments = ["build", "oci:image", "-o", "out", "--jobs", "2", "--progress", "plain"];
+    let mut command = workshop.command(&arguments);
+    let (done, ended) = std::sync::mpsc::channel();
+    let waiter = std::thread::spawn(move || done.send(command.output().unwrap()));
+    let result = ended.recv_timeout(std::time::Duration::from_secs(60));
+    // Whatever came of it, nobody is to wait for ever.
+    drop(lock);
+    waiter.join().unwrap().unwrap_or_default();
+    let result = result.expect("the error came while the lock was held");
+    assert_eq!(result.status.code(), Some(3), "{}", stderr(&result));
+    assert!(stderr(&result).contains("layer 2 (sha256:"), "{}", stderr(&result));
+}
+
+#[test]
+fn a_build_that_waits_for_another_says_so_and_goes_on_after_it() {
+    let image = image();
+    let workshop = Workshop::with(&image);
+    let lock = lock_layer(&workshop, &image.blobs[0]);
+    let mut build = workshop
+        .command(&["build", "oci:image", "-o", "out", "--progress", "rawjson"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(build.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let waiting = lines.find(|line| line.contains("\"layer_waiting\"")).expect("it says so");
+    assert!(waiting.contains(&sha256(&image.blobs[0])), "{waiting}");
+    drop(lock);
+    assert!(lines.any(|line| line.contains("\"finished\"")));
+    assert!(build.wait().unwrap().success());
 }
 
 #[test]
@@ -96,9 +155,10 @@ fn verify_finds_damage_that_hides_behind_a_good_stamp() {
     workshop.build_well("out", &[]);
     assert!(workshop.run(&["cache", "verify"]).status.success());
     let pack = workshop.packs().remove(0);
-    let modified = std::fs::metadata(&pack).unwrap().modified().unwrap();
     overwrite(&pack, SeekFrom::Start(10), b"!!");
-    std::fs::File::options().write(true).open(&pack).unwrap().set_modified(modified).unwrap();
+    vouch_for(&pack);
+    let text = workshop.build_well("out", &[]);
+    assert!(!text.contains("damaged"), "the stamp should be believed: {text}");
     let found = workshop.run(&["cache", "verify"]);
     assert_eq!(found.status.code(), Some(1), "{}", stderr(&found));
     assert_eq!(workshop.packs().len(), 1);
@@ -112,7 +172,14 @@ fn ls_shows_packs_and_prune_keeps_the_limit() {
     let list = workshop.run(&["cache", "ls", "--json"]);
     let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
     assert_eq!(list.as_array().unwrap().len(), 2);
-    let pruned = workshop.run(&["cache", "--cache-limit", "1M", "prune"]);
+    // The flags may stand on either side of the word.
+    let elsewhere = workshop.path("elsewhere");
+    let elsewhere = ["cache", "ls", "--json", "--cache-dir", elsewhere.to_str().unwrap()];
+    let list = workshop.run(&elsewhere);
+    assert_eq!(String::from_utf8_lossy(&list.stdout), "[]\n", "{}", stderr(&list));
+    let pruned = workshop.run(&["cache", "--cache-limit", "1G", "prune"]);
+    assert!(pruned.status.success() && workshop.packs().len() == 2);
+    let pruned = workshop.run(&["cache", "prune", "--cache-limit", "1M"]);
     assert!(pruned.status.success());
     let left: u64 = workshop.packs().iter().map(|p| std::fs::metadata(p).unwrap().len()).sum();
     assert!(left <= 1 << 20, "{left}");

@@ -1,6 +1,6 @@
 //! Builds that must fail: with the right code and words, and without a trace.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
 
@@ -85,8 +85,61 @@ fn a_failed_build_leaves_the_old_output_as_it_was() {
 fn an_output_directory_that_does_not_exist_is_named() {
     let workshop = Workshop::with(&image());
     let result = workshop.build("nowhere/out", &[]);
-    assert_eq!(result.status.code(), Some(1), "{}", stderr(&result));
+    assert_eq!(result.status.code(), Some(3), "{}", stderr(&result));
     assert!(stderr(&result).contains("nowhere"), "{}", stderr(&result));
+}
+
+#[test]
+fn places_that_take_no_file_are_refused_before_any_work() {
+    let workshop = Workshop::with(&image());
+    std::fs::write(workshop.path("file"), "").unwrap();
+    let before = workshop.names("");
+    // With what is appended the last three have 255, 256 and 256 bytes or more.
+    let [fits, sum, metadata] = [248, 249, 242].map(|length| "n".repeat(length));
+    let refused = [
+        ("nowhere/out", None),
+        ("/proc/out", None),
+        ("file/out", None),
+        ("out", Some("nowhere/m.json")),
+        ("out", Some("file/m.json")),
+        (&sum, Some("m.json")),
+        (&metadata, None),
+    ];
+    for (output, metadata) in refused {
+        let mut arguments = Vec::new();
+        arguments.extend(metadata.map(|path| ["--metadata-file", path]).into_iter().flatten());
+        let result = workshop.build(output, &arguments);
+        let text = stderr(&result);
+        assert_eq!(result.status.code(), Some(3), "{output} {metadata:?}: {text}");
+        assert!(text.contains("cannot be written") && text.contains("caused by"), "{text}");
+        assert!(!text.contains("resolve"), "work was done: {text}");
+    }
+    assert!(workshop.packs().is_empty());
+    let mut after = workshop.names("");
+    after.retain(|name| name != "cache");
+    assert_eq!(after, before);
+    workshop.build_well(&fits, &["--metadata-file", "m.json"]);
+}
+
+#[test]
+fn rawjson_ends_with_the_failure_when_a_build_fails() {
+    let workshop = Workshop::with(&image());
+    let last = |arguments: &[&str]| {
+        let mut all = vec!["build", "oci:image", "--progress", "rawjson"];
+        all.extend(arguments);
+        let result = workshop.run(&all);
+        assert!(!result.status.success());
+        let text = String::from_utf8(result.stdout).unwrap();
+        serde_json::from_str::<serde_json::Value>(text.lines().last().unwrap()).unwrap()
+    };
+    let size = last(&["-o", "out", "--size", "1M"]);
+    assert_eq!(size["event"], "failed", "{size}");
+    assert_eq!(size["code"], "INVALID_SOURCE");
+    assert_eq!(size["step"], "layout");
+    assert!(size["cause"].as_str().unwrap().contains("cannot be laid out"), "{size}");
+    let name = last(&["-o", "nowhere/out"]);
+    assert_eq!((&name["event"], &name["step"]), (&"failed".into(), &"resolve".into()));
+    assert!(name["remedy"].as_str().unwrap().contains("--output"), "{name}");
 }
 
 #[test]
@@ -146,6 +199,61 @@ fn wrong_command_lines_end_with_code_2() {
     ] {
         let result = workshop.run(arguments);
         assert_eq!(result.status.code(), Some(2), "{arguments:?}: {}", stderr(&result));
+    }
+}
+
+#[test]
+fn the_hint_of_standard_input_with_several_images_works() {
+    let workshop = Workshop::new();
+    let config = serde_json::to_vec(&TestImage::new(Vec::new()).config).unwrap();
+    let entries = serde_json::json!([
+        {"Config": "c.json", "RepoTags": ["app:1"], "Layers": []},
+        {"Config": "c.json", "RepoTags": ["app:2"], "Layers": []},
+    ]);
+    let archive = Layer::new()
+        .file("c.json", &config)
+        .file("manifest.json", entries.to_string().as_bytes())
+        .tar();
+    std::fs::write(workshop.path("image.tar"), archive).unwrap();
+    let piped = |source: &str| {
+        let mut reader = Command::new("cat");
+        reader.arg(workshop.path("image.tar")).stdout(Stdio::piped());
+        let mut cat = reader.spawn().unwrap();
+        let mut build = workshop.command(&["build", source, "-o", "out"]);
+        let result = build.stdin(cat.stdout.take().unwrap()).output().unwrap();
+        cat.wait().unwrap();
+        result
+    };
+    let refused = piped("-");
+    assert_eq!(refused.status.code(), Some(3), "{}", stderr(&refused));
+    let advised = "docker-archive:/dev/stdin:app:1";
+    assert!(stderr(&refused).contains(advised), "{}", stderr(&refused));
+    let made = piped(advised);
+    assert!(made.status.success(), "{}", stderr(&made));
+}
+
+#[test]
+fn what_cannot_be_inspected_is_told_apart() {
+    let workshop = Workshop::with(&image());
+    workshop.build_well("out", &[]);
+    workshop.build_well("packed", &["--compression", "gzip"]);
+    let mut damaged = workshop.read("out");
+    let at = damaged.iter().position(|byte| *byte != 0).unwrap();
+    let superblock = 1024 + 0x28;
+    assert!(at < superblock);
+    damaged[superblock] ^= 1;
+    std::fs::write(workshop.path("damaged"), damaged).unwrap();
+    std::fs::create_dir(workshop.path("directory")).unwrap();
+    for (arguments, is_perhaps_packed) in [
+        (&["packed"][..], true),
+        (&["damaged", "--verify"], false),
+        (&["directory"], false),
+        (&["nosuch"], false),
+    ] {
+        let result = workshop.run(&[&["inspect"], arguments].concat());
+        let text = stderr(&result);
+        assert_eq!(result.status.code(), Some(3), "{text}");
+        assert_eq!(text.contains("--compression"), is_perhaps_packed, "{text}");
     }
 }
 

@@ -9,6 +9,7 @@ mod command_service;
 mod config;
 mod failures;
 mod fleet;
+mod layers;
 mod registry;
 mod service;
 mod store;

@@ -89,6 +89,70 @@ fn plain_http_is_never_tried_unless_named() {
 }
 
 #[test]
+fn a_mirror_that_is_passed_over_is_named() {
+    let (image, workshop) = (image(), Workshop::new());
+    let (registry, mirror) = (serve(&image), serve(&image));
+    let gone = TestRegistry::start().unwrap().host();
+    let mirrored = format!("{}={gone}", registry.host());
+    let text = build(&workshop, &registry, "out", &["--mirror", &mirrored, "--plain-http", &gone]);
+    assert_eq!(text.matches(&format!("mirror {gone} was passed over: ")).count(), 1, "{text}");
+    // One that has the manifest and lacks a layer.
+    mirror.delete_blob(oci::Digest::of(&image.blobs[0]));
+    let (host, more) = (mirror.host(), format!("{}={}", registry.host(), mirror.host()));
+    let more = ["--mirror", &more, "--plain-http", &host, "--no-cache"];
+    let text = build(&workshop, &registry, "out", &more);
+    assert_eq!(text.matches(&format!("mirror {host} was passed over: ")).count(), 1, "{text}");
+    // Nor is it forgotten when the registry has no such image either.
+    let source = format!("{}/team/none:v1", registry.host());
+    let plain = [registry.host(), host.clone()].join(",");
+    let arguments = ["build", &source, "-o", "none", more[0], more[1], "--plain-http", &plain];
+    let result = workshop.run(&arguments);
+    assert_eq!(result.status.code(), Some(3), "{}", stderr(&result));
+    let told = stderr(&result);
+    assert!(told.contains(&format!("mirror {host} was passed over: ")), "{told}");
+}
+
+#[test]
+fn a_docker_config_that_is_named_must_be_there() {
+    let (image, workshop) = (image(), Workshop::new());
+    let registry = serve(&image);
+    let (host, source) = (registry.host(), format!("{}/team/app:v1", registry.host()));
+    let mut arguments = vec!["build", &source, "-o", "out", "--plain-http", &host];
+    let usual = workshop.command(&arguments).env("DOCKER_CONFIG", workshop.path("none")).output();
+    assert!(usual.is_ok_and(|usual| usual.status.success()), "the usual one need not");
+    arguments.extend(["--docker-config", "nosuch.json"]);
+    let result = workshop.run(&arguments);
+    assert_eq!(result.status.code(), Some(2), "{}", stderr(&result));
+    assert!(stderr(&result).contains("--docker-config nosuch.json"), "{}", stderr(&result));
+}
+
+#[test]
+fn registries_that_no_name_could_match_are_refused_with_what_to_write() {
+    let workshop = Workshop::with(&image());
+    for (option, value, advice) in [
+        ("--plain-http", "http://localhost:5077", "write `localhost:5077`"),
+        ("--plain-http", "ok.example,https://b.example/", "write `b.example`"),
+        ("--plain-http", "host/path", "such as `localhost:5000`"),
+        ("--mirror", "http://localhost:5077", "write `localhost:5077`"),
+        ("--mirror", "https://docker.io=localhost:5077", "write `docker.io`"),
+        ("--mirror", "docker.io=b c", "such as `localhost:5000`"),
+    ] {
+        let result = workshop.build("out", &[option, value]);
+        let text = stderr(&result);
+        assert_eq!(result.status.code(), Some(2), "{value}: {text}");
+        assert!(text.contains(option) && text.contains(advice), "{value}: {text}");
+    }
+    for (option, value) in [
+        ("--plain-http", "localhost:5077, [::1]:5000"),
+        ("--mirror", "localhost:5077/prefix"),
+        ("--mirror", "*=localhost:5077"),
+        ("--mirror", ""),
+    ] {
+        workshop.build_well("out", &[option, value]);
+    }
+}
+
+#[test]
 fn credentials_come_from_dockers_config_and_appear_nowhere() {
     let (image, workshop) = (image(), Workshop::new());
     let registry = serve(&image);

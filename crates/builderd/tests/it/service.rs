@@ -513,6 +513,22 @@ fn a_name_that_is_a_file_for_the_command_is_an_image_for_the_service() {
 }
 
 #[test]
+fn a_mirror_that_is_passed_over_is_in_the_log() {
+    let stage = Stage::new();
+    let mirror = format!("{}=127.0.0.1:1", stage.registry.host());
+    let server = stage.serve(&[("DOCKER_REGISTRY_MIRROR", &mirror)]);
+    // The second takes the artifact of the first: nobody but the worker asks the mirror.
+    for from_cache in [false, true] {
+        let id = server.create("t1", &stage.reference("latest"));
+        let build = server.finished("t1", &id);
+        assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+        let log = server.log("t1", &id);
+        assert_eq!(log.contains("the same image was built before"), from_cache, "{log}");
+        assert!(log.contains("mirror 127.0.0.1:1 was passed over: "), "{log}");
+    }
+}
+
+#[test]
 fn an_artifact_larger_than_the_disk_is_given_to_nobody() {
     let stage = Stage::new();
     stage.push("library/app", &["latest"]);

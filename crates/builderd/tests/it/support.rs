@@ -52,6 +52,12 @@ impl Layer {
         self
     }
 
+    pub(crate) fn hard_link(mut self, path: &str, target: &str) -> Self {
+        let mut header = Self::header(tar::EntryType::Link, 0o644, 0);
+        self.tar.append_link(&mut header, path, target).unwrap();
+        self
+    }
+
     pub(crate) fn tar(self) -> Vec<u8> {
         self.tar.into_inner().unwrap()
     }

@@ -32,6 +32,19 @@ fn an_empty_root_is_an_image() {
     }
 }
 
+#[test]
+fn an_image_from_the_future_is_no_less_clean() {
+    let mut tree = MemoryTree::new();
+    let file = tree.file(ROOT, "file", 0, 5000);
+    // 2106, the year 4000 and the year 9999.
+    for secs in [4_291_747_200, 64_060_588_800, 253_370_764_800] {
+        tree.node(file).mtime = Timestamp { secs, nanos: 0 };
+        let mut options = options();
+        options.created = Timestamp { secs, nanos: 0 };
+        ImageFile::build(&tree, &options).assert_clean();
+    }
+}
+
 pub(crate) fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let mut value = 2_u32.to_le_bytes().to_vec();
     for &(tag, permissions, id) in entries {

@@ -199,6 +199,9 @@ async fn an_image_is_chosen_by_any_spelling_of_its_tag() {
     }
     let error = resolve(&saved.source("docker-archive"), &options(&[]).0).await.unwrap_err();
     assert!(matches!(&error, PullError::SeveralImages { available, .. } if available.len() == 3));
+    let advised = format!("{}:app:v1", saved.source("docker-archive"));
+    assert!(error.hint().unwrap().ends_with(&advised), "{:?}", error.hint());
+    resolve(&advised, &options(&[]).0).await.unwrap();
     let source = format!("{}:app:v3", saved.source("docker-archive"));
     let error = resolve(&source, &options(&[]).0).await.unwrap_err();
     assert!(matches!(error, PullError::NoSuchTag { .. }));
@@ -371,15 +374,38 @@ async fn limits_hold_for_archives_too() {
     few.limits.archive_entries_max = 3;
     let error = resolve(&saved.source("docker-archive"), &few).await.unwrap_err();
     assert!(told(&error).contains("more than 3 entries"));
-    let bomb = Saved::new(&gzip(&vec![0; 4 << 20]));
+    let bomb = Saved::new(&gzip(&Tar::default().file("zeros", &vec![0; 4 << 20]).end()));
     let (mut small, _) = options(&[]);
     small.limits.spool_bytes_max = 1 << 20;
     let error = resolve(&bomb.source("docker-archive"), &small).await.unwrap_err();
-    assert!(matches!(error, PullError::Spool { .. }));
+    assert!(told(&error).contains("larger than the limit"), "{error:?}");
+    let (mut steep, _) = options(&[]);
+    steep.limits.spool_ratio_free_bytes = 1 << 20;
+    steep.limits.spool_ratio_max = 100;
+    let error = resolve(&bomb.source("docker-archive"), &steep).await.unwrap_err();
+    assert!(told(&error).contains("no image is compressed like that"), "{error:?}");
+    assert_eq!(error.blame(), oci::Blame::Yours);
+    let honest = Saved::new(&gzip(&tar.end()));
+    steep.limits.spool_ratio_free_bytes = 1000;
+    resolve(&honest.source("docker-archive"), &steep).await.unwrap();
     let (mut layers, _) = options(&[]);
     layers.limits.layers_max = 1;
     let error = resolve(&saved.source("docker-archive"), &layers).await.unwrap_err();
     assert!(matches!(error, PullError::Archive { source: ArchiveError::Layers { .. }, .. }));
+}
+
+#[tokio::test]
+async fn a_gzip_of_no_tar_is_refused_before_it_is_copied() {
+    let (mut small, _) = options(&[]);
+    small.limits.spool_bytes_max = 1 << 20;
+    for bytes in [vec![0; 4 << 20], noise(1, 4 << 20)] {
+        let saved = Saved::new(&gzip(&bytes));
+        let error = resolve(&saved.source("docker-archive"), &small).await.unwrap_err();
+        let PullError::Archive { source: ArchiveError::Tar(error), .. } = error else {
+            panic!("{error:?}");
+        };
+        assert!(matches!(error, TarError::Header(0)), "{error:?}");
+    }
 }
 
 #[tokio::test]

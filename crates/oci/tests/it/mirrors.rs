@@ -66,10 +66,14 @@ async fn a_mirror_that_is_not_there_costs_one_retry() {
     let (registry, blob) = registry_with_app(1000);
     let gone = TestRegistry::start().unwrap().host();
     let (mut options, waits) = mirrored(&registry.host(), &gone, &[&registry]);
-    options.plain_http.insert(gone);
+    options.plain_http.insert(gone.clone());
     let source = format!("{}/app:v1", registry.host());
     assert_eq!(pull_layer(&source, &options).await.unwrap(), blob);
     assert_eq!(waits.seen().len(), 1);
+    let (fetcher, _) = resolve(&source, &options).await.unwrap();
+    let notes = fetcher.take_notes();
+    assert!(matches!(&notes[..], [note] if note.contains(&gone)), "{notes:?}");
+    assert!(fetcher.take_notes().is_empty(), "each is told once");
 }
 
 #[tokio::test]
@@ -86,7 +90,7 @@ async fn a_blob_that_breaks_on_the_mirror_is_finished_from_the_registry() {
     assert_eq!(drain(&mut stream).await.unwrap(), blob);
     let rest = requests(&registry, &name);
     assert_eq!(rest.len(), 1);
-    let notes = fetcher.notes();
+    let notes = fetcher.take_notes();
     assert_eq!(notes.len(), 1);
     assert!(notes[0].contains(&mirror.host()) && notes[0].contains("broke off"), "{notes:?}");
     assert_eq!(rest[0].headers["range"], "bytes=200000-");

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use rootfs::{Limits, Pack, PackError, TreeLimits};
+use rootfs::{Limits, Pack, PackError, Tally, TreeLimits};
 
 use crate::support::{
     Layer, flatten, flatten_error, full_message, header, pack, pack_error, pack_with, try_flatten,
@@ -153,6 +153,9 @@ fn every_limit_of_a_tree_is_an_error() {
     ];
     let cases = [
         (TreeLimits { layers_max: 1, ..default() }, "more than 1 layers"),
+        (TreeLimits { entries_max: 6, ..default() }, "m/h in layer 2: there are more than 6"),
+        (TreeLimits { toc_bytes_max: 60, ..default() }, "with layer 2, names and metadata"),
+        (TreeLimits { lookups_max: 4, ..default() }, "l/g in layer 1: to find the names of all"),
         (TreeLimits { inodes_max: 4, ..default() }, "more than 4 files"),
         (TreeLimits { depth_max: 2, ..default() }, "deeper than 2"),
         (TreeLimits { symlinks_max: 0, ..default() }, "too many levels"),
@@ -163,6 +166,68 @@ fn every_limit_of_a_tree_is_an_error() {
         let message = full_message(&try_flatten_with(&layers, &limits).unwrap_err());
         assert!(message.contains(expected), "{expected}: {message}");
     }
+    assert!(try_flatten(&layers).is_ok());
+}
+
+#[test]
+fn the_layers_of_an_image_have_limits_together() {
+    let default = Limits::default;
+    let layer = Layer::new().file("a", &"x".repeat(8192)).end();
+    let bytes = layer.len() as u64;
+    let cases = [
+        (Limits { image_tar_bytes_max: 3 * bytes, ..default() }, "together are larger than"),
+        (Limits { image_data_bytes_max: 3 * 8192, ..default() }, "together need more than 24576"),
+        (
+            Limits { image_ratio_free_bytes: 3 * bytes, ratio_max: 0, ..default() },
+            "together look like a decompression bomb",
+        ),
+    ];
+    for (limits, expected) in cases {
+        let tally = Tally::default();
+        let make = || rootfs::make_pack_of(&layer[..], &mut Vec::new(), &limits, &tally);
+        let made = make().unwrap();
+        tally.add(made.blob_bytes, made.tar_bytes, made.data_bytes, &limits).unwrap();
+        assert!(make().is_ok(), "{expected}");
+        let message = full_message(&make().unwrap_err());
+        assert!(message.contains(expected), "{expected}: {message}");
+        assert!(tally.add(1, 1, 1, &limits).is_err(), "{expected}: known layers count as well");
+    }
+}
+
+#[test]
+fn a_small_layer_named_often_cannot_take_any_time() {
+    let deep = "a/".repeat(240);
+    let mut links = Layer::new().long_name(format!("{deep}f\0").as_bytes()).file("x", "");
+    for _ in 0..500 {
+        links = links.long_link(format!("{deep}f\0").as_bytes()).hard_link("z", "x");
+    }
+    let limits = TreeLimits { lookups_max: 300_000, ..TreeLimits::default() };
+    assert!(try_flatten_with(&[links.clone(), links.clone()], &limits).is_ok());
+    let often = [links.clone(), links.clone(), links];
+    let message = full_message(&try_flatten_with(&often, &limits).unwrap_err());
+    assert!(message.contains("z in layer 3: to find the names of all layers takes"), "{message}");
+    // Directories that paths imply count as entries.
+    let mut implied = Layer::new();
+    for n in 0..20 {
+        implied = implied.long_name(format!("{n}/{deep}f\0").as_bytes()).file("x", "");
+    }
+    let limits = TreeLimits { entries_max: 10_000, ..TreeLimits::default() };
+    assert!(try_flatten_with(&[implied.clone(), implied.clone()], &limits).is_ok());
+    let often = [implied.clone(), implied.clone(), implied];
+    let message = full_message(&try_flatten_with(&often, &limits).unwrap_err());
+    assert!(message.contains("in layer 3: there are more than 10000 entries"), "{message}");
+}
+
+#[test]
+fn maps_of_files_with_holes_are_limited_in_all() {
+    let map: Vec<String> = (0..100).map(|n| format!("{},1", n * 8192)).collect();
+    let layer = Layer::new()
+        .pax(&[("GNU.sparse.size", b"819200"), ("GNU.sparse.map", map.join(",").as_bytes())])
+        .entry(&header("s", b'0').size(100), &[1; 100]);
+    let layers = [layer.clone(), layer.clone(), layer];
+    let limits = TreeLimits { bytes_max: 2000, ..TreeLimits::default() };
+    let message = full_message(&try_flatten_with(&layers, &limits).unwrap_err());
+    assert!(message.contains("s in layer 3: "), "{message}");
     assert!(try_flatten(&layers).is_ok());
 }
 
