@@ -37,7 +37,9 @@ mod xattr;
 pub use flatten::{FlattenError, FlattenProblem, Folder};
 pub use inflate::Compression;
 pub use limits::{Limits, TreeLimits};
-pub use pack::{PACK_VERSION, Pack, PackError, PackReadError, PackSummary, ReadAt, make_pack, make_pack_of};
+pub use pack::{
+    PACK_VERSION, Pack, PackError, PackReadError, PackSummary, ReadAt, make_pack, make_pack_of,
+};
 pub use path::PathProblem;
 pub use tally::Tally;
 pub use tar::{TarError, TarProblem};

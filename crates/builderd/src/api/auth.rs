@@ -16,11 +16,12 @@ use uuid::Uuid;
 
 use super::error::Answer;
 use super::limits::{Rate, RateLimits};
+use super::memory::Memory;
 use super::{ApiRules, Checked};
 use crate::build::hex;
 use crate::build::service::ServiceError;
 use crate::clock::Clock;
-use crate::store::{Store, StoreError, TenantRow};
+use crate::store::{Store, StoreError, TenantRow, TokenRow};
 use crate::tenant::{Principal, Right, TenantId, TenantIdError, Tier};
 
 /// Every token's first letters, for scanners of leaked secrets.
@@ -146,12 +147,17 @@ pub(crate) struct Auth {
     clock: Arc<dyn Clock>,
     limits: RateLimits,
     rules: ApiRules,
+    /// Tokens by their hash, with the tenant's tier.
+    tokens: Memory<String, (TokenRow, Option<Tier>)>,
+    /// Development mode asks for a tenant's tier alone.
+    tiers: Memory<TenantId, Option<Tier>>,
 }
 
 impl Auth {
     /// Checks against `store`.
     pub(crate) fn new(store: Store, clock: Arc<dyn Clock>, rules: ApiRules) -> Self {
-        Self { store, clock, limits: RateLimits::new(rules.health_per_sec), rules }
+        let limits = RateLimits::new(rules.health_per_sec);
+        Self { store, clock, limits, rules, tokens: Memory::new(), tiers: Memory::new() }
     }
 
     /// How often things may be asked.
@@ -203,9 +209,19 @@ impl Auth {
     /// The principal of a token that is in force. The store is asked by the secret's hash, so
     /// that the time it takes tells nothing about secrets.
     async fn known(&self, token: &str) -> Result<Option<Principal>, Refusal> {
-        let found = self.store.system().token_by_hash(&hash(token)).await?;
-        let Some((row, tier)) = found else { return Ok(None) };
-        let expired = row.expires_at.is_some_and(|at| at <= self.clock.now());
+        let (hash, now) = (hash(token), self.clock.now());
+        let found = match self.tokens.get(&hash, now) {
+            Some(found) => found,
+            None => {
+                let found = self.store.system().token_by_hash(&hash).await?;
+                // Guesses are not remembered.
+                let Some(found) = found else { return Ok(None) };
+                self.tokens.put(hash, found.clone(), now);
+                found
+            }
+        };
+        let (row, tier) = found;
+        let expired = row.expires_at.is_some_and(|at| at <= now);
         if expired || row.revoked_at.is_some() {
             return Ok(None);
         }
@@ -281,15 +297,22 @@ impl Auth {
         tenant: &TenantId,
         claimed: Option<Tier>,
     ) -> Result<Tier, Refusal> {
+        let now = self.clock.now();
+        if let Some(known) = self.tiers.get(tenant, now)
+            && claimed.is_none_or(|tier| known == Some(tier))
+        {
+            return Ok(known.unwrap_or(self.rules.default_tier));
+        }
         let system = self.store.system();
         let row = system.tenant(tenant).await?;
-        let known = row.as_ref().map(|row| row.tier);
-        let Some(tier) = claimed.filter(|tier| known != Some(*tier)) else {
-            return Ok(known.unwrap_or(self.rules.default_tier));
-        };
-        let limits = row.and_then(|row| row.limits);
-        system.put_tenant(&TenantRow { id: tenant.clone(), tier, limits }).await?;
-        Ok(tier)
+        let mut known = row.as_ref().map(|row| row.tier);
+        if let Some(tier) = claimed.filter(|tier| known != Some(*tier)) {
+            let limits = row.and_then(|row| row.limits);
+            system.put_tenant(&TenantRow { id: tenant.clone(), tier, limits }).await?;
+            known = Some(tier);
+        }
+        self.tiers.put(tenant.clone(), known, now);
+        Ok(known.unwrap_or(self.rules.default_tier))
     }
 }
 

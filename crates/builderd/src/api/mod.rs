@@ -13,6 +13,7 @@ mod follow;
 mod guard;
 mod health;
 mod limits;
+mod memory;
 mod rest;
 mod server;
 mod spelling;
@@ -42,6 +43,7 @@ use tower::ServiceExt as _;
 use auth::Auth;
 pub(crate) use auth::{Mode, new_token};
 pub(crate) use guard::{Observe, PANICKED};
+pub(crate) use memory::REMEMBERED_SECS;
 pub(crate) use server::serve;
 
 use crate::build::record::Micros;
@@ -181,9 +183,8 @@ fn open_services(state: &ApiState) -> Rpc {
 }
 
 fn rpc(state: &ApiState, router: connectrpc::Router, bytes_max: usize) -> Rpc {
-    let limits = Limits::default()
-        .with_max_request_body_size(bytes_max)
-        .with_max_message_size(bytes_max);
+    let limits =
+        Limits::default().with_max_request_body_size(bytes_max).with_max_message_size(bytes_max);
     ConnectRpcService::new(Guard::new(router, Arc::clone(&state.meters.observe)))
         .with_limits(limits)
         .with_deadline_policy(DeadlinePolicy::new().with_enforce_on_streams(true))

@@ -120,8 +120,7 @@ impl<'a> Journal<'a> {
             // Told only when written: this future may be dropped while it waits.
             if store.progress(state, percent, &step, now).await.is_ok() {
                 let mut book = lock(&self.book);
-                book.is_told =
-                    book.state == state && book.percent == percent && book.step == step;
+                book.is_told = book.state == state && book.percent == percent && book.step == step;
             }
         }
         // Taken out only when written, too.

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::time::Duration;
 
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
@@ -13,6 +14,7 @@ use super::service_args::{
     FormatArgs, SettingsArgs, TenantArgs, TenantCommand, TenantSetArgs, TokenArgs, TokenCommand,
 };
 use super::{Failure, text};
+use crate::api::REMEMBERED_SECS;
 use crate::build::record::Micros;
 use crate::clock::{Clock as _, WallClock};
 use crate::config::{Config, DatabaseConfig};
@@ -68,6 +70,8 @@ pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
         TokenCommand::Revoke { id } => {
             match store.system().revoke_token(id, WallClock.now()).await? {
                 true => {
+                    // Servers have seen it a moment ago; after this nobody lets it in any more.
+                    tokio::time::sleep(Duration::from_secs(REMEMBERED_SECS)).await;
                     put!("{} revoked", text::printable(id));
                     Ok(())
                 }

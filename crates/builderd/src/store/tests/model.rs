@@ -11,8 +11,9 @@ use super::postgres::Postgres;
 use super::{LONG, TestStore, failure, new_build, plenty, result, tenant};
 use crate::build::record::{Build, BuildId, FailureCode, LogLine};
 use crate::build::state::{BuildState, Happening};
-use crate::store::{ArtifactDomain, Leases, 
-    Accepted, ArtifactName, Cancel, Delete, Fenced, Heartbeat, Lease, NewBuild, Outcome, StoreError,
+use crate::store::{
+    Accepted, ArtifactDomain, ArtifactName, Cancel, Delete, Fenced, Heartbeat, Lease, Leases,
+    NewBuild, Outcome, StoreError,
 };
 use crate::tenant::TenantLimits;
 
@@ -427,7 +428,10 @@ impl Model {
                 (build.state, build.run_at) = (BuildState::Queued, t.now().0);
             }
         }
-        prop_assert_eq!(expected, t.rows().reap(Leases::Expired, ATTEMPTS_MAX, t.now()).await.unwrap());
+        prop_assert_eq!(
+            expected,
+            t.rows().reap(Leases::Expired, ATTEMPTS_MAX, t.now()).await.unwrap()
+        );
         Ok(())
     }
 

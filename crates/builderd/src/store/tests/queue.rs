@@ -6,8 +6,9 @@ use super::{LONG, TestStore, failure, new_build, plenty, result, tenant};
 use crate::build::record::{Build, BuildMetrics, FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::BuildState;
 use crate::store::engine::Engine;
-use crate::store::{ArtifactDomain, Leases, 
-    Accepted, ArtifactName, Cancel, Claimed, Depth, Fenced, Filter, Heartbeat, Outcome, StoreError,
+use crate::store::{
+    Accepted, ArtifactDomain, ArtifactName, Cancel, Claimed, Depth, Fenced, Filter, Heartbeat,
+    Leases, Outcome, StoreError,
 };
 use crate::tenant::{TenantLimits, Tier};
 
@@ -246,14 +247,19 @@ pub(super) async fn a_build_that_cannot_be_read_holds_nobody_up(t: &TestStore) {
     let plain = t.create("a").await;
     let other = t.create("b").await;
     // As a newer version might write it.
-    t.damage("UPDATE build SET request = '{\"from\":\"the future\"}' WHERE id = $1", &strange).await;
+    t.damage("UPDATE build SET request = '{\"from\":\"the future\"}' WHERE id = $1", &strange)
+        .await;
     let mut taken = BTreeSet::from([t.claim().await.build.id, t.claim().await.build.id]);
     assert_eq!(taken, BTreeSet::from([plain.id.clone(), other.id.clone()]));
     assert!(t.try_claim(LONG).await.is_none());
 
     // It stays in the queue until somebody can read it, and keeps its turn's worth.
-    t.damage("UPDATE build SET request = (SELECT request FROM build b WHERE b.id <> $1 LIMIT 1) \
-              WHERE id = $1", &strange).await;
+    t.damage(
+        "UPDATE build SET request = (SELECT request FROM build b WHERE b.id <> $1 LIMIT 1) \
+              WHERE id = $1",
+        &strange,
+    )
+    .await;
     t.advance_secs(31);
     taken.insert(t.claim().await.build.id);
     assert!(taken.contains(&strange.id));
