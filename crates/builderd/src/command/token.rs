@@ -70,8 +70,7 @@ pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
         TokenCommand::Revoke { id } => {
             match store.system().revoke_token(id, WallClock.now()).await? {
                 true => {
-                    // Servers have seen it a moment ago; after this nobody lets it in any more.
-                    tokio::time::sleep(Duration::from_secs(REMEMBERED_SECS)).await;
+                    in_force().await;
                     put!("{} revoked", text::printable(id));
                     Ok(())
                 }
@@ -91,6 +90,7 @@ pub(super) fn tenants(args: &TenantArgs) -> Result<(), Failure> {
             let old = store.system().tenant(&args.tenant).await?;
             let row = changed(args, old, &config);
             store.system().put_tenant(&row).await?;
+            in_force().await;
             list_tenants(&[row], &config, false);
             Ok(())
         }
@@ -120,6 +120,11 @@ where
     })
 }
 
+/// Waits until no server believes what was true before: each has looked it up a moment ago.
+async fn in_force() {
+    tokio::time::sleep(Duration::from_secs(REMEMBERED_SECS)).await;
+}
+
 /// Every right unless some are named.
 fn rights(named: &[Right]) -> Vec<String> {
     let named: BTreeSet<Right> = match named.is_empty() {
@@ -141,6 +146,7 @@ async fn put_tier(
         (Some(old), None) => Ok(old.tier),
         (Some(old), Some(tier)) => {
             store.system().put_tenant(&TenantRow { tier, ..old }).await?;
+            in_force().await;
             Ok(tier)
         }
         (None, tier) => {
