@@ -213,6 +213,12 @@ async fn list_builds(State(state): State<Arc<ApiState>>, rpc: Rpc, request: Requ
     }
 }
 
+/// The RPC that a path names, in our own word for it.
+fn method_named(path: &str) -> &'static str {
+    let last = path.rsplit('/').next().unwrap_or_default();
+    api::METHODS.iter().find(|method| method.name == last).map_or("unknown", |method| method.name)
+}
+
 /// Nobody gets to a build past here without saying who he is.
 async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) -> Response {
     let start = Instant::now();
@@ -243,7 +249,12 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
     };
     // The route as it was declared: whoever makes up paths must not make up names of metrics.
     let matched = head.extensions.get::<MatchedPath>().map(MatchedPath::as_str);
-    let route = matched.and_then(|path| path.split('/').nth(2)).unwrap_or_default().to_owned();
+    let route = match matched.and_then(|path| path.split('/').nth(2)).unwrap_or_default() {
+        // The RPCs share one.
+        "{method}" => method_named(head.uri.path()),
+        route => route,
+    };
+    let route = route.to_owned();
     head.extensions.insert(caller.clone());
     let span = {
         let parent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{PgPool, SqlSafeStr as _, SqlitePool};
+use sqlx::{Connection as _, PgPool, SqlSafeStr as _, SqlitePool};
 
 use super::changes::Announcer;
 use super::engine::Engine;
@@ -76,6 +76,12 @@ impl Store {
                 .test_before_acquire(false)
                 .max_lifetime(None::<Duration>)
                 .idle_timeout(None::<Duration>)
+                // SQLite ends a transaction by itself when the disk is full (lang_transaction.html,
+                // section 3), and sqlx goes on counting it: such a connection begins no other.
+                .before_acquire(|connection, _| {
+                    let is_free = !connection.is_in_transaction();
+                    Box::pin(async move { Ok(is_free) })
+                })
         };
         let write: SqlitePool =
             pool().max_connections(1).connect_with(options.clone().create_if_missing(true)).await?;

@@ -205,3 +205,11 @@ async fn a_deadline_is_kept() {
     assert!(String::from_utf8_lossy(&end).contains("deadline_exceeded"));
     server.stop().await;
 }
+
+#[test]
+fn requests_are_called_by_the_name_of_their_rpc() {
+    use crate::api::method_named;
+    assert_eq!(method_named("/builder.v1.BuilderService/CreateBuild"), "CreateBuild");
+    // Whoever makes up names must not make up names of spans.
+    assert_eq!(method_named("/builder.v1.BuilderService/NoSuchThing"), "unknown");
+}

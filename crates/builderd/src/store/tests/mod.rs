@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use futures_util::future::BoxFuture;
 use tempfile::TempDir;
 
-use super::{Accepted, Claimed, NewBuild, Outcome, Rows, Store, admin};
+use super::{Accepted, Claimed, NewBuild, Outcome, Rows, Store, StoreError, admin, engine};
 use crate::build::record::{
     Build, BuildId, BuildMetrics, BuildRequest, BuildResult, Failure, FailureCode, Micros,
     RetryPolicy,
@@ -293,6 +293,32 @@ stories! {
         tokens_are_found_by_their_hash,
         damage_is_found,
         a_change_wakes_who_waits;
+}
+
+/// SQLite ends the transaction by itself then, which must not be held against the connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_over_when_there_is_room_again() {
+    let t = TestStore::sqlite().await;
+    t.create("a").await;
+    // The file may not grow; a new connection knows nothing of that.
+    t.rows().engine.execute(engine::sql("PRAGMA max_page_count = 1")).await.unwrap();
+    let mut full = 0;
+    for _ in 0..500 {
+        let build = new_build(t.now());
+        match t.rows().create(&tenant("a"), Tier::Pro, &plenty(), &build).await {
+            Ok(_) => {}
+            Err(StoreError::Full(_)) => {
+                full += 1;
+                break;
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    assert_eq!(full, 1, "the file was allowed to grow");
+    let build = t.create("a").await;
+    assert_eq!(t.state(&build).await, BuildState::Queued);
+    t.claim().await;
+    t.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
