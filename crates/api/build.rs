@@ -68,6 +68,14 @@ fn names(compiler: &Compiler) -> Result<String, Box<dyn Error>> {
         }
         text.push_str("] },\n");
     }
+    text.push_str("];\n/// Every enum of the package.\npub static ENUMS: &[Enum] = &[\n");
+    for listed in &file.enum_type {
+        writeln!(text, "Enum {{ name: \"{package}.{}\", words: &[", listed.name())?;
+        for value in &listed.value {
+            writeln!(text, "{:?},", value.name())?;
+        }
+        text.push_str("] },\n");
+    }
     text.push_str("];\n/// Every method of the service.\npub static METHODS: &[Method] = &[\n");
     for method in file.service.iter().flat_map(|service| &service.method) {
         let level = method.options.as_ref().and_then(|options| options.idempotency_level);
@@ -94,6 +102,7 @@ fn kind(type_number: i32, type_name: &str) -> String {
         // A well-known type has a JSON form of its own.
         11 if type_name.starts_with(".google.protobuf.") => "Kind::Text".to_owned(),
         11 => format!("Kind::Message({:?})", type_name.trim_start_matches('.')),
+        14 => format!("Kind::Enum({:?})", type_name.trim_start_matches('.')),
         _ => "Kind::Text".to_owned(),
     }
 }

@@ -23,7 +23,27 @@ builds than `limit`: go on behind those that came while it says `has_more`), `GE
 
 An error has the documentation's HTTP status on the plain routes and for an RPC in JSON without the
 header `Connect-Protocol-Version`: 403 for a used-up quota, 429 for too many requests, 503 for a full
-disk. Connect's own clients get Connect's status for the code, 429 for each of these three.
+disk. Connect's own clients get Connect's status for the code, 429 for each of these three. A body that
+has not arrived within 30 s is answered with 408 (`deadline_exceeded`), and its connection is closed.
+
+A message in JSON is an object, with names in snake_case or camelCase. Unknown names are ignored; a word
+that an enum does not have is `invalid_argument`, with the field, the word and the words there are, and so
+is a number without a word. `status` takes the words of BuildStatus, and their ends in any case: `running`.
+
+`GET /health` answers 200, or 503 with a `reason`: `stopping`, `database_unavailable`,
+`database_read_only`, `database_full`, `database_failed`.
+
+## Permissions
+
+What a token must include; one that includes less gets `permission_denied`.
+
+| permission | for |
+|---|---|
+| `build:create` | `CreateBuild`. A key that was used for the same request gives that build to the token that made it, and to one with `build:read`; to others it is `already_exists`, as for another request. |
+| `build:read` | `GetBuild`, `ListBuilds`, `StreamBuildLogs`, `GetTenantQuotas`, `GetBuildStats`; `GetBuildStatus`, `GetBuildLogs` |
+| `build:cancel` | `CancelBuild`; `DeleteBuild` with `force` of a build that has not ended, beside `build:delete` |
+| `build:delete` | `DeleteBuild` |
+| `artifact:read` | `GetBuildArtifact` |
 ";
 
 /// `cargo xtask docs`

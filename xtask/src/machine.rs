@@ -33,11 +33,12 @@ pub(crate) const STORIES: &[Need] = &[
     ("mkfs.btrfs", "btrfs-progs"),
 ];
 
-/// For the service: databases, other people's clients, and who checks its metrics.
+/// For the service: databases, other people's clients, a browser, and who checks its metrics.
 pub(crate) const SERVICE: &[Need] = &[
     ("curl", "curl"),
     ("node", "nodejs"),
     ("npm", "npm"),
+    ("chromium", "chromium"),
     ("python3", "python3-venv"),
     ("sqlite3", "sqlite3"),
     ("postgresql", "postgresql"),

@@ -20,7 +20,7 @@ mod generated {
 }
 
 pub use generated::builder::v1;
-pub use names::{Field, Kind, MESSAGES, METHODS, Message, Method, message};
+pub use names::{ENUMS, Enum, Field, Kind, MESSAGES, METHODS, Message, Method, message, words};
 
 /// The descriptors of everything that is served, as a `FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -32,12 +32,23 @@ pub enum Kind {
     Number64,
     /// True or false.
     Bool,
-    /// Text, and whatever JSON writes as text: enums, times, bytes.
+    /// Text, and whatever JSON writes as text: times, bytes.
     Text,
+    /// Words of the enum of this name.
+    Enum(&'static str),
     /// Messages of this name.
     Message(&'static str),
     /// A map from text; its keys are the user's.
     Map,
+}
+
+/// An enum.
+#[derive(Clone, Copy, Debug)]
+pub struct Enum {
+    /// Its full name.
+    pub name: &'static str,
+    /// Its words, in the order of the file.
+    pub words: &'static [&'static str],
 }
 
 /// A method of the service.
@@ -60,6 +71,11 @@ pub fn message(name: &str) -> Option<&'static Message> {
     MESSAGES.iter().find(|message| message.name == name)
 }
 
+/// The words of the enum of this full name.
+pub fn words(name: &str) -> Option<&'static [&'static str]> {
+    ENUMS.iter().find(|listed| listed.name == name).map(|listed| listed.words)
+}
+
 include!(concat!(env!("OUT_DIR"), "/names.rs"));
 
 #[cfg(test)]
@@ -72,6 +88,9 @@ mod tests {
         for field in fields {
             if let Kind::Message(name) = field.kind {
                 assert!(message(name).is_some(), "{name}");
+            }
+            if let Kind::Enum(name) = field.kind {
+                assert!(words(name).is_some_and(|words| !words.is_empty()), "{name}");
             }
         }
         for method in METHODS {
@@ -94,5 +113,10 @@ mod tests {
         assert_eq!(builds.kind, Kind::Message("builder.v1.BuildJob"));
         assert!(builds.is_repeated);
         assert_eq!(field("builder.v1.BuildJob", "created_at").kind, Kind::Text);
+        let state = field("builder.v1.BuildJob", "state");
+        assert_eq!(state.kind, Kind::Enum("builder.v1.BuildState"));
+        let direct = ["INIT_STRATEGY_DIRECT", "INIT_STRATEGY_DIRECT_EXEC"];
+        let words = words("builder.v1.InitStrategy").unwrap();
+        assert!(direct.iter().all(|word| words.contains(word)), "both names of one number");
     }
 }

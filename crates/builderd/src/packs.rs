@@ -24,7 +24,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
-use crate::staged::Staged;
+use crate::staged::{Staged, open_regular};
 
 /// The pack format's version is part of the path: another engine never reads our packs as its own.
 const VERSION_DIRECTORY: &str = "packs-v1";
@@ -304,6 +304,17 @@ impl PackCache {
         }
     }
 
+    /// As [`PackCache::try_lock`], for a lock that has a name already; `None` where it has none.
+    fn try_known_lock(&self, key: &PackKey) -> Result<Option<PackLock>, CacheError> {
+        let path = self.key_path(key, "lock");
+        let Some(file) = open_regular(&path) else { return Ok(None) };
+        // Whoever holds it, or has removed it meanwhile, needs no help.
+        if file.try_lock().is_err() || !guards(&file, &path)? {
+            return Ok(None);
+        }
+        Ok(Some(PackLock { path, _file: file }))
+    }
+
     fn open_lock(&self, key: &PackKey) -> Result<(PathBuf, File), CacheError> {
         let path = self.key_path(key, "lock");
         self.make_domain(key)?;
@@ -336,19 +347,20 @@ impl PackCache {
         Ok(file)
     }
 
+    fn domains(&self) -> Result<Vec<SharingDomain>, CacheError> {
+        let entries = read_dir(&self.root)?.into_iter();
+        Ok(entries.filter_map(|entry| SharingDomain::parse(entry.file_name().to_str()?)).collect())
+    }
+
     /// Every pack of the cache, the least recently used first.
     ///
     /// # Errors
     /// [`CacheError::Io`].
     pub fn entries(&self) -> Result<Vec<CacheEntry>, CacheError> {
         let mut entries = Vec::new();
-        for domain in read_dir(&self.root)? {
-            let Some(name) = domain.file_name().to_str().and_then(SharingDomain::parse) else {
-                continue;
-            };
-            for file in read_dir(&domain.path())? {
-                let path = file.path();
-                let Some(digest) = digest_of(&path) else { continue };
+        for name in self.domains()? {
+            for file in read_dir(&self.root.join(name.as_str()))? {
+                let Some(digest) = digest_of(&file.path(), "pack") else { continue };
                 // A pack may be pruned by another process while we list.
                 let Ok(metadata) = file.metadata() else { continue };
                 let key = PackKey { domain: name.clone(), digest };
@@ -367,7 +379,8 @@ impl PackCache {
         Ok(entries)
     }
 
-    /// Removes the least recently used packs until the rest fits into `limit_bytes`.
+    /// Removes the least recently used packs until the rest fits into `limit_bytes`, and what
+    /// builds that were killed have left.
     ///
     /// Builds that use a removed pack go on undisturbed.
     ///
@@ -386,7 +399,33 @@ impl PackCache {
             pruned.packs += 1;
             pruned.bytes += entry.size_bytes;
         }
+        for domain in self.domains()? {
+            self.sweep(&domain)?;
+        }
         Ok(pruned)
+    }
+
+    /// Removes the locks that nobody holds and the stamps without a pack.
+    fn sweep(&self, domain: &SharingDomain) -> Result<(), CacheError> {
+        for file in read_dir(&self.root.join(domain.as_str()))? {
+            let key = |extension| {
+                let digest = digest_of(&file.path(), extension)?;
+                Some(PackKey { domain: domain.clone(), digest })
+            };
+            if let Some(key) = key("lock") {
+                // Dropped, it removes its name; that of a builder is not to be had.
+                drop(self.try_known_lock(&key)?);
+            }
+            let orphan = key("stamp").filter(|key| !self.pack_path(key).exists());
+            // Packs are named under the lock: while it is held none comes to the stamp.
+            if let Some(key) = orphan
+                && let Some(_lock) = self.try_lock(&key)?
+                && !self.pack_path(&key).exists()
+            {
+                self.remove(&key)?;
+            }
+        }
+        Ok(())
     }
 
     /// Checks every byte of the pack of `key`, whatever its stamp says; removes it when damaged.
@@ -476,8 +515,9 @@ fn touch(path: &Path) {
     let _ = rustix::fs::utimensat(CWD, path, &times, AtFlags::empty());
 }
 
-fn digest_of(path: &Path) -> Option<Digest> {
-    if path.extension()? != "pack" {
+/// The digest that a file of the cache is about, if it is of this kind.
+fn digest_of(path: &Path, extension: &str) -> Option<Digest> {
+    if path.extension()? != extension {
         return None;
     }
     format!("sha256:{}", path.file_stem()?.to_str()?).parse().ok()
@@ -487,4 +527,42 @@ fn read_dir(path: &Path) -> Result<Vec<std::fs::DirEntry>, CacheError> {
     std::fs::read_dir(path)
         .and_then(Iterator::collect)
         .map_err(failed("list the cache directory", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_lock_that_is_swept_at_any_moment_never_has_two_holders() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = PackCache::open(directory.path()).unwrap();
+        let digest = Digest::of(b"layer");
+        let key = PackKey { domain: SharingDomain::local(), digest };
+        let (holders, done) = (AtomicU32::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        cache.prune(u64::MAX).unwrap();
+                    }
+                });
+            }
+            let hold = || {
+                for _ in 0..1000 {
+                    let lock = cache.lock(&key).unwrap();
+                    assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0, "two hold the lock");
+                    std::thread::yield_now();
+                    holders.fetch_sub(1, Ordering::SeqCst);
+                    drop(lock);
+                }
+            };
+            let builders = [scope.spawn(hold), scope.spawn(hold)];
+            let ended: Vec<_> = builders.into_iter().map(|builder| builder.join()).collect();
+            done.store(true, Ordering::Relaxed);
+            assert!(ended.iter().all(Result::is_ok));
+        });
+    }
 }

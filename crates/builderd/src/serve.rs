@@ -293,7 +293,8 @@ fn api_rules(config: &Config) -> ApiRules {
     ApiRules {
         mode: if config.dev { Mode::Development } else { Mode::Tokens },
         default_tier: config.tenants.default_tier,
-        health_per_sec: config.health_rate_per_sec,
+        looks_per_sec: config.health_rate_per_sec,
+        body_max: api::BODY_MAX,
     }
 }
 

@@ -162,7 +162,7 @@ pub(crate) fn sweep(directory: &Path) -> io::Result<()> {
 }
 
 /// Whatever has the name, opening it must not wait or lead elsewhere.
-fn open_regular(path: &Path) -> Option<File> {
+pub(crate) fn open_regular(path: &Path) -> Option<File> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
     file.metadata().is_ok_and(|metadata| metadata.is_file()).then_some(file)

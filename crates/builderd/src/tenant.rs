@@ -236,6 +236,7 @@ impl FromStr for Right {
 pub struct Principal {
     tenant: TenantId,
     customer: Option<String>,
+    credential: Option<String>,
     tier: Tier,
     rights: BTreeSet<Right>,
 }
@@ -246,10 +247,11 @@ impl Principal {
         _checked: crate::api::Checked,
         tenant: TenantId,
         customer: Option<String>,
+        credential: Option<String>,
         tier: Tier,
         rights: BTreeSet<Right>,
     ) -> Self {
-        Self { tenant, customer, tier, rights }
+        Self { tenant, customer, credential, tier, rights }
     }
 
     /// The tenant.
@@ -260,6 +262,11 @@ impl Principal {
     /// The customer within the tenant, for billing.
     pub fn customer(&self) -> Option<&str> {
         self.customer.as_deref()
+    }
+
+    /// The id of the token that was checked; none where nobody is asked for one.
+    pub fn credential(&self) -> Option<&str> {
+        self.credential.as_deref()
     }
 
     /// The tenant's tier.

@@ -7,6 +7,7 @@
 pub(crate) mod challenge;
 pub(crate) mod docker_config;
 pub(crate) mod helper;
+pub(crate) mod secrets;
 pub(crate) mod token;
 
 pub use helper::HelperError;

@@ -14,6 +14,7 @@ use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::auth::secrets::Secrets;
 use crate::client::{Ask, Endpoint, Repository};
 use crate::digest::Digest;
 use crate::error::PullError;
@@ -348,7 +349,8 @@ impl Download {
         let tail = format!("blobs/{}", self.digest);
         let ask = Ask { tail: &tail, what: &verifier.what, from_byte, is_manifest: false };
         let answer = repository.get(endpoint, ask).await?;
-        let skip = checked_start(&answer, endpoint, verifier, from_byte)?;
+        let secrets = repository.client.transport().secrets();
+        let skip = checked_start(&answer, endpoint, verifier, from_byte, secrets)?;
         Ok((answer, skip))
     }
 }
@@ -359,6 +361,7 @@ fn checked_start(
     endpoint: &Endpoint,
     verifier: &Verifier,
     from_byte: u64,
+    secrets: &Secrets,
 ) -> Result<u64, PullError> {
     let headers = answer.response.headers();
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
@@ -369,7 +372,7 @@ fn checked_start(
     };
     if let Some(encoding) = header(CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity"))
     {
-        let encoding = crate::manifest::shown(encoding);
+        let encoding = crate::manifest::shown(&secrets.blotted(encoding));
         return Err(senseless(format!(
             "the blob comes encoded as {encoding:?}, which nobody asked for"
         )));

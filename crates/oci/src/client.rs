@@ -23,7 +23,7 @@ use crate::digest::Digest;
 use crate::error::PullError;
 use crate::manifest::media_type;
 use crate::options::ClientOptions;
-use crate::reference::{Reference, api_host, canonical_registry, check_registry, is_component};
+use crate::reference::{Reference, api_host, canonical_registry, check_registry, mirror_parts};
 use crate::retry::Attempts;
 use crate::transport::{Answer, Request, Transport, host_of};
 
@@ -379,6 +379,10 @@ impl Repository {
             return Ok(Some(grant));
         }
         let credentials = self.client.credentials(&endpoint.registry, repository).await?;
+        let secrets = self.client.transport().secrets();
+        if let Some(credentials) = &credentials {
+            secrets.learn(credentials);
+        }
         let grant = match (challenge, credentials) {
             (_, Some(Credentials::RegistryToken(token))) => Grant::bearer(&token),
             (Challenge::Basic, Some(Credentials::Password { username, password })) => {
@@ -395,6 +399,7 @@ impl Repository {
         let is_new = |grant: &Grant| refused.is_none_or(|old| old.header != grant.header);
         let grant = grant.filter(is_new);
         if let Some(grant) = &grant {
+            secrets.learn_header(&grant.header);
             grants.put(&host, repository, grant.clone(), Instant::now());
         }
         Ok(grant)
@@ -423,7 +428,7 @@ impl Repository {
     ) -> Result<Grant, PullError> {
         let host = endpoint.host();
         let realm = self.realm(endpoint, question.realm)?;
-        let realm_host = host_of(&realm);
+        let realm_host = self.client.transport().foreign_host(&realm);
         let failed = |reason: String| PullError::Token {
             host: host.clone(),
             realm: realm_host.clone(),
@@ -443,6 +448,7 @@ impl Repository {
             headers: HeaderMap::new(),
             authorization: basic.as_ref(),
             body: None,
+            is_told: true,
             what: &what,
         };
         let refresh =
@@ -467,21 +473,22 @@ impl Repository {
     /// The token server's address: TLS, unless the registry itself is a named plain-HTTP host.
     fn realm(&self, endpoint: &Endpoint, realm: &str) -> Result<Url, PullError> {
         let host = endpoint.host();
+        let transport = self.client.transport();
+        let named = realm.split(['?', '@']).next().unwrap_or_default();
         let unusable = || PullError::Token {
             host: host.clone(),
-            realm: crate::manifest::shown(realm.split(['?', '@']).next().unwrap_or_default()),
+            realm: crate::manifest::shown(&transport.secrets().blotted(named)),
             reason: "its address is not a web address".to_owned(),
         };
         let url = Url::parse(realm).map_err(|_| unusable())?;
         if !url.username().is_empty() || url.password().is_some() || !url.has_host() {
             return Err(unusable());
         }
-        let plain =
-            endpoint.origin.scheme() == "http" || self.client.transport().may_be_plain(&url);
+        let plain = endpoint.origin.scheme() == "http" || transport.may_be_plain(&url);
         match url.scheme() {
             "https" => Ok(url),
             "http" if plain => Ok(url),
-            "http" => Err(PullError::InsecureRealm { host, realm: host_of(&url) }),
+            "http" => Err(PullError::InsecureRealm { host, realm: transport.foreign_host(&url) }),
             _ => Err(unusable()),
         }
     }
@@ -540,6 +547,7 @@ fn request<'a>(endpoint: &Endpoint, ask: Ask<'a>, grant: Option<&'a Grant>) -> R
         headers,
         authorization: grant.map(|grant| &grant.header),
         body: None,
+        is_told: false,
         what: ask.what,
     }
 }
@@ -565,12 +573,10 @@ fn mirror_endpoint(
     reference: &Reference,
     mirror: &str,
 ) -> Result<Endpoint, PullError> {
-    let (host, prefix) = mirror.trim_end_matches('/').split_once('/').unwrap_or((mirror, ""));
-    let host = host.trim_end_matches('/');
-    if !(prefix.is_empty() || prefix.split('/').all(is_component)) {
+    let Some((host, prefix)) = mirror_parts(mirror) else {
         let reason = format!("{mirror:?} is not host[:port][/path-prefix], without a scheme");
         return Err(PullError::Option { option: "mirror", reason });
-    }
+    };
     let separator = if prefix.is_empty() { "" } else { "/" };
     let registry = canonical_registry(host);
     Ok(Endpoint {

@@ -74,6 +74,18 @@ pub enum ConfigError {
     RootfsType(String),
 }
 
+impl ConfigError {
+    /// Puts `changed` in place of every text of the document that it quotes.
+    pub(crate) fn change_quotes(&mut self, changed: &dyn Fn(&str) -> String) {
+        match self {
+            ConfigError::Json(source) => {
+                *source = serde::de::Error::custom(changed(&source.to_string()));
+            }
+            ConfigError::RootfsType(kind) => *kind = changed(kind),
+        }
+    }
+}
+
 #[derive(Deserialize)]
 struct RawImage {
     #[serde(default, deserialize_with = "null_as_default")]

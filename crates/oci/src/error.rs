@@ -10,7 +10,7 @@ use crate::archive::ArchiveError;
 use crate::auth::docker_config::CredentialsError;
 use crate::config::ConfigError;
 use crate::digest::Digest;
-use crate::manifest::ManifestError;
+use crate::manifest::{ManifestError, shown};
 use crate::platform::Platform;
 use crate::spool::SpoolError;
 
@@ -417,6 +417,25 @@ impl PullError {
         }
     }
 
+    /// Puts `changed` in place of every text of a document that it quotes. What an answer says
+    /// beside documents is taken care of where it comes in (`transport`).
+    pub(crate) fn with_quotes(mut self, changed: &dyn Fn(&str) -> String) -> PullError {
+        if let PullError::Manifest { source, .. } = &mut self {
+            source.change_quotes(changed);
+        }
+        if let PullError::Config { source, .. } = &mut self {
+            source.change_quotes(changed);
+        }
+        if let PullError::NoSuchPlatform { available, .. } = &mut self {
+            for platform in available {
+                platform.os = changed(&platform.os);
+                platform.architecture = changed(&platform.architecture);
+                platform.variant = platform.variant.as_deref().map(changed);
+            }
+        }
+        self
+    }
+
     /// How long the server asked us to wait.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
@@ -487,7 +506,7 @@ impl PullError {
 
     fn hint_about_images(&self) -> Option<String> {
         if let PullError::NoSuchPlatform { available, .. } = self {
-            let first = available.first()?;
+            let first = shown(&available.first()?.to_string());
             return Some(format!("choose one of these platforms, for example --platform {first}"));
         }
         if let PullError::NotFound { .. } = self {
@@ -545,7 +564,8 @@ fn list<T: ToString>(items: &[T]) -> String {
     if items.is_empty() {
         return "nothing".to_owned();
     }
-    let shown: Vec<String> = items.iter().take(SHOWN_MAX).map(T::to_string).collect();
+    let shown: Vec<String> =
+        items.iter().take(SHOWN_MAX).map(|item| shown(&item.to_string())).collect();
     let more = items.len().saturating_sub(SHOWN_MAX);
     let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
     format!("{}{tail}", shown.join(", "))

@@ -92,7 +92,16 @@ impl Fetcher {
     /// # Errors
     /// When there is no such image, or what there is cannot be trusted or used.
     pub async fn resolve(&self, platform: &Platform) -> Result<Image, PullError> {
-        resolve::resolve(&self.store, &self.source, &self.options.limits, platform).await
+        let limits = &self.options.limits;
+        let resolved = resolve::resolve(&self.store, &self.source, limits, platform).await;
+        match &self.store {
+            // Documents may repeat what was sent as well.
+            Store::Registry(repository) => {
+                let secrets = repository.client.transport().secrets();
+                resolved.map_err(|error| error.with_quotes(&|text| secrets.blotted(text)))
+            }
+            Store::Layout(_) | Store::Archive(_) => resolved,
+        }
     }
 
     /// Whether everything so far was had without credentials; see [`Image::anonymous`].

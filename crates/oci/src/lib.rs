@@ -49,6 +49,6 @@ pub use image::{Compression, Image, Layer};
 pub use manifest::{Descriptor, Document, ImageIndex, Manifest, ManifestError, media_type};
 pub use options::{ClientOptions, Limits, RetryPolicy, Sleep, Timeouts};
 pub use platform::{Platform, PlatformError};
-pub use reference::{Reference, ReferenceError, check_registry};
+pub use reference::{Reference, ReferenceError, check_registry, is_mirror};
 pub use source::{Source, SourceError};
 pub use tar::TarError;

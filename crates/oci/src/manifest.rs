@@ -96,6 +96,31 @@ pub enum ManifestError {
     },
 }
 
+impl ManifestError {
+    /// Puts `changed` in place of every text of the document that it quotes.
+    pub(crate) fn change_quotes(&mut self, changed: &dyn Fn(&str) -> String) {
+        match self {
+            ManifestError::Json(source) => {
+                *source = serde::de::Error::custom(changed(&source.to_string()));
+            }
+            ManifestError::MediaType(text)
+            | ManifestError::NotAnImage(text)
+            | ManifestError::Layer { media_type: text, .. } => *text = changed(text),
+            ManifestError::Contradiction { announced, document } => {
+                *announced = changed(announced);
+                *document = changed(document);
+            }
+            ManifestError::Schema1
+            | ManifestError::SchemaVersion(_)
+            | ManifestError::NoMediaType
+            | ManifestError::Ambiguous
+            | ManifestError::Missing(_)
+            | ManifestError::TooMany { .. }
+            | ManifestError::Encrypted(_) => {}
+        }
+    }
+}
+
 /// A reference to a blob (OCI image spec `descriptor.md`). `urls` are never read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptor {
@@ -202,13 +227,21 @@ impl Document {
     }
 }
 
+/// Longest message of a reader that is passed on whole.
+const MESSAGE_BYTES_MAX: usize = 500;
+
 /// Reads a JSON object; the derived readers alone would take a list of the fields' values too.
 pub(crate) fn object<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, serde_json::Error> {
     let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
     if first.is_some_and(|byte| *byte != b'{') {
         return Err(serde::de::Error::custom("not a JSON object"));
     }
-    serde_json::from_slice(bytes)
+    // Its message quotes what it did not expect, however long that is.
+    serde_json::from_slice(bytes).map_err(|error: serde_json::Error| {
+        let message = error.to_string();
+        let is_long = message.len() > MESSAGE_BYTES_MAX;
+        if is_long { serde::de::Error::custom(shown(&message)) } else { error }
+    })
 }
 
 /// The one media type that announcement and document agree on.

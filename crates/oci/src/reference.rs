@@ -193,6 +193,20 @@ pub fn check_registry(text: &str) -> Result<(), ReferenceError> {
     if host_is_valid && port_is_valid { Ok(()) } else { Err(bad()) }
 }
 
+/// Whether a text can be a mirror: `host[:port][/path-prefix]`, without a scheme.
+#[must_use]
+pub fn is_mirror(text: &str) -> bool {
+    mirror_parts(text).is_some()
+}
+
+/// Host and path of a mirror.
+pub(crate) fn mirror_parts(text: &str) -> Option<(&str, &str)> {
+    let text = text.trim_end_matches('/');
+    let (host, prefix) = text.split_once('/').unwrap_or((text, ""));
+    let is_path = !text.contains('/') || prefix.split('/').all(is_component);
+    (is_path && check_registry(host).is_ok()).then_some((host, prefix))
+}
+
 fn is_label(label: &str) -> bool {
     !label.is_empty()
         && !label.starts_with('-')

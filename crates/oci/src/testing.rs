@@ -35,6 +35,9 @@ pub enum Fault {
     Hangup,
     /// Another status, with these headers and no body worth reading.
     Status(u16, Vec<(String, String)>),
+    /// Another status, with this message in the body; each `{}` in it is what the request has in
+    /// its `Authorization` header, without the scheme, or in its body.
+    Echo(u16, String),
     /// The body with its first byte changed.
     WrongBytes,
     /// Other bytes in place of the body.
@@ -312,7 +315,7 @@ fn converse<S: Read + Write>(stream: S, state: &State) -> std::io::Result<()> {
             return Ok(());
         }
         let mut answer = answer(state, &request);
-        apply(&mut answer, fault.as_ref());
+        apply(&mut answer, fault.as_ref(), &request);
         request.status = answer.status;
         lock(&state.requests).push(request);
         let keeps_open = answer.write(stream.get_mut(), fault.as_ref(), state)?;
@@ -436,8 +439,13 @@ impl Answer {
     }
 }
 
-fn apply(answer: &mut Answer, fault: Option<&Fault>) {
+fn apply(answer: &mut Answer, fault: Option<&Fault>, request: &Recorded) {
     match fault {
+        Some(Fault::Echo(status, message)) => {
+            let message = message.replace("{}", shown_credential(request));
+            let body = json!({"errors": [{"code": "ECHO", "message": message}]});
+            *answer = Answer::new(*status, "application/json", body.to_string().into_bytes());
+        }
         Some(Fault::Status(status, headers)) => {
             *answer = Answer::refusal(*status, "FAULT");
             for (name, value) in headers {
@@ -460,6 +468,12 @@ fn apply(answer: &mut Answer, fault: Option<&Fault>) {
         Some(Fault::CutAfter(_) | Fault::StallAfter(_) | Fault::ChunkedUpTo(_) | Fault::Hangup)
         | None => {}
     }
+}
+
+/// What a request came with to be let in.
+fn shown_credential(request: &Recorded) -> &str {
+    let header = request.headers.get("authorization").and_then(|value| value.split_once(' '));
+    header.map_or(&request.body, |(_, credential)| credential)
 }
 
 fn answer(state: &State, request: &Recorded) -> Answer {

@@ -14,6 +14,7 @@ use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LO
 use reqwest::{Method, Response, Url};
 use serde::Deserialize;
 
+use crate::auth::secrets::Secrets;
 use crate::error::PullError;
 use crate::manifest::shown;
 use crate::options::ClientOptions;
@@ -27,6 +28,8 @@ pub(crate) struct Transport {
     response_timeout: Duration,
     stall_timeout: Duration,
     redirects_max: usize,
+    /// What no answer's text may repeat to others.
+    secrets: Secrets,
 }
 
 /// A request, complete but for its `Authorization`.
@@ -36,6 +39,8 @@ pub(crate) struct Request<'a> {
     pub(crate) headers: HeaderMap,
     pub(crate) authorization: Option<&'a HeaderValue>,
     pub(crate) body: Option<String>,
+    /// Whether an answer named the host, and not the user.
+    pub(crate) is_told: bool,
     /// What is asked for, for errors.
     pub(crate) what: &'a str,
 }
@@ -68,7 +73,18 @@ impl Transport {
             response_timeout: options.timeouts.response,
             stall_timeout: options.timeouts.stall,
             redirects_max: options.limits.redirects_max,
+            secrets: Secrets::default(),
         })
+    }
+
+    /// What this client has shown to registries and token servers.
+    pub(crate) fn secrets(&self) -> &Secrets {
+        &self.secrets
+    }
+
+    /// `host[:port]` of a URL that an answer named, as an error may show it.
+    pub(crate) fn foreign_host(&self, url: &Url) -> String {
+        shown(&self.secrets.blotted(&host_of(url)))
     }
 
     /// The origin of a host as users write it: plain HTTP if it is named so, else TLS.
@@ -94,22 +110,27 @@ impl Transport {
         let home = request.url.clone();
         let mut url = request.url.clone();
         let mut is_home = true;
+        let host = |url: &Url, is_home| match is_home && !request.is_told {
+            true => host_of(url),
+            false => self.foreign_host(url),
+        };
         for _ in 0..=self.redirects_max {
-            let response = self.send_once(&request, &url, is_home).await?;
-            let Some(target) = self.redirect(&request, &url, &response)? else {
-                let host = host_of(&url);
-                return Ok(Answer { response, is_home, host });
+            let asked = host(&url, is_home);
+            let response = self.send_once(&request, &url, &asked, is_home).await?;
+            let Some(target) = self.redirect(&request, &url, &asked, &response)? else {
+                return Ok(Answer { response, is_home, host: asked });
             };
             is_home = is_home && same_origin(&home, &target);
             url = target;
         }
-        Err(PullError::TooManyRedirects { host: host_of(&home), limit: self.redirects_max })
+        Err(PullError::TooManyRedirects { host: host(&home, true), limit: self.redirects_max })
     }
 
     async fn send_once(
         &self,
         request: &Request<'_>,
         url: &Url,
+        host: &str,
         is_home: bool,
     ) -> Result<Response, PullError> {
         let mut headers = request.headers.clone();
@@ -121,7 +142,7 @@ impl Transport {
         if let Some(body) = &request.body {
             builder = builder.body(body.clone());
         }
-        let host = host_of(url);
+        let host = host.to_owned();
         match tokio::time::timeout(self.response_timeout, builder.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(connection_error(host, error.without_url())),
@@ -138,14 +159,14 @@ impl Transport {
         &self,
         request: &Request<'_>,
         from: &Url,
+        host: &str,
         response: &Response,
     ) -> Result<Option<Url>, PullError> {
         if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
             return Ok(None);
         }
-        let host = host_of(from);
         let senseless = |reason: &str| PullError::Protocol {
-            host: host.clone(),
+            host: host.to_owned(),
             what: request.what.to_owned(),
             reason: reason.to_owned(),
         };
@@ -157,8 +178,8 @@ impl Transport {
         let cleared = target.set_username("").and_then(|()| target.set_password(None));
         cleared.map_err(|()| senseless("a redirect to something that is no web address"))?;
         let refused = |reason| PullError::RedirectRefused {
-            host: host.clone(),
-            target: host_of(&target),
+            host: host.to_owned(),
+            target: self.foreign_host(&target),
             reason,
         };
         if request.method != Method::GET {
@@ -254,7 +275,9 @@ impl Transport {
         let first = parsed.and_then(|body| body.errors.into_iter().next());
         first.map_or_else(String::new, |entry| {
             let Entry { code, message } = entry;
-            shown(if message.is_empty() { &code } else { &message })
+            let said = if message.is_empty() { &code } else { &message };
+            // Before it is cut short: half a secret would not be found.
+            shown(&self.secrets.blotted(said))
         })
     }
 }

@@ -11,7 +11,15 @@ use crate::process::Program;
 use crate::workspace;
 
 /// What the Node.js client is made of.
-const NODE_FILES: &[&str] = &["package.json", "package-lock.json", "buf.gen.yaml", "client.mjs"];
+const NODE_FILES: &[&str] = &[
+    "package.json",
+    "package-lock.json",
+    "buf.gen.yaml",
+    "client.mjs",
+    "browser.mjs",
+    "page.html",
+    "page.mjs",
+];
 
 fn source(name: &str) -> PathBuf {
     workspace::top().join("xtask/clients").join(name)
@@ -54,7 +62,13 @@ pub(crate) fn python() -> Result<PathBuf> {
     })
 }
 
-/// A directory with buf, connect-node and the generated client.
+/// A stand-in for Google Cloud Storage, not yet told where to be.
+pub(crate) fn google() -> Result<Program> {
+    let program = Program::new(python()?.join("bin/python")).arg(source("python/google.py"));
+    Ok(program.env("PYTHONDONTWRITEBYTECODE", "1"))
+}
+
+/// A directory with buf, connect-node, connect-web and the generated client.
 pub(crate) fn node() -> Result<PathBuf> {
     let lock = read(&source("node/package-lock.json"))?;
     let dir = installed("node", &lock, |dir| {

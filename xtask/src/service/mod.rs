@@ -59,6 +59,12 @@ impl Place {
         self
     }
 
+    /// With a variable of the environment that other programs know too.
+    pub(crate) fn env(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.settings.push((name.to_owned(), value.into()));
+        self
+    }
+
     /// Where artifacts lie with local storage.
     pub(crate) fn artifacts(&self) -> PathBuf {
         self.dir.join("rootfs/artifacts")

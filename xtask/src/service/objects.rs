@@ -1,6 +1,7 @@
-//! An S3 server on loopback: `moto`, which keeps objects in memory. Alive as long as the value
-//! lives. Knows nothing of builderd.
+//! An S3 server on loopback: `moto`, which keeps objects in memory; and what of Cloud Storage is
+//! like it. Alive as long as the value lives. Knows nothing of builderd.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -15,31 +16,34 @@ pub(crate) const BUCKET: &str = "artifacts";
 pub(crate) struct ObjectStore {
     address: String,
     _server: Background,
-    _log: tempfile::NamedTempFile,
+    log: tempfile::NamedTempFile,
 }
 
 impl ObjectStore {
     /// Starts it and makes the bucket.
     pub(crate) fn start() -> Result<Self> {
         let program = clients::python()?.join("bin/moto_server");
-        let log = tempfile::NamedTempFile::new()?;
         let port = free_port()?;
+        let options = ["--host", "127.0.0.1", "--port", &port.to_string()].map(str::to_owned);
+        Self::of(Program::new(program).args(options), port)
+    }
+
+    /// A program that is moto on `port`.
+    fn of(program: Program, port: u16) -> Result<Self> {
+        let log = tempfile::NamedTempFile::new()?;
         let address = format!("127.0.0.1:{port}");
         // It must not outlive us, however we end.
-        let mut server = Program::new("setpriv")
-            .args(["--pdeathsig", "KILL"])
-            .arg(program)
-            .args(["--host", "127.0.0.1", "--port", &port.to_string()])
-            .background(log.path())?;
+        let wrapper = Program::new("setpriv").args(["--pdeathsig", "KILL"]);
+        let mut server = program.under(wrapper).background(log.path())?;
         let store = until("moto answers", Duration::from_secs(60), || {
             if let Some(status) = server.finished()? {
                 let said = std::fs::read_to_string(log.path()).unwrap_or_default();
-                bail!("moto_server ended with {status}:\n{said}");
+                bail!("moto ended with {status}:\n{said}");
             }
             Ok(request(&address, "PUT", &format!("/{BUCKET}")).ok())
         });
         store?;
-        Ok(Self { address, _server: server, _log: log })
+        Ok(Self { address, _server: server, log })
     }
 
     /// `http://127.0.0.1:PORT`
@@ -57,6 +61,45 @@ impl ObjectStore {
         let mut keys: Vec<String> = keys.map(str::to_owned).collect();
         keys.sort();
         Ok(keys)
+    }
+
+    /// Whether parts lie there of an upload that was neither completed nor aborted.
+    pub(crate) fn holds_parts(&self) -> Result<bool> {
+        Ok(request(&self.address, "GET", &format!("/{BUCKET}?uploads="))?.contains("<Upload>"))
+    }
+
+    /// How many requests have been answered whose first line contains all the words.
+    pub(crate) fn answered(&self, words: &[&str]) -> Result<usize> {
+        let log = std::fs::read_to_string(self.log.path())?;
+        let lines = log.lines().filter(|line| line.contains(" HTTP/1.1"));
+        Ok(lines.filter(|line| words.iter().all(|word| line.contains(word))).count())
+    }
+}
+
+/// Cloud Storage as far as its XML API is that of S3: `xtask/clients/python/google.py`.
+pub(crate) struct Google {
+    /// The same objects, by another way in.
+    pub(crate) objects: ObjectStore,
+    dir: tempfile::TempDir,
+}
+
+impl Google {
+    /// Starts it and makes the bucket.
+    pub(crate) fn start() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (plain, tls) = (free_port()?, free_port()?);
+        let program = clients::google()?.arg(dir.path()).args([plain, tls].map(|p| p.to_string()));
+        Ok(Self { objects: ObjectStore::of(program, plain)?, dir })
+    }
+
+    /// Whom to trust.
+    pub(crate) fn certificate(&self) -> PathBuf {
+        self.dir.path().join("server.crt")
+    }
+
+    /// The service account's key file, which says where the server is, too.
+    pub(crate) fn account(&self) -> PathBuf {
+        self.dir.path().join("account.json")
     }
 }
 

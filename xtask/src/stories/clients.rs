@@ -11,19 +11,33 @@ use super::lab::Lab;
 use super::service::{place, slow_image, slowly};
 use crate::images;
 use crate::process::Program;
-use crate::service::api::{SERVICE, number};
-use crate::service::{Server, clients, until};
+use crate::service::api::{Api, SERVICE, number};
+use crate::service::{Server, clients, free_port, until};
 
 /// How many transports the Node.js client goes through.
 const NODE_TRANSPORTS: usize = 14;
+
+/// Those that a page goes through: once where it may, once where it may not.
+const WEB_TRANSPORTS: [&str; 5] =
+    ["connect-json", "connect-proto", "connect-get", "grpc-web-proto", "grpc-web-json"];
 
 /// A service, an image that it builds, and one that it never gets to the end of.
 fn with_service(
     lab: &Lab,
     story: impl FnOnce(&Server, &str, &str) -> Result<()>,
 ) -> Result<Verdict> {
+    with_settings(lab, &[], story)
+}
+
+/// The same with more settings.
+fn with_settings(
+    lab: &Lab,
+    settings: &[(&str, &str)],
+    story: impl FnOnce(&Server, &str, &str) -> Result<()>,
+) -> Result<Verdict> {
     let corner = lab.corner()?;
     let (throttle, place) = slowly(lab, place(lab, &corner)?)?;
+    let place = settings.iter().fold(place, |place, (name, value)| place.set(name, value));
     let server = place.start()?;
     story(&server, &lab.pushed(images::TINY)?, &slow_image(lab, &throttle, 1)?)
         .with_context(|| last_lines(&server.said()))?;
@@ -54,6 +68,38 @@ pub(super) fn connect_node_lives_a_builds_life_on_every_transport(lab: &Lab) -> 
         let count = passed(&said);
         if count != NODE_TRANSPORTS {
             bail!("{count} of {NODE_TRANSPORTS} transports passed:\n{said}");
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn connect_web_in_a_browser_lives_a_builds_life_where_its_origin_may_call(
+    lab: &Lab,
+) -> Result<Verdict> {
+    let dir = clients::node()?;
+    let corner = lab.corner()?;
+    let ports = [free_port()?, free_port()?].map(|port| port.to_string());
+    let origin = format!("http://127.0.0.1:{}", ports[0]);
+    with_settings(lab, &[("CORS_ALLOWED_ORIGINS", &origin)], |server, image, _| {
+        let url = format!("http://{}", server.address());
+        let said = Program::new("setpriv")
+            .args(["--pdeathsig", "KILL", "node", "browser.mjs", &url, image])
+            .args(&ports)
+            .arg(corner.path("home"))
+            .dir(&dir)
+            .text()?;
+        if passed(&said) != 2 * WEB_TRANSPORTS.len() {
+            bail!("the pages said:\n{said}");
+        }
+        // The browser has not only kept the answers to itself.
+        for (who, wanted) in [("web", 1), ("stranger", 0)] {
+            for transport in WEB_TRANSPORTS {
+                let tenant = format!("{who}-{transport}");
+                let (_, found) = Api::new(server.address(), &tenant, "PRO").list()?;
+                if found != wanted {
+                    bail!("{tenant} has created {found} builds, not {wanted}");
+                }
+            }
         }
         Ok(())
     })

@@ -3,6 +3,7 @@
 //! All of them are listed here and nowhere else; each is counted, a skip is printed with its
 //! reason. Knows the command line of builderd, nothing of its code.
 
+mod buckets;
 mod bytes;
 mod cache;
 mod clients;
@@ -103,8 +104,10 @@ fn all() -> Vec<Story> {
         service::of_500_orders_at_once_the_last_place_takes_one,
         clients::plain_curl_lives_a_builds_life,
         clients::connect_node_lives_a_builds_life_on_every_transport,
+        clients::connect_web_in_a_browser_lives_a_builds_life_where_its_origin_may_call,
         clients::python_grpcio_lives_a_builds_life,
         clients::buf_curl_lives_a_builds_life_by_reflection_alone,
+        buckets::an_artifact_lives_its_life_in_a_bucket_of_google_cloud_storage,
         crash::builds_survive_a_service_that_is_killed_again_and_again,
         crash::builds_survive_killed_nodes_and_a_crashed_database,
     ];

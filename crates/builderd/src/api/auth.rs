@@ -102,7 +102,8 @@ pub(crate) struct Caller {
 
 #[derive(Clone, Debug)]
 enum Credential {
-    Token(Principal),
+    /// A token, by the hash under which it is kept, and whose it was when the request came.
+    Token { hash: String, principal: Principal },
     /// What the header says, in development mode.
     Believed(Option<TenantId>),
 }
@@ -156,7 +157,7 @@ pub(crate) struct Auth {
 impl Auth {
     /// Checks against `store`.
     pub(crate) fn new(store: Store, clock: Arc<dyn Clock>, rules: ApiRules) -> Self {
-        let limits = RateLimits::new(rules.health_per_sec);
+        let limits = RateLimits::new(rules.looks_per_sec);
         Self { store, clock, limits, rules, tokens: Memory::new(), tiers: Memory::new() }
     }
 
@@ -180,15 +181,20 @@ impl Auth {
             }),
             Mode::Tokens => {
                 let peer = peer.map(|address| address.ip());
-                let principal = self.by_token(text(AUTHORIZATION.as_str()), peer).await?;
+                let (hash, principal) = self.by_token(text(AUTHORIZATION.as_str()), peer).await?;
                 agree(&principal, tenant, customer)?;
-                Credential::Token(principal)
+                Credential::Token { hash, principal }
             }
         };
         Ok(Caller { credential, customer: customer.to_owned(), notes: Arc::default() })
     }
 
-    async fn by_token(&self, header: &str, peer: Option<IpAddr>) -> Result<Principal, Refusal> {
+    /// The token's hash and its principal.
+    async fn by_token(
+        &self,
+        header: &str,
+        peer: Option<IpAddr>,
+    ) -> Result<(String, Principal), Refusal> {
         let failed = |refusal| match self.limits.failed(peer) {
             Some(retry_after_secs) => Refusal::TooManyFailures { retry_after_secs },
             None => refusal,
@@ -200,23 +206,24 @@ impl Auth {
         if !scheme.eq_ignore_ascii_case("bearer") || !is_token(token) {
             return Err(failed(Refusal::BadToken));
         }
-        match self.known(token).await? {
-            Some(principal) => Ok(principal),
+        let hash = hash(token);
+        match self.known(&hash).await? {
+            Some(principal) => Ok((hash, principal)),
             None => Err(failed(Refusal::BadToken)),
         }
     }
 
     /// The principal of a token that is in force. The store is asked by the secret's hash, so
     /// that the time it takes tells nothing about secrets.
-    async fn known(&self, token: &str) -> Result<Option<Principal>, Refusal> {
-        let (hash, now) = (hash(token), self.clock.now());
-        let found = match self.tokens.get(&hash, now) {
+    async fn known(&self, hash: &str) -> Result<Option<Principal>, Refusal> {
+        let now = self.clock.now();
+        let found = match self.tokens.get(hash, now) {
             Some(found) => found,
             None => {
-                let found = self.store.system().token_by_hash(&hash).await?;
+                let found = self.store.system().token_by_hash(hash).await?;
                 // Guesses are not remembered.
                 let Some(found) = found else { return Ok(None) };
-                self.tokens.put(hash, found.clone(), now);
+                self.tokens.put(hash.to_owned(), found.clone(), now);
                 found
             }
         };
@@ -228,13 +235,14 @@ impl Auth {
         let tier = tier.unwrap_or(self.rules.default_tier);
         // A right that this version does not know is no right.
         let rights = row.rights.iter().filter_map(|right| right.parse().ok()).collect();
-        Ok(Some(Principal::new(Checked(()), row.tenant, row.customer, tier, rights)))
+        let (tenant, customer) = (row.tenant, row.customer);
+        Ok(Some(Principal::new(Checked(()), tenant, customer, Some(row.id), tier, rights)))
     }
 
     /// Who the caller is, given what the request itself says, if the rate allows one more.
     pub(crate) async fn admit(&self, caller: &Caller, claim: &Claim) -> Result<Principal, Answer> {
         let principal = match &caller.credential {
-            Credential::Token(principal) => self.agreed(principal, caller, claim),
+            Credential::Token { principal, .. } => self.agreed(principal, caller, claim),
             Credential::Believed(tenant) => self.believed(tenant.as_ref(), caller, claim).await,
         };
         let principal = principal.map_err(|refusal| Answer::refused(&refusal))?;
@@ -249,9 +257,27 @@ impl Auth {
     /// Refuses a caller whose token is known and whose rate is used up, before its body is read.
     pub(crate) async fn precheck(&self, caller: &Caller) -> Result<(), Answer> {
         match &caller.credential {
-            Credential::Token(_) => self.admit(caller, &Claim::default()).await.map(drop),
+            Credential::Token { .. } => self.admit(caller, &Claim::default()).await.map(drop),
             Credential::Believed(_) => Ok(()),
         }
+    }
+
+    /// Who the caller of a request is that takes long, as of now; an answer if it may no longer
+    /// come in. Counts against no rate.
+    pub(crate) async fn recheck(
+        &self,
+        caller: &Caller,
+        claim: &Claim,
+    ) -> Result<Principal, Answer> {
+        let principal = match &caller.credential {
+            Credential::Token { hash, .. } => match self.known(hash).await {
+                Ok(Some(principal)) => self.agreed(&principal, caller, claim),
+                Ok(None) => Err(Refusal::BadToken),
+                Err(refusal) => Err(refusal),
+            },
+            Credential::Believed(tenant) => self.believed(tenant.as_ref(), caller, claim).await,
+        };
+        principal.map_err(|refusal| Answer::refused(&refusal))
     }
 
     fn agreed(
@@ -268,8 +294,8 @@ impl Auth {
         let customer = named(caller, claim)?;
         let rights = Right::ALL.into_iter().filter(|right| principal.permit(*right).is_ok());
         let tenant = principal.tenant().clone();
-        let rights = rights.collect();
-        Ok(Principal::new(Checked(()), tenant, customer, principal.tier(), rights))
+        let (credential, rights) = (principal.credential().map(str::to_owned), rights.collect());
+        Ok(Principal::new(Checked(()), tenant, customer, credential, principal.tier(), rights))
     }
 
     async fn believed(
@@ -288,7 +314,7 @@ impl Auth {
         let customer = named(caller, claim)?;
         let tier = self.believed_tier(&tenant, claim.tier).await?;
         let rights = BTreeSet::from(Right::ALL);
-        Ok(Principal::new(Checked(()), tenant, customer, tier, rights))
+        Ok(Principal::new(Checked(()), tenant, customer, None, tier, rights))
     }
 
     /// The tier a tenant names, which is remembered; else the one it named last.
@@ -374,7 +400,7 @@ pub(super) mod tests {
 
     pub(in super::super) fn principal(tenant: &str, tier: Tier) -> Principal {
         let rights = BTreeSet::from(Right::ALL);
-        Principal::new(Checked(()), tenant.parse().unwrap(), None, tier, rights)
+        Principal::new(Checked(()), tenant.parse().unwrap(), None, None, tier, rights)
     }
 
     #[test]
@@ -399,7 +425,7 @@ pub(super) mod tests {
         assert!(matches!(agree(&whole, "other", ""), Err(Refusal::OtherTenant)));
         let tenant = "mine".parse().unwrap();
         let rights = BTreeSet::from(Right::ALL);
-        let one = Principal::new(Checked(()), tenant, Some("c1".into()), Tier::Pro, rights);
+        let one = Principal::new(Checked(()), tenant, Some("c1".into()), None, Tier::Pro, rights);
         assert!(agree(&one, "", "c1").is_ok() && agree(&one, "", "").is_ok());
         assert!(matches!(agree(&one, "", "c2"), Err(Refusal::OtherCustomer)));
     }

@@ -11,7 +11,7 @@ use connectrpc::{
 use super::auth::{Caller, Claim};
 use super::convert;
 use super::error::Answer;
-use super::follow::{Wish, follow};
+use super::follow::{Reader, Wish, follow};
 use super::{Answered, ApiState};
 use crate::build::record::{Build, Micros};
 use crate::build::service::ServiceError;
@@ -116,9 +116,8 @@ impl v1::BuilderService for Door {
             let mut order = convert::order(request)?;
             order.traceparent =
                 crate::telemetry::traceparent().or_else(|| traceparent_of_header(context));
-            if let (None, Some(key)) = (&order.idempotency_key, context.header("idempotency-key")) {
-                order.idempotency_key = convert::idempotency_key_of_header(key)?;
-            }
+            let header = context.header("idempotency-key");
+            order.idempotency_key = convert::idempotency_key(order.idempotency_key, header)?;
             Ok(self.state.service.create(&who, order).await?)
         });
         let build = build.await?;
@@ -224,7 +223,8 @@ impl v1::BuilderService for Door {
     ) -> ServiceResult<ServiceStream<v1::StreamBuildLogsResponse>> {
         let request = request.to_owned_message();
         let claim = Claim::tenant(&request.tenant_id);
-        let lines = admitted(&self.state, &context, claim, |who| async move {
+        let caller = caller(&context)?;
+        let lines = admitted(&self.state, &context, claim.clone(), |who| async move {
             let silence = u64::try_from(request.heartbeat_secs).unwrap_or(0);
             let wish = Wish {
                 build: request.build_id.clone(),
@@ -233,8 +233,8 @@ impl v1::BuilderService for Door {
                     .map_err(|_| Answer::invalid("offset: must not be negative"))?,
                 heartbeat: (silence >= HEARTBEAT_SECS_MIN).then(|| Duration::from_secs(silence)),
             };
-            let service = Arc::clone(&self.state.service);
-            Ok(follow(service, who, wish, self.state.stopped.clone()).await?)
+            let reader = Reader { who, caller, claim };
+            follow(Arc::clone(&self.state), reader, wish).await
         });
         Response::stream_ok(lines.await?)
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{Extension, Path, State};
+use axum::extract::{Extension, State};
 use axum::response::{IntoResponse, Response};
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
 use super::auth::Caller;
 use super::error::Answer;
-use super::rest::{Asked, TenantQuery, admitted, asked};
+use super::rest::{Asked, Named, TenantQuery, admitted, asked};
 use super::{Answered, ApiState};
 use crate::artifact::OpenArtifact;
 use crate::build::record::BuildResult;
@@ -36,7 +36,7 @@ enum Wanted {
 pub(super) async fn artifact(
     State(state): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Named(id): Named,
     query: Asked<TenantQuery>,
     method: Method,
     headers: HeaderMap,

@@ -5,6 +5,7 @@
 //! here, once, under a number; the caller gets the number.
 
 use std::error::Error;
+use std::time::Duration;
 
 use api::v1;
 use axum::body::Body;
@@ -171,6 +172,22 @@ impl Answer {
         Self::new(code, StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message)
     }
 
+    /// A request that development mode, which asks nobody for a credential, does not answer.
+    pub(crate) fn not_from_here(message: impl ToString) -> Self {
+        let code = ErrorCode::PermissionDenied;
+        Self::new(code, StatusCode::FORBIDDEN, "PERMISSION_DENIED", message)
+    }
+
+    /// A request of which the body did not come in time.
+    pub(crate) fn too_slow(waited: Duration) -> Self {
+        let message = format!(
+            "the body of this request did not arrive within {} s: send it faster",
+            waited.as_secs_f32()
+        );
+        let code = ErrorCode::DeadlineExceeded;
+        Self::new(code, StatusCode::REQUEST_TIMEOUT, "DEADLINE_EXCEEDED", message)
+    }
+
     /// No such route.
     pub(crate) fn no_route(path: &str) -> Self {
         let message = format!("there is nothing at {path}");
@@ -319,7 +336,7 @@ pub(super) fn quota_message(quota: &QuotaExceeded) -> String {
 }
 
 /// An error with everything that caused it.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -1,7 +1,8 @@
 //! A build's log as a stream: what is there, then what comes, until the build has ended.
 //!
 //! One page is in memory for each follower. A follower that was cut asks again with the offset
-//! behind the last line it has.
+//! behind the last line it has. Who follows is checked anew every few seconds: a token that is
+//! revoked or runs out reads no further.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,10 +14,11 @@ use futures_util::{Stream, stream};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::convert;
+use super::auth::{Caller, Claim};
 use super::error::Answer;
+use super::{ApiState, convert};
 use crate::build::record::LogLine;
-use crate::build::service::{BuildService, LogPage, ServiceError};
+use crate::build::service::{LogPage, ServiceError};
 use crate::store::Changes;
 use crate::tenant::Principal;
 
@@ -24,6 +26,8 @@ use crate::tenant::Principal;
 const PAGE_LINES: u32 = 200;
 /// How often a follower looks even if nobody said that something changed.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How long a credential is believed that was good.
+const RECHECK_EVERY: Duration = Duration::from_secs(2);
 
 /// What a follower wants.
 #[derive(Clone, Debug)]
@@ -34,10 +38,20 @@ pub(super) struct Wish {
     pub(super) heartbeat: Option<Duration>,
 }
 
+/// Who follows, and what shows that it still may.
+#[derive(Clone, Debug)]
+pub(super) struct Reader {
+    pub(super) who: Principal,
+    pub(super) caller: Caller,
+    pub(super) claim: Claim,
+}
+
 /// One follower of one log.
 struct Follower {
-    service: Arc<BuildService>,
-    who: Principal,
+    state: Arc<ApiState>,
+    reader: Reader,
+    /// When `reader` was last known to be let in.
+    checked: Instant,
     wish: Wish,
     /// Lines read and not yet sent.
     lines: VecDeque<LogLine>,
@@ -57,24 +71,24 @@ enum Woken {
 
 /// Opens the stream; a build that is not there is an error at once.
 pub(super) async fn follow(
-    service: Arc<BuildService>,
-    who: Principal,
+    state: Arc<ApiState>,
+    reader: Reader,
     wish: Wish,
-    shutdown: watch::Receiver<bool>,
 ) -> Result<
     impl Stream<Item = Result<v1::StreamBuildLogsResponse, ConnectError>> + Send + use<>,
-    ServiceError,
+    Answer,
 > {
     let mut follower = Follower {
         // Before the first look, so that nothing falls between.
-        changes: service.changes(),
-        service,
-        who,
+        changes: state.service.changes(),
+        shutdown: state.stopped.clone(),
+        state,
+        reader,
+        checked: Instant::now(),
         wish,
         lines: VecDeque::new(),
         is_end: false,
         last_sent: Instant::now(),
-        shutdown,
     };
     follower.read().await?;
     Ok(stream::unfold(Some(follower), |follower| async {
@@ -82,16 +96,26 @@ pub(super) async fn follow(
         match follower.next().await {
             Ok(Some(message)) => Some((Ok(message), Some(follower))),
             Ok(None) => None,
-            Err(error) => Some((Err(Answer::of(&error).into_connect()), None)),
+            Err(answer) => Some((Err(answer.into_connect()), None)),
         }
     }))
 }
 
 impl Follower {
-    async fn read(&mut self) -> Result<(), ServiceError> {
+    /// Asks again who follows, if that is due.
+    async fn recheck(&mut self) -> Result<(), Answer> {
+        if self.checked.elapsed() >= RECHECK_EVERY {
+            let Reader { caller, claim, .. } = &self.reader;
+            self.reader.who = self.state.auth.recheck(caller, claim).await?;
+            self.checked = Instant::now();
+        }
+        Ok(())
+    }
+
+    async fn read(&mut self) -> Result<(), Answer> {
         let (build, offset) = (&self.wish.build, self.wish.offset);
         let LogPage { lines, next_offset, is_end } =
-            self.service.log(&self.who, build, offset, PAGE_LINES).await?;
+            self.state.service.log(&self.reader.who, build, offset, PAGE_LINES).await?;
         let is_whole = u32::try_from(lines.len()).is_ok_and(|count| count < PAGE_LINES);
         self.is_end = is_end || (is_whole && !self.wish.follow);
         self.wish.offset = next_offset;
@@ -99,8 +123,9 @@ impl Follower {
         Ok(())
     }
 
-    async fn next(&mut self) -> Result<Option<v1::StreamBuildLogsResponse>, ServiceError> {
+    async fn next(&mut self) -> Result<Option<v1::StreamBuildLogsResponse>, Answer> {
         loop {
+            self.recheck().await?;
             if let Some(line) = self.lines.pop_front() {
                 self.last_sent = Instant::now();
                 return Ok(Some(convert::log_message(&line)));
@@ -118,7 +143,7 @@ impl Follower {
                     self.last_sent = Instant::now();
                     return Ok(Some(self.heartbeat()));
                 }
-                Woken::Stopping => return Err(ServiceError::Stopping),
+                Woken::Stopping => return Err(ServiceError::Stopping.into()),
             }
         }
     }
@@ -128,6 +153,7 @@ impl Follower {
         if *self.shutdown.borrow() {
             return Woken::Stopping;
         }
+        let recheck = RECHECK_EVERY.saturating_sub(self.checked.elapsed());
         let silence = self.wish.heartbeat.map(|silence| self.last_sent + silence);
         let silent = async {
             match silence {
@@ -139,7 +165,7 @@ impl Follower {
             // A sender that is gone means that the service goes, too.
             _ = self.shutdown.changed() => Woken::Stopping,
             () = silent => Woken::Silent,
-            () = self.changes.wait(LOOK_EVERY) => Woken::Changed,
+            () = self.changes.wait(LOOK_EVERY.min(recheck)) => Woken::Changed,
         }
     }
 

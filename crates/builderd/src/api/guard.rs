@@ -1,18 +1,19 @@
-//! What stands between the wire and every RPC handler, whatever the protocol: unknown names of
-//! enums in JSON are ignored, as unknown fields are, a panic becomes `internal`, an error before
-//! a stream's first message is its only message, and each call is told to whoever measures.
+//! What stands between the wire and every RPC handler, whatever the protocol: JSON that has not
+//! its message's form is refused, a panic becomes `internal`, an error before a stream's first
+//! message is its only message, and each call is told to whoever measures.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use buffa::json::{JsonParseOptions, with_json_parse_options};
 use bytes::Bytes;
 use connectrpc::dispatcher::{MethodDescriptor, RequestStream, StreamingResult, UnaryResult};
 use connectrpc::{CodecFormat, ConnectError, Dispatcher, Payload, RequestContext, Response};
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 
+use super::auth::Caller;
 use super::error::Answer;
+use super::shape;
 
 /// Told of each call when it has been answered: method, code (`ok` or Connect's name of an
 /// error), and how long it took. Of a stream only the beginning counts.
@@ -36,15 +37,11 @@ impl<D> Guard<D> {
     fn call<T: Send + 'static>(
         &self,
         path: &str,
-        mut call: futures_util::future::BoxFuture<'static, Result<T, ConnectError>>,
+        call: futures_util::future::BoxFuture<'static, Result<T, ConnectError>>,
     ) -> futures_util::future::BoxFuture<'static, Result<T, ConnectError>> {
         let (observe, path, start) = (Arc::clone(&self.observe), path.to_owned(), Instant::now());
-        let lenient = std::future::poll_fn(move |context| {
-            let options = JsonParseOptions::new().ignore_unknown_enum_values(true);
-            with_json_parse_options(&options, || call.as_mut().poll(context))
-        });
         Box::pin(async move {
-            let result = AssertUnwindSafe(lenient).catch_unwind().await;
+            let result = AssertUnwindSafe(call).catch_unwind().await;
             let result = result.unwrap_or_else(|_| {
                 observe(&path, PANICKED, start.elapsed());
                 Err(Answer::panicked().into_connect())
@@ -73,6 +70,30 @@ impl<D> Guard<D> {
     }
 }
 
+/// What is wrong with the form of a message in JSON.
+fn misshapen(
+    path: &str,
+    context: &RequestContext,
+    message: &[u8],
+    format: CodecFormat,
+) -> Option<ConnectError> {
+    if format != CodecFormat::Json {
+        return None;
+    }
+    let answer = Answer::of(&shape::check(input(path), message).err()?);
+    if let Some(caller) = context.extensions().get::<Caller>() {
+        caller.note(&answer);
+    }
+    Some(answer.into_connect())
+}
+
+/// The message that a method of ours takes.
+fn input(path: &str) -> Option<&'static api::Message> {
+    let name = path.strip_prefix(api::SERVICE)?.strip_prefix('/')?;
+    let method = api::METHODS.iter().find(|method| method.name == name)?;
+    api::message(method.input)
+}
+
 impl<D: Dispatcher> Dispatcher for Guard<D> {
     fn lookup(&self, path: &str) -> Option<MethodDescriptor> {
         self.inner.lookup(path)
@@ -85,7 +106,11 @@ impl<D: Dispatcher> Dispatcher for Guard<D> {
         request: Payload,
         format: CodecFormat,
     ) -> UnaryResult {
-        self.call(path, self.inner.call_unary(path, context, request, format))
+        let call: UnaryResult = match misshapen(path, &context, request.bytes(), format) {
+            Some(error) => Box::pin(async move { Err(error) }),
+            None => self.inner.call_unary(path, context, request, format),
+        };
+        self.call(path, call)
     }
 
     fn call_server_streaming(
@@ -95,7 +120,11 @@ impl<D: Dispatcher> Dispatcher for Guard<D> {
         request: Bytes,
         format: CodecFormat,
     ) -> StreamingResult {
-        self.streaming(path, self.inner.call_server_streaming(path, context, request, format))
+        let call: StreamingResult = match misshapen(path, &context, &request, format) {
+            Some(error) => Box::pin(async move { Err(error) }),
+            None => self.inner.call_server_streaming(path, context, request, format),
+        };
+        self.streaming(path, call)
     }
 
     fn call_client_streaming(

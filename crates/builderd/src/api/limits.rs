@@ -1,18 +1,20 @@
-//! How often a tenant may ask, by its tier, and how often an address may fail to prove who it is.
+//! How often a tenant may ask, by its tier, and how often an address may look how the service does
+//! or fail to prove who it is.
 //!
-//! One token bucket for each tenant (GCRA), in memory: several nodes each grant the whole rate.
+//! One token bucket for each (GCRA), in memory: several nodes each grant the whole rate.
 //! Quotas on builds are another thing and live in the store.
 
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use governor::clock::{Clock as _, DefaultClock};
 use governor::middleware::StateInformationMiddleware;
-use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use super::peers::Peers;
 use crate::build::record::Micros;
 use crate::tenant::{Principal, TenantId, Tier};
 
@@ -22,8 +24,10 @@ const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 
 /// Failures to authenticate that one address may have in a minute, and at once.
 const FAILURES: (u32, u32) = (60, 40);
-/// Requests to `/health` and `/stats` at once.
-const HEALTH_BURST: u32 = 10;
+/// Requests to `/health`, and to `/stats`, at once.
+const LOOKS_BURST: u32 = 10;
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
 /// After so many decisions the buckets that are full again are forgotten.
 const FORGET_EVERY: u32 = 4096;
 
@@ -51,28 +55,39 @@ impl Rate {
     }
 }
 
+/// What anybody may look at; looking at one does not count for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// At `/health`.
+    Health,
+    /// At `/stats`.
+    Stats,
+}
+
 /// All buckets.
 pub(crate) struct RateLimits {
     tiers: [Buckets<TenantId>; 4],
-    failures: DefaultKeyedRateLimiter<IpAddr>,
-    health: Option<(u32, DefaultDirectRateLimiter)>,
+    failures: Peers,
+    /// 0 for no limit.
+    looks_per_sec: u32,
+    health: Peers,
+    stats: Peers,
     decisions: AtomicU32,
     clock: DefaultClock,
 }
 
 impl RateLimits {
-    /// The rates of the tier table; `/health` answers `health_per_sec` times a second, always
-    /// when that is 0.
-    pub(crate) fn new(health_per_sec: u32) -> Self {
-        let health = NonZeroU32::new(health_per_sec).map(|rate| {
-            let quota = Quota::per_second(rate).allow_burst(at_least_one(HEALTH_BURST));
-            (health_per_sec, RateLimiter::direct(quota))
-        });
+    /// The rates of the tier table; each [`Look`] is answered `looks_per_sec` times a second to
+    /// each address, always when that is 0.
+    pub(crate) fn new(looks_per_sec: u32) -> Self {
+        let looks = || Peers::new(looks_per_sec, SECOND, LOOKS_BURST);
         Self {
             tiers: Tier::ALL
                 .map(|tier| RateLimiter::keyed(per_minute(tier.request_rate())).with_middleware()),
-            failures: RateLimiter::keyed(per_minute(FAILURES)),
-            health,
+            failures: Peers::new(FAILURES.0, MINUTE, FAILURES.1),
+            looks_per_sec,
+            health: looks(),
+            stats: looks(),
             decisions: AtomicU32::new(0),
             clock: DefaultClock::default(),
         }
@@ -105,23 +120,23 @@ impl RateLimits {
     /// Counts one failure of an address to prove who it is; the seconds to wait if there were
     /// too many.
     pub(crate) fn failed(&self, from: Option<IpAddr>) -> Option<u64> {
-        self.forget_now_and_then();
-        let until = self.failures.check_key(&from?).err()?;
-        Some(until.wait_time_from(self.clock.now()).as_secs() + 1)
+        let wait = self.failures.count(from?, Instant::now()).err()?;
+        Some(wait.as_secs() + 1)
     }
 
-    /// Counts one look at `/health`; the rate if it was exceeded.
-    pub(crate) fn health(&self) -> Result<(), u32> {
-        match &self.health {
-            Some((rate, bucket)) => bucket.check().map_err(|_| *rate),
-            None => Ok(()),
-        }
+    /// Counts one look of an address; the rate if it was exceeded.
+    pub(crate) fn look(&self, at: Look, from: IpAddr) -> Result<(), u32> {
+        let peers = match at {
+            _ if self.looks_per_sec == 0 => return Ok(()),
+            Look::Health => &self.health,
+            Look::Stats => &self.stats,
+        };
+        peers.count(from, Instant::now()).map_err(|_| self.looks_per_sec)
     }
 
     fn forget_now_and_then(&self) {
         if self.decisions.fetch_add(1, Ordering::Relaxed) % FORGET_EVERY == FORGET_EVERY - 1 {
             self.tiers.iter().for_each(Buckets::retain_recent);
-            self.failures.retain_recent();
         }
     }
 }
@@ -164,5 +179,19 @@ mod tests {
         assert!(limits.failed(Some(from)).is_some_and(|secs| (1..=2).contains(&secs)));
         assert_eq!(limits.failed(Some("192.0.2.8".parse().unwrap())), None);
         assert_eq!(limits.failed(None), None);
+    }
+    #[test]
+    fn looking_at_one_thing_leaves_the_other_and_other_addresses_alone() {
+        // One comes back in a second, so that no machine is too slow.
+        let limits = RateLimits::new(1);
+        let [one, other] = ["192.0.2.7", "192.0.2.8"].map(|text| text.parse().unwrap());
+        for _ in 0..LOOKS_BURST {
+            assert_eq!(limits.look(Look::Stats, one), Ok(()));
+        }
+        assert_eq!(limits.look(Look::Stats, one), Err(1));
+        assert_eq!(limits.look(Look::Health, one), Ok(()));
+        assert_eq!(limits.look(Look::Stats, other), Ok(()));
+        let unlimited = RateLimits::new(0);
+        assert!((0..1000).all(|_| unlimited.look(Look::Health, one).is_ok()));
     }
 }

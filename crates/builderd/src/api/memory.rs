@@ -4,6 +4,7 @@
 //! Nothing is believed for longer than [`REMEMBERED_SECS`], so that a token that is revoked, or a
 //! tenant whose tier changes, is known everywhere after that time.
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -31,7 +32,11 @@ impl<K: Eq + Hash, V: Clone> Memory<K, V> {
     }
 
     /// What was said of `key`, if that is not too long ago.
-    pub(super) fn get(&self, key: &K, now: Micros) -> Option<V> {
+    pub(super) fn get<Q>(&self, key: &Q, now: Micros) -> Option<V>
+    where
+        K: Borrow<Q>,
+        Q: Eq + Hash + ?Sized,
+    {
         let answers = self.answers();
         let (until, answer) = answers.get(key)?;
         // A clock that was set back must not make it last.

@@ -13,9 +13,13 @@ mod follow;
 mod guard;
 mod health;
 mod limits;
+mod local;
 mod memory;
+mod peers;
 mod rest;
 mod server;
+mod shape;
+mod slow;
 mod spelling;
 mod swallow;
 #[cfg(test)]
@@ -23,7 +27,7 @@ mod tests;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api::v1::BuilderServiceExt as _;
 use axum::body::Body;
@@ -45,6 +49,7 @@ pub(crate) use auth::{Mode, new_token};
 pub(crate) use guard::{Observe, PANICKED};
 pub(crate) use memory::REMEMBERED_SECS;
 pub(crate) use server::serve;
+pub(crate) use slow::BODY_MAX;
 
 use crate::build::record::Micros;
 use crate::build::service::BuildService;
@@ -54,6 +59,7 @@ use crate::store::Store;
 use crate::tenant::Tier;
 use error::Answer;
 use guard::Guard;
+use health::Heart;
 use spelling::Form;
 use swallow::Swallow;
 use tracing::Instrument as _;
@@ -77,8 +83,10 @@ pub(crate) struct ApiRules {
     pub(crate) mode: Mode,
     /// The tier of tenants of which nothing is known.
     pub(crate) default_tier: Tier,
-    /// How often `/health` answers in a second; 0 for always.
-    pub(crate) health_per_sec: u32,
+    /// How often `/health`, and `/stats`, answers an address in a second; 0 for always.
+    pub(crate) looks_per_sec: u32,
+    /// How long the body of a request may take.
+    pub(crate) body_max: Duration,
 }
 
 /// What the doors tell whoever measures.
@@ -102,7 +110,10 @@ pub(crate) struct ApiState {
     started_at: Micros,
     meters: Meters,
     refused: Swallow,
-    /// True once the service stops: ends streams, and makes `/health` say so.
+    heart: Arc<Heart>,
+    mode: Mode,
+    body_max: Duration,
+    /// True once the service stops: ends streams.
     stopped: watch::Receiver<bool>,
 }
 
@@ -118,8 +129,19 @@ impl ApiState {
     ) -> Self {
         let started_at = clock.now();
         let auth = Auth::new(store, Arc::clone(&clock), rules);
-        let refused = Swallow::new();
-        Self { service, auth, clock, started_at, meters, refused, stopped }
+        let heart = Heart::new(Arc::clone(&service), Arc::clone(&clock), stopped.clone());
+        Self {
+            service,
+            auth,
+            clock,
+            started_at,
+            meters,
+            refused: Swallow::new(),
+            heart: Arc::new(heart),
+            mode: rules.mode,
+            body_max: rules.body_max,
+            stopped,
+        }
     }
 
     fn uptime_secs(&self) -> i64 {
@@ -147,12 +169,14 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .route(&at("ListBuilds"), any(move |state, request| list_builds(state, rpc, request)))
         .route(&at("{method}"), call_any)
         .layer(from_fn(spelling::answer_in_both))
+        .layer(from_fn_with_state(Arc::clone(&state), slow::cut))
         .layer(from_fn_with_state(Arc::clone(&state), gate));
     let open = open_services(&state);
     let call_open = any(move |request| call(open.clone(), request));
+    let call_health = call_open.clone().layer(from_fn_with_state(Arc::clone(&state), slow::cut));
     let router = axum::Router::new()
         .merge(builds)
-        .route("/grpc.health.v1.Health/{method}", call_open.clone())
+        .route("/grpc.health.v1.Health/{method}", call_health)
         .route("/grpc.reflection.v1.ServerReflection/{method}", call_open.clone())
         .route("/grpc.reflection.v1alpha.ServerReflection/{method}", call_open)
         .route("/health", get(rest::health))
@@ -161,14 +185,17 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn(catch_panics))
-        .with_state(state);
+        .with_state(Arc::clone(&state));
+    let router = match state.mode {
+        Mode::Development => local::only(state, origins.clone(), router),
+        Mode::Tokens => router,
+    };
     cors::open_to(origins, router)
 }
 
 /// Health and reflection, which anybody may ask.
 fn open_services(state: &ApiState) -> Rpc {
-    let (service, stopped) = (Arc::clone(&state.service), state.stopped.clone());
-    let health = Arc::new(HealthService::new(health::Health::new(service, stopped)));
+    let health = Arc::new(HealthService::new(health::Health::new(Arc::clone(&state.heart))));
     let router = health.register(connectrpc::Router::new());
     let limits = connectrpc_health::request_limits();
     let router = connectrpc_health::apply_request_limits(router, limits);

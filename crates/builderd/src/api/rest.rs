@@ -1,18 +1,22 @@
 //! The documented plain routes beside the RPCs: state, log, list, figures, health.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Extension, Path, Query, State};
+use axum::extract::{Extension, FromRequestParts, Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::request::Parts;
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::auth::{Caller, Claim};
 use super::error::Answer;
+use super::limits::Look;
+use super::server::Peer;
 use super::{Answered, ApiState, convert, spelling};
 use crate::build::record::Build;
 use crate::build::service::LOG_LINES_MAX;
@@ -62,6 +66,23 @@ pub(super) fn asked<Q>(query: Asked<Q>) -> Answered<Q> {
     }
 }
 
+/// The build that a path names.
+pub(super) struct Named(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Answer;
+
+    async fn from_request_parts(head: &mut Parts, state: &S) -> Answered<Self> {
+        match Path::from_request_parts(head, state).await {
+            Ok(Path(id)) => Ok(Self(id)),
+            Err(error) => {
+                let problem = error.body_text();
+                Err(Answer::invalid(format!("the id of a build cannot be read: {problem}")))
+            }
+        }
+    }
+}
+
 /// Lets a caller in, or says why not; errors name the tenant.
 pub(super) async fn admitted<T, F: Future<Output = Answered<T>>>(
     state: &ApiState,
@@ -78,7 +99,7 @@ pub(super) async fn admitted<T, F: Future<Output = Answered<T>>>(
 pub(super) async fn status(
     State(state): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Named(id): Named,
     query: Asked<TenantQuery>,
 ) -> Answered<Json<Value>> {
     let tenant = asked(query)?.tenant_id;
@@ -110,8 +131,7 @@ pub(super) async fn list(
         let limit = convert::page_limit("limit", query.limit)?;
         let mut filter = Filter { offset: query.offset, limit, ..Filter::default() };
         if !query.status.is_empty() {
-            filter.states = convert::states_of_status(&query.status)
-                .ok_or_else(|| Answer::invalid(unknown_status(&query.status)))?;
+            filter.states = convert::states_of_status(&query.status)?;
             if filter.states.is_empty() {
                 return Ok(Json(json!({"builds": [], "total_count": 0, "has_more": false})));
             }
@@ -127,18 +147,11 @@ pub(super) async fn list(
     .await
 }
 
-fn unknown_status(name: &str) -> String {
-    format!(
-        "status: {name:?} is none; BUILD_STATUS_QUEUED, _RUNNING, _COMPLETED, _FAILED, _CANCELLED \
-         and _TIMEOUT are"
-    )
-}
-
 /// `GET …/GetBuildLogs/{id}?offset&limit`
 pub(super) async fn logs(
     State(state): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Named(id): Named,
     query: Asked<LogQuery>,
 ) -> Answered<Json<Value>> {
     let query = asked(query)?;
@@ -161,22 +174,32 @@ pub(super) async fn logs(
 }
 
 /// `GET /health`
-pub(super) async fn health(State(state): State<Arc<ApiState>>) -> Response {
-    if let Err(rate) = state.auth.limits().health() {
+pub(super) async fn health(
+    State(state): State<Arc<ApiState>>,
+    peer: Option<Extension<Peer>>,
+) -> Response {
+    if let Err(rate) = state.auth.limits().look(Look::Health, address(peer)) {
         return too_often(rate);
     }
-    let is_up = !*state.stopped.borrow() && state.service.ping().await.is_ok();
-    let (status, word) = match is_up {
-        true => (StatusCode::OK, "ok"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+    let (status, word, reason) = match state.heart.state().await {
+        Ok(()) => (StatusCode::OK, "ok", None),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable", Some(reason)),
     };
-    let body = json!({
+    let mut body = json!({
         "status": word,
         "service": "builderd",
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": state.uptime_secs(),
     });
+    if let Some(reason) = reason {
+        body["reason"] = json!(reason);
+    }
     (status, Json(body)).into_response()
+}
+
+/// Where a request came from; those of whom that is not known are one.
+fn address(peer: Option<Extension<Peer>>) -> IpAddr {
+    peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |Extension(peer)| peer.0.ip())
 }
 
 /// As the original said it.
@@ -190,8 +213,11 @@ fn too_often(rate: u32) -> Response {
 }
 
 /// `GET /stats`: how the service as a whole does; says nothing of single tenants.
-pub(super) async fn stats(State(state): State<Arc<ApiState>>) -> Answered<Response> {
-    if let Err(rate) = state.auth.limits().health() {
+pub(super) async fn stats(
+    State(state): State<Arc<ApiState>>,
+    peer: Option<Extension<Peer>>,
+) -> Answered<Response> {
+    if let Err(rate) = state.auth.limits().look(Look::Stats, address(peer)) {
         return Ok(too_often(rate));
     }
     let overview = state.service.overview().await?;

@@ -200,7 +200,10 @@ fn spell_field(field: &Field, value: Value, keep: bool, fill: bool) -> Value {
         (Kind::Number64, Value::Array(items)) if !keep => {
             items.into_iter().map(|item| spell_field(field, item, keep, fill)).collect()
         }
-        (Kind::Number | Kind::Number64 | Kind::Bool | Kind::Text | Kind::Map, value) => value,
+        (
+            Kind::Number | Kind::Number64 | Kind::Bool | Kind::Text | Kind::Enum(_) | Kind::Map,
+            value,
+        ) => value,
     }
 }
 
@@ -209,7 +212,7 @@ fn zero(field: &Field) -> Option<Value> {
         _ if field.is_repeated => Some(Value::Array(Vec::new())),
         Kind::Number | Kind::Number64 => Some(Value::from(0)),
         Kind::Bool => Some(Value::Bool(false)),
-        Kind::Text | Kind::Message(_) | Kind::Map => None,
+        Kind::Text | Kind::Enum(_) | Kind::Message(_) | Kind::Map => None,
     }
 }
 

@@ -1,15 +1,20 @@
 //! What a running build tells the store: its log and its progress, gathered so that a chatty
 //! build costs a few writes a second. Secrets are blotted out before anything is kept.
+//!
+//! Whoever waits for a write may be dropped at any moment; the write itself goes on, since nobody
+//! could say of one that was cut off whether it was made. The next flush hears what came of it.
 
 use std::mem;
 use std::sync::Mutex;
 use std::time::Duration;
 
 use secrecy::{ExposeSecret as _, SecretString};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tracing::Instrument as _;
 
 use super::disk::lock;
-use super::record::LogLine;
+use super::record::{LogLine, Micros};
 use super::state::BuildState;
 use crate::clock::Clock;
 use crate::store::{Lease, Store};
@@ -27,8 +32,25 @@ pub(super) struct Journal<'a> {
     lease: &'a Lease,
     clock: &'a dyn Clock,
     book: Mutex<Book>,
-    /// Lines reach the store in the order they were said.
-    writing: tokio::sync::Mutex<()>,
+    /// The write that is under way, never two: lines reach the store in the order they were said.
+    /// Ends with the journal.
+    writing: tokio::sync::Mutex<JoinSet<Written>>,
+}
+
+/// What is to be written.
+struct Waiting {
+    lines: Vec<LogLine>,
+    progress: Option<Progress>,
+}
+
+/// Where the build stands: state, percent, step.
+type Progress = (BuildState, u32, String);
+
+/// What was written of it.
+#[derive(Default)]
+struct Written {
+    lines: usize,
+    progress: Option<Progress>,
 }
 
 struct Book {
@@ -54,7 +76,8 @@ impl<'a> Journal<'a> {
             told: None,
             secrets: Vec::new(),
         };
-        Self { store, lease, clock, book: Mutex::new(book), writing: tokio::sync::Mutex::new(()) }
+        let writing = tokio::sync::Mutex::default();
+        Self { store, lease, clock, book: Mutex::new(book), writing }
     }
 
     /// From now on `secret` is blotted out of every line.
@@ -110,26 +133,34 @@ impl<'a> Journal<'a> {
     }
 
     /// Writes what waits. What cannot be written now is kept for the next time; a lost lease is
-    /// noticed by the next heartbeat.
+    /// noticed by the next heartbeat. May be dropped at any point.
     pub(super) async fn flush(&self) {
-        let _turn = self.writing.lock().await;
-        let (lines, progress) = self.waiting();
-        let store = self.store.lease(self.lease);
-        if let Some((state, percent, step)) = progress {
-            let now = self.clock.now();
-            // Told only when written: this future may be dropped while it waits.
-            if store.progress(state, percent, &step, now).await.is_ok() {
-                let mut book = lock(&self.book);
+        let mut writing = self.writing.lock().await;
+        // That of a flush that was dropped.
+        self.settle(&mut writing).await;
+        let waiting = self.waiting();
+        if waiting.lines.is_empty() && waiting.progress.is_none() {
+            return;
+        }
+        let write = write(self.store.clone(), self.lease.clone(), waiting, self.clock.now());
+        writing.spawn(write.in_current_span());
+        self.settle(&mut writing).await;
+    }
+
+    /// Waits for the write that is under way, and crosses out what it wrote.
+    async fn settle(&self, writing: &mut JoinSet<Written>) {
+        while let Some(written) = writing.join_next().await {
+            // Of one that panicked nothing is known to be written.
+            let Written { lines, progress } = written.unwrap_or_default();
+            let mut book = lock(&self.book);
+            book.lines.drain(..lines);
+            if let Some((state, percent, step)) = progress {
                 book.is_told = book.state == state && book.percent == percent && book.step == step;
             }
         }
-        // Taken out only when written, too.
-        if !lines.is_empty() && store.append_log(&lines).await.is_ok() {
-            lock(&self.book).lines.drain(..lines.len());
-        }
     }
 
-    fn waiting(&self) -> (Vec<LogLine>, Option<(BuildState, u32, String)>) {
+    fn waiting(&self) -> Waiting {
         let mut book = lock(&self.book);
         let left_out = mem::take(&mut book.left_out);
         if left_out > 0 {
@@ -140,6 +171,23 @@ impl<'a> Journal<'a> {
         }
         let progress = (!book.is_told).then(|| (book.state, book.percent, book.step.clone()));
         book.told = Some(Instant::now());
-        (book.lines.clone(), progress)
+        Waiting { lines: book.lines.clone(), progress }
     }
 }
+
+/// Writes it, each half if it can.
+async fn write(store: Store, lease: Lease, waiting: Waiting, now: Micros) -> Written {
+    let (store, mut written) = (store.lease(&lease), Written::default());
+    if let Some((state, percent, step)) = waiting.progress
+        && store.progress(state, percent, &step, now).await.is_ok()
+    {
+        written.progress = Some((state, percent, step));
+    }
+    if !waiting.lines.is_empty() && store.append_log(&waiting.lines).await.is_ok() {
+        written.lines = waiting.lines.len();
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests;

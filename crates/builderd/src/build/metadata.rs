@@ -94,13 +94,16 @@ pub struct FilesystemMetadata {
 /// The facts about the file that was written.
 #[derive(Clone, Debug, Serialize)]
 pub struct ArtifactMetadata {
-    /// Its size, holes included.
+    /// Its size as stored, holes included.
     pub size_bytes: u64,
     /// `none`, `gzip` or `zstd`.
     pub compression: &'static str,
     /// SHA-256 of the file as stored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
+    /// Size of the image after decompression, holes included; only of a compressed one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uncompressed_size_bytes: Option<u64>,
     /// SHA-256 of the image after decompression, where that differs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uncompressed_sha256: Option<String>,

@@ -3,9 +3,11 @@
 use std::fs::{File, TryLockError};
 use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ext4::Layout;
 use oci::{Fetcher, Image};
@@ -28,6 +30,12 @@ use crate::staged::Staged;
 
 /// How many directories the closing summary names.
 const BIGGEST_DIRECTORIES: usize = 8;
+/// How often the fetcher is asked what went wrong meanwhile.
+const NOTES_EVERY: Duration = Duration::from_millis(250);
+/// From this size on it is told beforehand how long the sum takes.
+const LONG_SUM_BYTES: u64 = 64 << 30;
+/// Bytes that are hashed to find out how long the sum takes.
+const SAMPLE_BYTES: usize = 16 << 20;
 /// Room before the superblock (kernel: Documentation/filesystems/ext4, "Layout").
 const BOOT_AREA_BYTES: usize = 1024;
 
@@ -56,13 +64,14 @@ pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, Bui
             None => Ok((options, layout)),
         }
     })?;
+    tell_of_long_sum(spec.checksum, layout.size_bytes(), observer);
     let written = write_image(spec, &layout, &tree, &mut packs, &disk, &mut phases)?;
     let biggest_directories = tree.biggest_directories(BIGGEST_DIRECTORIES);
     let metadata = describe(spec, &image, &options, &layout, &written);
     // Not part of the phase: whoever interrupts a build that waits here has got no output.
-    let turn = take_turn(spec.output_directory(), observer);
+    let turns = take_turns(&[spec.output_directory(), directory_of(&spec.metadata_file)], observer);
     phases.time(Phase::Publish, || publish(spec, written.staged, &metadata))?;
-    drop(turn);
+    drop(turns);
     prune(spec, observer);
     Ok(BuildReport {
         output: spec.output.clone(),
@@ -146,8 +155,7 @@ fn pull_on(
         runtime
             .block_on(async {
                 let fetcher = Fetcher::open(&spec.source, &spec.client, spool).await?;
-                let image = fetcher.resolve(&spec.platform).await;
-                warn(&fetcher, observer);
+                let image = warning(&fetcher, observer, fetcher.resolve(&spec.platform)).await;
                 Ok((fetcher, image?))
             })
             .map_err(failed)
@@ -160,17 +168,28 @@ fn pull_on(
         compressed_bytes: image.layers.iter().map(|layer| layer.size_bytes).sum(),
     });
     let packs = phases.time(Phase::Layers, || {
-        let packs = runtime.block_on(layers::fetch(spec, &fetcher, &image, disk, observer));
-        warn(&fetcher, observer);
-        packs
+        let work = layers::fetch(spec, &fetcher, &image, disk, observer);
+        runtime.block_on(warning(&fetcher, observer, work))
     })?;
     Ok((image, packs))
 }
 
-/// Passes on what the fetcher noted since it was last asked.
-fn warn(fetcher: &Fetcher, observer: &dyn Observer) {
-    for message in fetcher.take_notes() {
-        observer.event(&BuildEvent::Warning { message });
+/// Passes on what the fetcher notes while it works: a build that runs out of time is ended from
+/// outside, and says nothing afterwards.
+async fn warning<T>(
+    fetcher: &Fetcher,
+    observer: &dyn Observer,
+    work: impl Future<Output = T>,
+) -> T {
+    let mut work = pin!(work);
+    loop {
+        let ended = tokio::time::timeout(NOTES_EVERY, &mut work).await;
+        for message in fetcher.take_notes() {
+            observer.event(&BuildEvent::Warning { message });
+        }
+        if let Ok(result) = ended {
+            return result;
+        }
     }
 }
 
@@ -227,11 +246,40 @@ fn filesystem_options(options: &ImageOptions, image: &Image) -> ext4::Options {
     }
 }
 
+/// Says how long the sum of a large image will take: SHA-256 goes through holes like through data,
+/// and nothing is to be seen of it meanwhile.
+fn tell_of_long_sum(checksum: Checksum, size_bytes: u64, observer: &dyn Observer) {
+    if checksum == Checksum::None || size_bytes < LONG_SUM_BYTES {
+        return;
+    }
+    let sample = vec![0; SAMPLE_BYTES];
+    let started = Instant::now();
+    let sum: [u8; 32] = Sha256::digest(&sample).into();
+    std::hint::black_box(sum);
+    let samples = size_bytes.div_ceil(SAMPLE_BYTES as u64);
+    let minutes = (started.elapsed().as_secs_f64() * samples as f64 / 60.0).ceil();
+    let (size, unit) = match size_bytes >> 40 {
+        0 => (size_bytes >> 20, "GiB"),
+        _ => (size_bytes >> 30, "TiB"),
+    };
+    let message = format!(
+        "hashing {:.1} {unit}, holes too, takes about {minutes} min; --checksum none skips it",
+        size as f64 / 1024.0
+    );
+    observer.event(&BuildEvent::Warning { message });
+}
+
 struct Written {
     staged: Staged,
     size_bytes: u64,
     sha256: Option<String>,
-    uncompressed_sha256: Option<String>,
+    uncompressed: Option<Uncompressed>,
+}
+
+/// The image in a compressed file.
+struct Uncompressed {
+    size_bytes: u64,
+    sha256: Option<String>,
 }
 
 fn write_image(
@@ -269,7 +317,7 @@ fn write_image(
     })?;
     if spec.compression == Compression::None {
         let size_bytes = layout.size_bytes();
-        return Ok(Written { staged, size_bytes, sha256, uncompressed_sha256: None });
+        return Ok(Written { staged, size_bytes, sha256, uncompressed: None });
     }
     phases.time(Phase::Compress, || {
         let packed = stage()?;
@@ -281,7 +329,7 @@ fn write_image(
             staged: packed,
             size_bytes: compressed.size_bytes,
             sha256: compressed.sha256,
-            uncompressed_sha256: sha256,
+            uncompressed: Some(Uncompressed { size_bytes: size, sha256 }),
         })
     })
 }
@@ -308,7 +356,8 @@ fn describe(
         size_bytes: written.size_bytes,
         compression: spec.compression.as_str(),
         sha256: written.sha256.clone(),
-        uncompressed_sha256: written.uncompressed_sha256.clone(),
+        uncompressed_size_bytes: written.uncompressed.as_ref().map(|image| image.size_bytes),
+        uncompressed_sha256: written.uncompressed.as_ref().and_then(|image| image.sha256.clone()),
     };
     ImageMetadata::new(image, filesystem, artifact)
 }
@@ -354,16 +403,28 @@ fn check_names(spec: &BuildSpec) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// Waits until no other build gives names to files of `directory`, and keeps others waiting:
-/// image, checksum and metadata are then of one build. Where directories cannot be locked, as on
-/// some network file systems, nobody waits.
-fn take_turn(directory: &Path, observer: &dyn Observer) -> Option<File> {
-    let opened = File::open(directory).ok()?;
-    if matches!(opened.try_lock(), Err(TryLockError::WouldBlock)) {
-        let message = format!("another build publishes in {}: waiting", directory.display());
-        observer.event(&BuildEvent::Warning { message });
-    }
-    opened.lock().is_ok().then_some(opened)
+/// Waits until no other build gives names to files of `directories`, and keeps others waiting:
+/// image, checksum and metadata are then of one build. All builds take them in the same order, by
+/// device and inode, so that no two wait for each other. Where directories cannot be locked, as
+/// on some network file systems, nobody waits.
+fn take_turns(directories: &[&Path], observer: &dyn Observer) -> Vec<File> {
+    let opened = directories.iter().filter_map(|directory| {
+        let file = File::open(directory).ok()?;
+        let metadata = file.metadata().ok()?;
+        Some(((metadata.dev(), metadata.ino()), *directory, file))
+    });
+    let mut opened: Vec<_> = opened.collect();
+    opened.sort_by_key(|(place, ..)| *place);
+    // Of one that has two names only one is taken: it would wait for itself.
+    opened.dedup_by_key(|(place, ..)| *place);
+    let turns = opened.into_iter().filter_map(|(_, directory, file)| {
+        if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+            let message = format!("another build publishes in {}: waiting", directory.display());
+            observer.event(&BuildEvent::Warning { message });
+        }
+        file.lock().is_ok().then_some(file)
+    });
+    turns.collect()
 }
 
 /// Names the finished files, the image last: who sees it finds the others beside it. All are

@@ -94,7 +94,7 @@ impl fmt::Display for BuildId {
 pub struct NoBuildId;
 
 /// What the tenant asked for, in the engine's terms. Holds no secret.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BuildRequest {
     /// The image as it was written.
     pub image: String,

@@ -68,8 +68,12 @@ pub enum ServiceError {
         /// Where images may come from.
         allowed: String,
     },
-    /// The idempotency key belongs to another request.
-    #[error("the idempotency key was used for another request")]
+    /// The idempotency key belongs to another request, or to that of a caller whose builds this
+    /// one may not see.
+    #[error(
+        "the idempotency key was used before, for another request or by another credential: use a \
+         new one"
+    )]
     KeyReused,
     /// The build has not ended.
     #[error("the build is {0}: cancel it first, or use force")]
@@ -234,7 +238,8 @@ impl BuildService {
         Ok(row.and_then(|row| row.limits).unwrap_or_else(|| self.rules.limits(who.tier()).clone()))
     }
 
-    /// Accepts a build. When this returns, the build is in the database.
+    /// Accepts a build. When this returns, the build is in the database. A key that was used for
+    /// the same request gives that build, to its creator and to whoever may see builds.
     ///
     /// # Errors
     /// [`ServiceError`]
@@ -256,6 +261,7 @@ impl BuildService {
             customer: who.customer().map(str::to_owned),
             sealed_credentials,
             idempotency_key: order.idempotency_key,
+            created_by: who.credential().map(str::to_owned),
             traceparent: order.traceparent,
             created_at: self.clock.now(),
         };
@@ -264,8 +270,10 @@ impl BuildService {
                 self.metrics.build_created(who.tenant(), who.tier());
                 Ok(build)
             }
-            Accepted::Known(build) => Ok(build),
-            Accepted::KeyReused => Err(ServiceError::KeyReused),
+            Accepted::Known { build, created_by } if may_know(who, created_by.as_deref()) => {
+                Ok(build)
+            }
+            Accepted::Known { .. } | Accepted::KeyReused => Err(ServiceError::KeyReused),
             Accepted::Quota(quota) => {
                 self.metrics.quota_violation(who.tenant(), quota.quota_type);
                 Err(ServiceError::Quota(quota))
@@ -364,7 +372,8 @@ impl BuildService {
     }
 
     /// Deletes a build with its log; its artifact goes when no other build has it. With `force`
-    /// a build that has not ended is cancelled and waited for first.
+    /// a build that has not ended is cancelled and waited for first, which takes the right to
+    /// cancel.
     ///
     /// # Errors
     /// [`ServiceError::NotEnded`] without `force`; with it [`ServiceError::NotStopped`], and the
@@ -383,7 +392,9 @@ impl BuildService {
             match told_at {
                 None if !force => return Err(ServiceError::NotEnded(state)),
                 None => {
-                    store.cancel(&build, "deleted", self.clock.now()).await?;
+                    let permit = who.permit(Right::BuildCancel)?;
+                    let now = self.clock.now();
+                    self.store.tenant(&permit).cancel(&build, "deleted", now).await?;
                     told_at = Some(Instant::now());
                 }
                 Some(told_at) if told_at.elapsed() >= wait => {
@@ -493,12 +504,12 @@ impl BuildService {
         self.artifacts.path(key)
     }
 
-    /// Whether the database answers.
+    /// Whether the database takes writes.
     ///
     /// # Errors
-    /// [`ServiceError::Store`]
-    pub async fn ping(&self) -> Result<(), ServiceError> {
-        Ok(self.store.system().ping().await?)
+    /// [`StoreError`]
+    pub async fn beat(&self) -> Result<(), StoreError> {
+        self.store.system().beat().await
     }
 
     /// How the service as a whole does.
@@ -516,7 +527,13 @@ fn known(id: &str) -> Result<BuildId, ServiceError> {
     id.parse().map_err(|_| ServiceError::NotFound(id.chars().take(64).collect()))
 }
 
-/// What makes two orders the same: all of it but the trace and what the credentials are.
+/// Whether a caller with the key of a build is told of the build.
+fn may_know(who: &Principal, created_by: Option<&str>) -> bool {
+    let is_creator = created_by.is_some() && created_by == who.credential();
+    is_creator || who.permit(Right::BuildRead).is_ok()
+}
+
+/// What makes two orders the same: all of it but the key, the trace and what the credentials are.
 fn request_hash(order: &Order) -> String {
     // Plain data serialises.
     let request = serde_json::to_vec(&order.request).unwrap_or_default();

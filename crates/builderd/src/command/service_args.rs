@@ -427,7 +427,7 @@ pub(super) struct TenantSetArgs {
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub(super) timeout: Option<Duration>,
     /// A registry images may come from, `*` for all; may be repeated
-    #[arg(long, value_name = "HOST")]
+    #[arg(long, value_name = "HOST", value_parser = crate::config::parse_registry)]
     pub(super) registry: Vec<String>,
 }
 

@@ -26,7 +26,7 @@ pub(crate) use origins::Origins;
 pub(crate) use page::{document, effective, explain};
 pub(crate) use settings::{ConfigError, Settings, Sources};
 pub(crate) use table::PREFIX;
-pub(crate) use value::{parse_duration, parse_host, parse_mirror, parse_size};
+pub(crate) use value::{parse_duration, parse_host, parse_mirror, parse_registry, parse_size};
 
 /// The environment as the engine uses it.
 #[derive(Debug)]
@@ -386,9 +386,10 @@ fn mirrors(settings: &Settings, insecure: &[String], problems: &mut Vec<String>)
     let text = settings.text("DOCKER_REGISTRY_MIRROR").unwrap_or_default();
     let host = |url: &str| -> Result<String, String> {
         if let Some(host) = url.strip_prefix("http://") {
-            let host = host.trim_end_matches('/');
-            return match insecure.iter().any(|name| name == host) {
-                true => Ok(host.to_owned()),
+            let mirror = host.trim_end_matches('/');
+            let host = mirror.split('/').next().unwrap_or_default();
+            return match insecure.iter().any(|name| name.eq_ignore_ascii_case(host)) {
+                true => Ok(mirror.to_owned()),
                 false => Err(host.to_owned()),
             };
         }
@@ -398,7 +399,7 @@ fn mirrors(settings: &Settings, insecure: &[String], problems: &mut Vec<String>)
     let mut mirrors = Vec::new();
     for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
         let (of, url) = match entry.split_once('=') {
-            Some((of, url)) => (format!("{of}="), url),
+            Some((of, url)) => (format!("{of}="), url.trim()),
             None => (String::new(), entry),
         };
         match host(url) {
@@ -737,8 +738,24 @@ mod tests {
         refused(&[("DOCKER_REGISTRY_MIRROR", "http://a.b=c.d")], "write `a.b`");
         refused(&[("DOCKER_REGISTRY_MIRROR", "c d")], "expected `HOST[:PORT]`");
         refused(&[("DOCKER_INSECURE_REGISTRIES", "http://a.b:1")], "write `a.b:1`");
+        refused(&[("DOCKER_REGISTRY_MIRROR", "a.b/../c")], "DOCKER_REGISTRY_MIRROR");
+        let below = ("DOCKER_REGISTRY_MIRROR", "http://Mirror.example:5000/hub/");
+        let named = ("DOCKER_INSECURE_REGISTRIES", "mirror.example:5000");
+        assert_eq!(mirrors(&[below, named]), ["Mirror.example:5000/hub"]);
         let both = [plain, ("DOCKER_INSECURE_REGISTRIES", "127.0.0.1:5000")];
         assert_eq!(mirrors(&both), ["ghcr.io=127.0.0.1:5000", "a=b:1"]);
+    }
+
+    #[test]
+    fn registries_that_no_image_could_come_from_are_refused_by_name() {
+        for name in ["DOCKER_ALLOWED_REGISTRIES", "ALLOWED_REGISTRIES"] {
+            let problems = read(&[(name, "quay.io,https://ghcr.io")]).unwrap_err().join("");
+            assert!(problems.contains(&format!("{PREFIX}{name} is `quay.io,https")), "{problems}");
+            assert!(problems.contains("write `ghcr.io`"), "{problems}");
+            refused(&[(name, "ghcr.io/org")], "such as `localhost:5000`");
+        }
+        let allowed = read(&[("DOCKER_ALLOWED_REGISTRIES", "registry-1.docker.io, *")]).unwrap();
+        assert_eq!(allowed.docker.allowed_registries, ["docker.io", "*"]);
     }
 
     #[test]

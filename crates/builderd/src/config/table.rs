@@ -46,6 +46,8 @@ pub(crate) enum Kind {
     },
     /// `HOST[:PORT]`, several with commas.
     Hosts,
+    /// Registries as images are told apart by them, or `*`, several with commas.
+    Registries,
     /// An IP address, or `localhost`.
     Ip,
     /// Of a part that does not exist yet: anything but these values is refused.
@@ -76,7 +78,7 @@ impl Kind {
             Self::Ratio => "0.0 to 1.0".into(),
             Self::Duration => "duration".into(),
             Self::Size => "size".into(),
-            Self::Names | Self::Hosts => "list".into(),
+            Self::Names | Self::Hosts | Self::Registries => "list".into(),
             Self::OneOf(words) | Self::Choice { words, .. } => words.join(", "),
             Self::Ip => "address".into(),
             Self::Later { accepts, .. } if !accepts.is_empty() => accepts.join(", "),
@@ -229,7 +231,8 @@ const SERVER: &[Setting] = &[
         "false",
         "ours",
         "Development mode: headers and request bodies are believed without a credential. \
-         On the loopback address alone. The same as `--dev`.",
+         On the loopback address alone, and for requests whose `Host` (and `Origin`) is \
+         localhost, 127.0.0.0/8 or [::1]. The same as `--dev`.",
     ),
     setting(
         "CONFIG",
@@ -260,7 +263,9 @@ const SERVER: &[Setting] = &[
         SOME,
         "100",
         "README",
-        "Requests to `/health` each second. Requests of tenants are limited by tier.",
+        "Requests to `/health` that one address may make each second, and as many to `/stats`; \
+         an IPv6 address counts as its /64, those behind a proxy as one. Requests of tenants \
+         are limited by tier.",
     ),
     setting(
         "CORS_ALLOWED_ORIGINS",
@@ -432,11 +437,11 @@ const REGISTRIES: &[Setting] = &[
     ),
     setting(
         "DOCKER_ALLOWED_REGISTRIES",
-        Kind::Names,
+        Kind::Registries,
         "",
         "code",
-        "Registries images may come from, for every tenant; all when empty. A tier may \
-         allow fewer.",
+        "Registries images may come from, for every tenant, each `HOST[:PORT]`; all when empty \
+         or `*`. A tier may allow fewer.",
     )
     .also(&["ALLOWED_REGISTRIES"]),
     setting(

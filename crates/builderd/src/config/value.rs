@@ -90,6 +90,11 @@ impl Kind {
                 .map(|name| host(name))
                 .collect::<Result<_, _>>()
                 .map(Value::Names),
+            Self::Registries => names(text)
+                .iter()
+                .map(|name| registry(name))
+                .collect::<Result<_, _>>()
+                .map(Value::Names),
             Self::OneOf(words) => one_of(text, words),
             Self::Choice { words, later, why } => match one_of(text, later) {
                 Ok(_) => Err(format!("unimplemented: {why}")),
@@ -165,6 +170,19 @@ fn host(text: &str) -> Result<String, String> {
     }
 }
 
+/// A registry as images are told apart by it (Docker Hub has several names), or `*` for all.
+fn registry(text: &str) -> Result<String, String> {
+    match text {
+        "*" => Ok(text.to_owned()),
+        name => host(name).map(|host| oci::registry_named(&host).unwrap_or(host)),
+    }
+}
+
+/// As [`registry`], for the command line.
+pub(crate) fn parse_registry(text: &str) -> Result<String, String> {
+    registry(text.trim()).map_err(|expected| format!("expected {expected}"))
+}
+
 /// A registry in a list of the command line, where nothing is nothing: variables may be empty.
 pub(crate) fn parse_host(text: &str) -> Result<String, String> {
     match text.trim() {
@@ -177,13 +195,22 @@ pub(crate) fn parse_host(text: &str) -> Result<String, String> {
 /// mirror with a path perhaps. Nothing is nothing, as in [`parse_host`].
 pub(crate) fn parse_mirror(text: &str) -> Result<String, String> {
     let text = text.trim();
-    let (of, mirror) = text.split_once('=').unwrap_or(("*", text));
-    if of != "*" {
-        parse_host(of)?;
+    if text.is_empty() {
+        return Ok(String::new());
     }
+    let (of, mirror) = match text.split_once('=') {
+        Some((of, mirror)) => (Some(parse_registry(of)?), mirror.trim()),
+        None => (None, text),
+    };
     let is_url = mirror.contains("://");
-    parse_host(if is_url { mirror } else { mirror.split('/').next().unwrap_or_default() })?;
-    Ok(text.to_owned())
+    let name = if is_url { mirror } else { mirror.split('/').next().unwrap_or_default() };
+    host(name).map_err(|expected| format!("expected {expected}"))?;
+    if !oci::is_mirror(mirror) {
+        return Err(format!(
+            "`{mirror}`: expected `HOST[:PORT]/PATH`, such as `localhost:5000/hub`"
+        ));
+    }
+    Ok(of.map_or_else(|| mirror.to_owned(), |of| format!("{of}={mirror}")))
 }
 
 fn one_of(text: &str, words: &[&str]) -> Result<Value, String> {
@@ -335,6 +362,33 @@ mod tests {
         }
         for bytes in [1, 4096, 5 << 30, (5 << 30) + 1, 2_147_483_648, 3 << 40] {
             assert_eq!(parse_size(&size_text(bytes)), Ok(bytes));
+        }
+    }
+
+    #[test]
+    fn registries_are_named_as_images_name_them() {
+        let read = |text| Kind::Registries.read("DOCKER_ALLOWED_REGISTRIES", text);
+        let shown = |text| read(text).unwrap().to_string();
+        assert_eq!(shown("GHCR.io, localhost:5000,*"), "ghcr.io,localhost:5000,*");
+        assert_eq!(shown("index.docker.io"), "docker.io");
+        assert!(read("quay.io,https://ghcr.io/").unwrap_err().contains("write `ghcr.io`"));
+        for bad in ["ghcr.io/org", "a b", "*.example.com", "host:0", "[::1"] {
+            assert!(read(bad).unwrap_err().contains("HOST[:PORT]"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_mirror_that_no_build_could_use_is_refused() {
+        for (written, read) in [
+            ("", ""),
+            ("localhost:5000", "localhost:5000"),
+            ("GHCR.io = localhost:5000/hub-cache/x/", "ghcr.io=localhost:5000/hub-cache/x/"),
+            ("*=[::1]:5000", "*=[::1]:5000"),
+        ] {
+            assert_eq!(parse_mirror(written).as_deref(), Ok(read), "{written}");
+        }
+        for bad in ["=a.b", "ghcr.io=", "a.b/../x", "a.b/UPPER", "a.b//x", "a/b=c.d", "a.b?x=y"] {
+            assert!(parse_mirror(bad).is_err(), "{bad}");
         }
     }
 

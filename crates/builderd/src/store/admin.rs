@@ -186,6 +186,8 @@ const TABLES: &[Table] = &[
             ("failure", Text),
             ("result", Text),
             ("live_usage", Text),
+            ("unread_tries", Int),
+            ("created_by", Text),
         ],
     },
     Table {
@@ -236,6 +238,7 @@ const TABLES: &[Table] = &[
         keys: 1,
         columns: &[("artifact_key", Text), ("expires_at", Int)],
     },
+    Table { name: "heartbeat", keys: 1, columns: &[("place", Int), ("beats", Int)] },
 ];
 
 /// `$first, ...`, so many.

@@ -429,6 +429,18 @@ fn sqlite_kind(code: &str) -> Kind {
     }
 }
 
+/// Whether a database can be read and not written.
+pub(super) fn is_read_only(error: &sqlx::Error) -> bool {
+    let sqlx::Error::Database(said) = error else { return false };
+    let code = said.code().unwrap_or_default();
+    match said.try_downcast_ref::<sqlx::postgres::PgDatabaseError>() {
+        // read_only_sql_transaction
+        Some(_) => code == "25006",
+        // SQLITE_READONLY
+        None => code.parse::<u32>().is_ok_and(|code| code & 0xff == 8),
+    }
+}
+
 /// Whether two transactions got in each other's way, so that the loser should just try again.
 pub(super) fn is_conflict(error: &StoreError) -> bool {
     let StoreError::Unavailable(sqlx::Error::Database(said)) = error else { return false };

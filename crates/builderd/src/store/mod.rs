@@ -66,6 +66,20 @@ impl StoreError {
         matches!(self, Self::Unavailable(_) | Self::Full(_))
     }
 
+    /// What kind of trouble it is, in one word for programs.
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::Unavailable(error) if engine::is_read_only(error) => "database_read_only",
+            Self::Unavailable(_) => "database_unavailable",
+            Self::Full(_) => "database_full",
+            Self::Corrupt(_)
+            | Self::Illegal(_)
+            | Self::Database(_)
+            | Self::DataDirectory { .. }
+            | Self::Migrate(_) => "database_failed",
+        }
+    }
+
     /// The database took longer than its caller waits.
     pub(crate) fn timed_out() -> Self {
         Self::Unavailable(sqlx::Error::PoolTimedOut)
@@ -89,6 +103,8 @@ pub struct NewBuild {
     pub idempotency_key: Option<String>,
     /// SHA-256 over the request; the same key with another hash is refused.
     pub request_hash: String,
+    /// The id of its creator's token; none if nobody was asked for one.
+    pub created_by: Option<String>,
     /// W3C trace context of the request.
     pub traceparent: Option<String>,
     /// When.
@@ -101,7 +117,12 @@ pub enum Accepted {
     /// It is in the queue.
     Created(Build),
     /// The same request was accepted before.
-    Known(Build),
+    Known {
+        /// What it made.
+        build: Build,
+        /// The id of its creator's token, if that is known.
+        created_by: Option<String>,
+    },
     /// The key was used for another request.
     KeyReused,
     /// The tenant has no more.
@@ -719,12 +740,12 @@ impl SystemStore<'_> {
         self.rows.storage_bytes().await
     }
 
-    /// Whether the database answers.
+    /// Whether the database takes writes: one is made, which changes nothing that anybody reads.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn ping(&self) -> Result<(), StoreError> {
-        self.rows.ping().await
+    pub async fn beat(&self) -> Result<(), StoreError> {
+        self.rows.beat().await
     }
 
     /// Adds a tenant or changes it.

@@ -33,6 +33,9 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (2, "live_usage", include_str!("../../migrations/0002_live_usage.sql")),
     (3, "master_key", include_str!("../../migrations/0003_master_key.sql")),
     (4, "artifact_removal", include_str!("../../migrations/0004_artifact_removal.sql")),
+    (5, "heartbeat", include_str!("../../migrations/0005_heartbeat.sql")),
+    (6, "unread_tries", include_str!("../../migrations/0006_unread_tries.sql")),
+    (7, "created_by", include_str!("../../migrations/0007_created_by.sql")),
 ];
 
 /// What keeps a second server away from a data directory.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
 
@@ -166,6 +167,31 @@ fn a_compressed_image_unpacks_to_the_plain_one() {
 }
 
 #[test]
+fn the_metadata_of_a_compressed_image_has_both_sizes_and_both_sums() {
+    let workshop = Workshop::with(&two_layers());
+    // A block more than a group: neither the file system's size nor the stored file's.
+    let size = (128 << 20) + 4096;
+    let size_text = size.to_string();
+    workshop.build_well("plain", &["--size", &size_text]);
+    workshop.build_well("packed", &["--size", &size_text, "--compression", "zstd"]);
+    let artifact = |name: &str| {
+        let metadata = workshop.read(&format!("{name}.metadata.json"));
+        serde_json::from_slice::<serde_json::Value>(&metadata).unwrap()["artifact"].clone()
+    };
+    let packed = artifact("packed");
+    assert_eq!(packed["size_bytes"], workshop.read("packed").len());
+    assert_eq!(packed["sha256"], sha256(&workshop.read("packed")));
+    assert_eq!(packed["uncompressed_size_bytes"], size);
+    assert_eq!(packed["uncompressed_sha256"], sha256(&workshop.read("plain")));
+    let plain = artifact("plain");
+    assert_eq!(plain["size_bytes"], size);
+    assert_eq!(plain.get("uncompressed_size_bytes"), None, "there is but one size");
+    workshop.build_well("unsummed", &["--compression", "gzip", "--checksum", "none"]);
+    let unsummed = artifact("unsummed");
+    assert!(unsummed["uncompressed_size_bytes"].is_u64() && unsummed.get("sha256").is_none());
+}
+
+#[test]
 fn an_old_checksum_does_not_outlive_its_image() {
     let workshop = Workshop::with(&two_layers());
     workshop.build_well("out", &[]);
@@ -175,9 +201,13 @@ fn an_old_checksum_does_not_outlive_its_image() {
 }
 
 /// A build that has made its files, and waits to name them: we hold the lock.
-fn build_that_waits(workshop: &Workshop, output: &str) -> (Child, impl Iterator<Item = String>) {
+fn build_that_waits(
+    workshop: &Workshop,
+    arguments: &[&str],
+) -> (Child, impl Iterator<Item = String>) {
     let mut build = workshop
-        .command(&["build", "oci:image", "-o", output, "--progress", "rawjson"])
+        .command(&["build", "oci:image", "--progress", "rawjson"])
+        .args(arguments)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -194,7 +224,7 @@ fn builds_give_names_to_their_files_one_after_the_other() {
     std::fs::create_dir(workshop.path("to")).unwrap();
     let turn = File::open(workshop.path("to")).unwrap();
     turn.lock().unwrap();
-    let (mut build, mut lines) = build_that_waits(&workshop, "to/out");
+    let (mut build, mut lines) = build_that_waits(&workshop, &["-o", "to/out"]);
     assert!(workshop.names("to").is_empty());
     drop(turn);
     assert!(lines.any(|line| line.contains("\"finished\"")));
@@ -203,12 +233,82 @@ fn builds_give_names_to_their_files_one_after_the_other() {
 }
 
 #[test]
+fn builds_that_share_a_metadata_file_alone_take_turns_as_well() {
+    let workshop = Workshop::with(&two_layers());
+    for directory in ["to", "about"] {
+        std::fs::create_dir(workshop.path(directory)).unwrap();
+    }
+    std::os::unix::fs::symlink("about", workshop.path("same")).unwrap();
+    let turn = File::open(workshop.path("about")).unwrap();
+    turn.lock().unwrap();
+    let (mut build, mut lines) =
+        build_that_waits(&workshop, &["-o", "to/out", "--metadata-file", "same/about.json"]);
+    assert!(workshop.names("to").is_empty());
+    drop(turn);
+    assert!(lines.any(|line| line.contains("\"finished\"")));
+    assert!(build.wait().unwrap().success());
+    assert_eq!(workshop.names("to"), ["out", "out.sha256"]);
+    // One directory under two names is one.
+    workshop.build_well("about/out", &["--metadata-file", "same/about.json"]);
+}
+
+#[test]
+fn builds_that_name_files_in_the_same_places_do_not_wait_for_each_other_for_ever() {
+    let workshop = Workshop::with(&two_layers());
+    for directory in ["one", "two"] {
+        std::fs::create_dir(workshop.path(directory)).unwrap();
+    }
+    workshop.build_well("out", &[]);
+    for _ in 0..5 {
+        let ways = [("one/out", "two/about.json"), ("two/out", "one/about.json")];
+        let builds = ways.map(|(output, about)| {
+            let arguments = ["build", "oci:image", "-o", output, "--metadata-file", about];
+            workshop.command(&arguments).stderr(Stdio::null()).spawn().unwrap()
+        });
+        for mut build in builds {
+            assert!(build.wait().unwrap().success());
+        }
+    }
+}
+
+#[test]
+fn a_long_sum_is_told_beforehand_and_can_be_interrupted() {
+    let workshop = Workshop::with(&two_layers());
+    let arguments = ["build", "oci:image", "-o", "out", "--progress", "rawjson", "--no-journal"];
+    let mut command = workshop.command(&arguments);
+    let mut build = command
+        .args(["--free-space", "64G"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(build.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let told = lines.find(|line| line.contains("hashing 6")).expect("it is told");
+    assert!(told.contains("min; --checksum none skips it"), "{told}");
+    // The data is there; what is left to hash are holes.
+    let written = lines.find(|line| {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        line["event"] == "write_progress" && line["bytes"] == line["total_bytes"]
+    });
+    assert!(written.is_some());
+    let (pid, interrupted) = (build.id().to_string(), Instant::now());
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let result = build.wait_with_output().unwrap();
+    assert!(interrupted.elapsed() < Duration::from_secs(5), "{:?}", interrupted.elapsed());
+    assert_eq!(result.status.code(), Some(130));
+    assert!(stderr(&result).contains("no output was written"), "{}", stderr(&result));
+    assert!(!workshop.path("out").exists());
+    let unsummed = workshop.build_well("out", &["--free-space", "64G", "--checksum", "none"]);
+    assert!(!unsummed.contains("hashing"), "{unsummed}");
+}
+
+#[test]
 fn a_build_interrupted_before_it_names_anything_says_so_and_leaves_nothing() {
     let workshop = Workshop::with(&two_layers());
     std::fs::create_dir(workshop.path("to")).unwrap();
     let turn = File::open(workshop.path("to")).unwrap();
     turn.lock().unwrap();
-    let (build, _lines) = build_that_waits(&workshop, "to/out");
+    let (build, _lines) = build_that_waits(&workshop, &["-o", "to/out"]);
     let pid = build.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let result = build.wait_with_output().unwrap();

@@ -190,6 +190,37 @@ fn ls_shows_packs_and_prune_keeps_the_limit() {
 }
 
 #[test]
+fn prune_removes_what_killed_builds_have_left_and_nothing_else() {
+    let image = image();
+    let workshop = Workshop::with(&image);
+    workshop.build_well("out", &[]);
+    let before = workshop.names("cache/packs-v1/local");
+    let directory = workshop.path("cache/packs-v1/local");
+    let name = |digit: &str, kind| directory.join(format!("{}.{kind}", digit.repeat(64)));
+    for left in [name("a", "lock"), name("b", "stamp"), name("c", "lock"), name("c", "stamp")] {
+        std::fs::write(left, "").unwrap();
+    }
+    std::fs::write(directory.join(format!("{}.lock", sha256(&image.blobs[0]))), "").unwrap();
+    // Of a build that makes the pack just now: its stamp is not to be judged.
+    std::fs::write(name("d", "stamp"), "").unwrap();
+    let lock = std::fs::File::create(name("d", "lock")).unwrap();
+    lock.lock().unwrap();
+    // Nothing that anybody here has written.
+    std::fs::write(directory.join("somebodys.lock"), "").unwrap();
+    std::fs::create_dir(name("e", "lock")).unwrap();
+    let pruned = workshop.run(&["cache", "prune", "--cache-limit", "1G"]);
+    assert!(pruned.status.success(), "{}", stderr(&pruned));
+    let kept = [name("d", "lock"), name("d", "stamp"), name("e", "lock")];
+    let kept = kept.map(|path| path.file_name().unwrap().to_str().unwrap().to_owned());
+    let mut expected = [&before[..], &kept, &["somebodys.lock".to_owned()]].concat();
+    expected.sort();
+    assert_eq!(workshop.names("cache/packs-v1/local"), expected);
+    drop(lock);
+    workshop.run(&["cache", "prune", "--cache-limit", "1G"]);
+    assert!(!name("d", "lock").exists() && !name("d", "stamp").exists());
+}
+
+#[test]
 fn many_processes_make_each_pack_once() {
     let workshop = Workshop::with(&image());
     let children: Vec<_> = (0..6)

@@ -1,5 +1,7 @@
 //! Builds from a registry that is slow to please.
 
+use std::io::{BufRead as _, BufReader};
+
 use oci::testing::{Access, Fault, TestRegistry};
 
 use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
@@ -110,6 +112,29 @@ fn a_mirror_that_is_passed_over_is_named() {
     assert_eq!(result.status.code(), Some(3), "{}", stderr(&result));
     let told = stderr(&result);
     assert!(told.contains(&format!("mirror {host} was passed over: ")), "{told}");
+}
+
+#[test]
+fn a_mirror_that_is_passed_over_is_named_while_the_registry_is_waited_for() {
+    let (image, workshop) = (image(), Workshop::new());
+    let registry = serve(&image);
+    let gone = TestRegistry::start().unwrap().host();
+    registry.fault("manifests", Fault::StallAfter(0));
+    let (host, source) = (registry.host(), format!("{}/team/app:v1", registry.host()));
+    let (mirror, plain) = (format!("{host}={gone}"), format!("{host},{gone}"));
+    let arguments = ["build", &source, "-o", "out", "--mirror", &mirror, "--plain-http", &plain];
+    let mut command = workshop.command(&arguments);
+    let mut build =
+        command.args(["--progress", "plain"]).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(build.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let note = format!("mirror {gone} was passed over: ");
+    let told = lines.any(|line| line.contains(&note));
+    let is_waiting = build.try_wait().unwrap().is_none();
+    build.kill().unwrap();
+    build.wait().unwrap();
+    assert!(told && is_waiting, "{told} {is_waiting}");
+    let rest: Vec<String> = lines.collect();
+    assert!(rest.is_empty(), "it came when the wait was over: {rest:?}");
 }
 
 #[test]

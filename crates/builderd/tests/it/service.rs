@@ -529,6 +529,23 @@ fn a_mirror_that_is_passed_over_is_in_the_log() {
 }
 
 #[test]
+fn a_mirror_that_is_passed_over_is_in_the_log_of_a_build_that_ran_out_of_time() {
+    let stage = Stage::new();
+    let mirror = format!("{}=127.0.0.1:1", stage.registry.host());
+    let settings = [("DOCKER_REGISTRY_MIRROR", &*mirror), ("DOCKER_PULL_TIMEOUT", "2s")];
+    let server = stage.serve(&settings);
+    stage.registry.fault("manifests", Fault::StallAfter(0));
+    let mut once = order(&stage.reference("latest"));
+    once["config"]["retry_policy"] = json!({"max_retries": 0});
+    let id = server.well("t1", "CreateBuild", &once)["build_id"].as_str().unwrap().to_owned();
+    let build = server.finished("t1", &id);
+    let cause = build["failure"]["cause"].as_str().unwrap();
+    assert!(cause.contains("longer than 2 seconds"), "{build:#}");
+    let log = server.log("t1", &id);
+    assert!(log.contains("mirror 127.0.0.1:1 was passed over: "), "{log}");
+}
+
+#[test]
 fn an_artifact_larger_than_the_disk_is_given_to_nobody() {
     let stage = Stage::new();
     stage.push("library/app", &["latest"]);

@@ -118,7 +118,7 @@ async fn postgresql_keeps_what_it_answered_when_it_crashes() {
         assert_eq!(system.tokens().await.unwrap(), vec![token("one")]);
         let known = system.tenant(&"tenant-1".parse().unwrap()).await.unwrap();
         assert_eq!(known, Some(tier("tenant-1", Tier::Enterprise)));
-        system.ping().await.unwrap();
+        system.beat().await.unwrap();
         node.close().await;
     }
 }

@@ -6,6 +6,7 @@ mod access;
 mod archives;
 mod blobs;
 mod choosing;
+mod echoes;
 mod judges;
 mod layouts;
 mod mirrors;

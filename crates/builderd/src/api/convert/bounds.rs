@@ -1,6 +1,10 @@
 //! How much a request may bring. What is kept with a build is shown again by every list, so
 //! that each of its parts has a bound, and the whole of it has one too.
 
+use std::fmt::Display;
+
+use buffa::{EnumValue, Enumeration};
+
 use crate::build::service::ServiceError;
 
 /// Longest name, key, label, tag and id, in bytes.
@@ -20,8 +24,25 @@ pub(super) const LABELS_MAX: usize = 64;
 pub(super) const PULL_TAGS_MAX: usize = 16;
 
 /// A field that a request gets wrong.
-pub(super) fn invalid(field: &str, problem: impl ToString) -> ServiceError {
+pub(in super::super) fn invalid(field: &str, problem: impl ToString) -> ServiceError {
     ServiceError::Invalid { field: field.to_owned(), problem: problem.to_string() }
+}
+
+/// What an enum has not, with the words that it has.
+pub(in super::super) fn none_of(field: &str, said: impl Display, words: &[&str]) -> ServiceError {
+    invalid(field, format!("{said} is none of {}", words.join(", ")))
+}
+
+/// An enum's value. A number without a word means something that this service does not know, and
+/// what was asked for would not be what is done.
+pub(super) fn known<E: Enumeration + 'static>(
+    field: &str,
+    value: EnumValue<E>,
+) -> Result<E, ServiceError> {
+    value.as_known().ok_or_else(|| {
+        let words: Vec<&str> = E::values().iter().map(E::proto_name).collect();
+        none_of(field, value.to_i32(), &words)
+    })
 }
 
 /// A text that is kept.

@@ -12,9 +12,8 @@ use crate::build::record::Micros;
 use crate::tenant::Tier;
 use api::v1;
 
-pub(super) use order::{
-    filter, idempotency_key_of_header, order, page_limit, reason, states_of_status,
-};
+pub(super) use bounds::{invalid, none_of};
+pub(super) use order::{filter, idempotency_key, order, page_limit, reason, states_of_status};
 pub(super) use shown::{job, log_message, log_value, quotas, state, stats, status, tenant_context};
 #[cfg(test)]
 pub(super) use unimplemented::UNIMPLEMENTED;

@@ -8,7 +8,7 @@ use v1::build_source::SourceType;
 
 use super::bounds::{
     ECHO_BYTES_MAX, IMAGE_BYTES_MAX, LABELS_MAX, PULL_TAGS_MAX, REASON_BYTES_MAX, SECRET_BYTES_MAX,
-    TEXT_BYTES_MAX, bounded, few, invalid,
+    TEXT_BYTES_MAX, bounded, few, invalid, known, none_of,
 };
 use super::unimplemented::{refuse_unimplemented, rootfs};
 use crate::build::record::{BuildRequest, FailureCode, RetryPolicy};
@@ -23,18 +23,24 @@ const PAGE_DEFAULT: u32 = 50;
 const PAGE_MAX: u32 = 1000;
 const RETRIES_MAX: i32 = 10;
 
+/// Where a config names the key.
+const KEY_FIELD: &str = "config.idempotency_key";
+/// Where a request's head does.
+const KEY_HEADER: &str = "Idempotency-Key";
+
 /// What [`v1::CreateBuildRequest`] orders.
 pub(in super::super) fn order(request: v1::CreateBuildRequest) -> Result<Order, ServiceError> {
     let Some(config) = request.config.into_option() else {
         return Err(invalid("config", "build config is required"));
     };
     check_shape(&config)?;
+    check_words(&config)?;
     refuse_unimplemented(&config)?;
     let image = docker_image(&config)?;
     Ok(Order {
         credentials: credentials(image)?,
         lower: lower_limits(&config.limits)?,
-        idempotency_key: idempotency_key("config.idempotency_key", &config.idempotency_key)?,
+        idempotency_key: key(KEY_FIELD, &config.idempotency_key)?,
         traceparent: None,
         request: BuildRequest {
             image: bounded(
@@ -59,17 +65,26 @@ pub(in super::super) fn order(request: v1::CreateBuildRequest) -> Result<Order, 
 }
 
 /// An empty key is none.
-fn idempotency_key(field: &str, key: &str) -> Result<Option<String>, ServiceError> {
+fn key(field: &str, key: &str) -> Result<Option<String>, ServiceError> {
     Ok(Some(bounded(field, key, TEXT_BYTES_MAX)?).filter(|key| !key.is_empty()))
 }
 
-/// What the header `Idempotency-Key` says, for whoever does not say it in the config.
-pub(in super::super) fn idempotency_key_of_header(
-    value: &HeaderValue,
+/// The one key that config and header `Idempotency-Key` name, if they name one.
+pub(in super::super) fn idempotency_key(
+    in_config: Option<String>,
+    header: Option<&HeaderValue>,
 ) -> Result<Option<String>, ServiceError> {
-    let field = "Idempotency-Key";
-    let key = value.to_str().map_err(|_| invalid(field, "has other letters than ASCII's"))?;
-    idempotency_key(field, key)
+    let text = header.map_or(Ok(""), HeaderValue::to_str);
+    let text = text.map_err(|_| invalid(KEY_HEADER, "has other letters than ASCII's"))?;
+    match (in_config, key(KEY_HEADER, text)?) {
+        (Some(one), Some(other)) if one != other => {
+            let problem = format!(
+                "{one:?} is not what the header {KEY_HEADER} says, {other:?}: send one of them"
+            );
+            Err(invalid(KEY_FIELD, problem))
+        }
+        (in_config, in_header) => Ok(in_config.or(in_header)),
+    }
 }
 
 /// Why a build is cancelled.
@@ -111,6 +126,18 @@ fn check_shape(config: &v1::BuildConfig) -> Result<(), ServiceError> {
         None => Err(invalid("config.target", "build target is required")),
         Some(_) => Ok(()),
     }
+}
+
+/// Enums mean what this service knows, or nothing is done.
+fn check_words(config: &v1::BuildConfig) -> Result<(), ServiceError> {
+    known("config.tenant.tier", config.tenant.tier)?;
+    if let Some(target) = rootfs(config) {
+        known("config.target.microvm_rootfs.init_strategy", target.init_strategy)?;
+    }
+    if let Some(SourceType::DockerImage(image)) = &config.source.source_type {
+        known("config.source.docker_image.pull_policy", image.pull_policy)?;
+    }
+    Ok(())
 }
 
 fn docker_image(config: &v1::BuildConfig) -> Result<&v1::DockerImageSource, ServiceError> {
@@ -258,8 +285,10 @@ fn retried_code(field: &str, name: &str) -> Result<FailureCode, ServiceError> {
 }
 
 /// The config as it was sent, without anything secret. Of credentials it tells that there were
-/// some, so that whoever sends it again knows to bring them.
+/// some, so that whoever sends it again knows to bring them. The idempotency key is not part of
+/// what is to be built: the same request may name it here or in its head.
 fn echo(mut config: v1::BuildConfig) -> Result<String, ServiceError> {
+    config.idempotency_key.clear();
     if let Some(SourceType::DockerImage(image)) =
         config.source.as_option_mut().and_then(|source| source.source_type.as_mut())
     {
@@ -288,6 +317,9 @@ fn echo(mut config: v1::BuildConfig) -> Result<String, ServiceError> {
 pub(in super::super) fn filter(
     request: &v1::ListBuildsRequest,
 ) -> Result<Option<Filter>, ServiceError> {
+    for wanted in &request.state_filter {
+        known("state_filter", *wanted)?;
+    }
     let is_filtered = request.state_filter.iter().any(|wanted| wanted.to_i32() != 0);
     let is_wanted =
         |state: &BuildState| request.state_filter.contains(&EnumValue::from(super::state(*state)));
@@ -317,16 +349,25 @@ pub(in super::super) fn page_limit(field: &str, asked: i64) -> Result<u32, Servi
     }
 }
 
-/// The states that the documentation calls so; none if it knows no such status.
-pub(in super::super) fn states_of_status(name: &str) -> Option<Vec<BuildState>> {
+/// The states that the documentation calls so, by the whole word or by its end alone.
+pub(in super::super) fn states_of_status(name: &str) -> Result<Vec<BuildState>, ServiceError> {
     use buffa::Enumeration as _;
-    let full = match name.starts_with("BUILD_STATUS_") {
+    const PREFIX: &str = "BUILD_STATUS_";
+    let full = match name.starts_with(PREFIX) {
         true => name.to_owned(),
-        false => format!("BUILD_STATUS_{}", name.to_ascii_uppercase()),
+        false => format!("{PREFIX}{}", name.to_ascii_uppercase()),
     };
-    let wanted = v1::BuildStatus::from_proto_name(&full)?;
+    let wanted = v1::BuildStatus::from_proto_name(&full).ok_or_else(|| {
+        let whole: Vec<&str> =
+            v1::BuildStatus::values().iter().map(v1::BuildStatus::proto_name).collect();
+        let short = whole.iter().filter_map(|word| word.strip_prefix(PREFIX));
+        let short: Vec<String> = short.map(str::to_ascii_lowercase).collect();
+        let words: Vec<&str> =
+            whole.iter().copied().chain(short.iter().map(String::as_str)).collect();
+        none_of("status", format_args!("{name:?}"), &words)
+    })?;
     let is_wanted = |state: &BuildState| super::status(*state) == wanted;
-    Some(BuildState::ALL.into_iter().filter(is_wanted).collect())
+    Ok(BuildState::ALL.into_iter().filter(is_wanted).collect())
 }
 
 #[cfg(test)]
@@ -547,6 +588,70 @@ mod tests {
     }
 
     #[test]
+    fn numbers_without_a_word_are_refused_where_they_would_mean_something() {
+        let field = |result: Result<(), ServiceError>| match result {
+            Err(ServiceError::Invalid { field, problem }) => (field, problem),
+            other => panic!("{other:?}"),
+        };
+        let asked = v1::ListBuildsRequest {
+            state_filter: vec![v1::BuildState::BUILD_STATE_FAILED.into(), 77.into()],
+            ..Default::default()
+        };
+        let (name, problem) = field(filter(&asked).map(drop));
+        assert_eq!(name, "state_filter");
+        let start = "77 is none of BUILD_STATE_UNSPECIFIED, BUILD_STATE_PENDING, ";
+        assert!(problem.starts_with(start), "{problem}");
+        for (place, path) in [
+            ("tenant.tier", "/tenant/tier"),
+            ("source.docker_image.pull_policy", "/source/docker_image/pull_policy"),
+            ("target.microvm_rootfs.init_strategy", "/target/microvm_rootfs/init_strategy"),
+        ] {
+            let numbered = |number: i32| {
+                ordered(whole(|config| {
+                    config["tenant"] = json!({"tier": 0});
+                    config["source"]["docker_image"]["pull_policy"] = json!(0);
+                    config["target"]["microvm_rootfs"]["init_strategy"] = json!(0);
+                    *config.pointer_mut(path).unwrap() = json!(number);
+                }))
+            };
+            assert!(numbered(0).is_ok() && numbered(2).is_ok(), "{place}");
+            let (name, problem) = field(numbered(77).map(drop));
+            assert_eq!(name, format!("config.{place}"));
+            assert!(problem.starts_with("77 is none of "), "{problem}");
+        }
+    }
+
+    #[test]
+    fn the_key_is_one_wherever_it_stands() {
+        let header = |text: &'static str| Some(HeaderValue::from_static(text));
+        let key = |field: Option<&str>, header: Option<HeaderValue>| {
+            idempotency_key(field.map(str::to_owned), header.as_ref())
+        };
+        let is = |key: Result<Option<String>, ServiceError>| key.unwrap();
+        assert_eq!(is(key(None, None)), None);
+        assert_eq!(is(key(None, header(""))), None);
+        for (field, header) in [
+            (Some("k"), None),
+            (Some("k"), header("")),
+            (None, header("k")),
+            (Some("k"), header("k")),
+        ] {
+            assert_eq!(is(key(field, header)).as_deref(), Some("k"));
+        }
+        let said = key(Some("k"), header("other")).unwrap_err().to_string();
+        assert!(
+            said.starts_with("config.idempotency_key: \"k\" is not what the header "),
+            "{said}"
+        );
+        assert!(said.contains("Idempotency-Key says, \"other\""), "{said}");
+
+        let keyed = whole(|config| config["idempotency_key"] = json!("k"));
+        let (keyed, bare) = (ordered(keyed).unwrap(), ordered(whole(|_| ())).unwrap());
+        assert_eq!(keyed.request, bare.request, "what is built is the same");
+        assert_eq!(keyed.idempotency_key.as_deref(), Some("k"));
+    }
+
+    #[test]
     fn filters_name_states_of_both_vocabularies() {
         let filtered = |request: Value| {
             let request = serde_json::from_value(request).unwrap();
@@ -563,9 +668,14 @@ mod tests {
         assert_eq!(none.unwrap(), None);
         assert!(filtered(json!({"page_size": -1})).is_err());
         assert!(filtered(json!({"page_token": "x"})).is_err());
-        assert_eq!(states_of_status("BUILD_STATUS_TIMEOUT"), Some(vec![BuildState::Timeout]));
-        assert_eq!(states_of_status("running").map(|states| states.len()), Some(5));
-        assert_eq!(states_of_status("BUILD_STATUS_UNKNOWN"), Some(vec![]));
-        assert_eq!(states_of_status("sleeping"), None);
+        let states = |status: &str| states_of_status(status).map_err(|error| error.to_string());
+        assert_eq!(states("BUILD_STATUS_TIMEOUT"), Ok(vec![BuildState::Timeout]));
+        assert_eq!(states("running").map(|states| states.len()), Ok(5));
+        assert_eq!(states("BUILD_STATUS_UNKNOWN"), Ok(vec![]));
+        for wrong in ["sleeping", "BUILD_STATUS_SLEEPING", "BUILD_STATUS_running", "\u{fffd}"] {
+            let said = states(wrong).unwrap_err();
+            assert!(said.starts_with(&format!("status: {wrong:?} is none of ")), "{said}");
+            assert!(said.contains(", BUILD_STATUS_RUNNING, ") && said.contains(", running, "));
+        }
     }
 }

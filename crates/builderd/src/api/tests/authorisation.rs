@@ -151,6 +151,65 @@ async fn every_way_in_lets_in_whom_it_should_and_nobody_else() {
     server.stop().await;
 }
 
+/// What takes a second right, because of what it does or tells beside what it is asked for.
+#[tokio::test]
+async fn nobody_stops_a_build_without_the_right_to_cancel() {
+    let server = Server::start(Mode::Tokens).await;
+    let all = server.token("owner", &Right::ALL).await;
+    let others = Right::ALL.into_iter().filter(|right| *right != Right::BuildCancel);
+    let weak = server.token("owner", &others.collect::<Vec<_>>()).await;
+    let both = server.token("owner", &[Right::BuildDelete, Right::BuildCancel]).await;
+    for is_running in [false, true] {
+        let created = send(server.rpc("CreateBuild", &create_body()).bearer_auth(&all)).await;
+        let id = created.well()["build_id"].as_str().unwrap().to_owned();
+        let claimed = if is_running { Some(server.claim().await) } else { None };
+        let force = json!({"build_id": id, "force": true});
+        let delete = |token: &str| server.rpc("DeleteBuild", &force).bearer_auth(token);
+        let (word, text) = meaning(delete(&weak)).await;
+        assert_eq!(word, "permission_denied");
+        assert!(text.contains("build:cancel"), "{text}");
+        let get = server.rpc("GetBuild", &json!({"build_id": id})).bearer_auth(&all);
+        let state = send(get).await.well()["build"]["status"].clone();
+        let expected = if is_running { "BUILD_STATUS_RUNNING" } else { "BUILD_STATUS_QUEUED" };
+        assert_eq!(state, expected, "it goes on");
+        let Some(claimed) = claimed else {
+            assert_eq!(meaning(delete(&both)).await.0, "ok");
+            continue;
+        };
+        server.complete(&claimed, b"an image", "none").await;
+        assert_eq!(meaning(delete(&weak)).await.0, "ok", "there is nothing to stop");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_key_of_another_caller_tells_nothing_of_its_build() {
+    let server = Server::start(Mode::Tokens).await;
+    let creator = server.token("owner", &[Right::BuildCreate]).await;
+    let create = |token: &str, body: &Value| {
+        let request = server.rpc("CreateBuild", body).bearer_auth(token);
+        send(request.header("idempotency-key", "guessed"))
+    };
+    let id = create(&creator, &create_body()).await.well()["build_id"].clone();
+    let again = create(&creator, &create_body()).await.well();
+    assert_eq!(again["build_id"], id, "whoever created it may lose the answer");
+
+    let others = Right::ALL.into_iter().filter(|right| *right != Right::BuildRead);
+    let weak = server.token("owner", &others.collect::<Vec<_>>()).await;
+    let same = create(&weak, &create_body()).await;
+    assert_eq!(same.status, StatusCode::CONFLICT);
+    assert_eq!(same.json()["code"], "already_exists");
+    let mut other = create_body();
+    other["config"]["build_name"] = json!("another");
+    let other = create(&weak, &other).await;
+    assert_eq!((other.status, &other.body), (same.status, &same.body), "nor what was asked for");
+    assert!(!String::from_utf8_lossy(&same.body).contains(id.as_str().unwrap()));
+
+    let reader = server.token("owner", &[Right::BuildCreate, Right::BuildRead]).await;
+    assert_eq!(create(&reader, &create_body()).await.well()["build_id"], id);
+    server.stop().await;
+}
+
 #[test]
 fn every_way_in_has_a_row() {
     let rows = |wanted: fn(&Way) -> Option<&'static str>| -> BTreeSet<&str> {

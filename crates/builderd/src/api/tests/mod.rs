@@ -7,8 +7,12 @@ mod authorisation;
 mod bounds;
 mod deleting;
 mod documented;
+mod health;
+mod local;
 mod pages;
 mod protocols;
+mod shape;
+mod slow;
 mod stream;
 mod wire;
 
@@ -88,6 +92,10 @@ impl Server {
 
     /// Pages of `origins` may call it.
     pub(super) async fn start_for(mode: Mode, default_tier: Tier, origins: Origins) -> Self {
+        Self::start_by(rules(mode, default_tier), origins).await
+    }
+
+    pub(super) async fn start_by(api_rules: ApiRules, origins: Origins) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open_sqlite(directory.path()).await.unwrap();
         let artifacts = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
@@ -114,9 +122,8 @@ impl Server {
             render: Box::new(|| "builderd_up 1\n".to_owned()),
             observe: Arc::new(|_, _, _| ()),
         };
-        let rules = ApiRules { mode, default_tier, health_per_sec: 100 };
-        let service = Arc::new(service);
-        let state = ApiState::new(service, store.clone(), clock, meters, rules, stopping.clone());
+        let (service, stopped) = (Arc::new(service), stopping.clone());
+        let state = ApiState::new(service, store.clone(), clock, meters, api_rules, stopped);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = super::router(state, origins);
@@ -230,6 +237,11 @@ impl Server {
         let written = lease.finish(None, outcome, WallClock.now()).await.unwrap();
         assert_eq!(written, Some(BuildState::Completed));
     }
+}
+
+/// As the service has them by default.
+pub(super) fn rules(mode: Mode, default_tier: Tier) -> ApiRules {
+    ApiRules { mode, default_tier, looks_per_sec: 100, body_max: super::BODY_MAX }
 }
 
 /// A request that every tier may make.

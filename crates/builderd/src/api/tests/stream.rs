@@ -5,10 +5,11 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::Server;
-use crate::api::Mode;
+use super::{Server, create_body, send};
+use crate::api::{Mode, new_token};
 use crate::clock::{Clock as _, WallClock};
-use crate::store::Outcome;
+use crate::store::{Outcome, TokenRow};
+use crate::tenant::Right;
 
 /// A follower that speaks Connect's streaming JSON.
 struct Follower {
@@ -18,6 +19,10 @@ struct Follower {
 
 impl Follower {
     async fn open(server: &Server, body: Value) -> Self {
+        Self::open_as("", server, body).await
+    }
+
+    async fn open_as(token: &str, server: &Server, body: Value) -> Self {
         let body = body.to_string();
         let length = u32::try_from(body.len()).unwrap().to_be_bytes();
         let response = server
@@ -25,6 +30,7 @@ impl Follower {
             .header("content-type", "application/connect+json")
             .header("connect-protocol-version", "1")
             .header("x-tenant-id", "t")
+            .bearer_auth(token)
             .body([&[0], &length[..], body.as_bytes()].concat())
             .send()
             .await
@@ -149,6 +155,71 @@ async fn streams_say_why_they_end_early() {
     server.begin_stop();
     let (_, end) = follower.end().await;
     assert_eq!(end["error"]["code"], "unavailable");
+    server.stop().await;
+}
+
+/// Longest that a token may be believed here: asked anew every two seconds, and remembered for one.
+const BELIEVED_MAX: Duration = Duration::from_secs(3);
+/// How much later the word of it may come on a busy machine.
+const SLACK: Duration = Duration::from_secs(5);
+
+#[tokio::test]
+async fn a_log_is_followed_no_longer_than_the_token_is_good() {
+    let server = Server::start(Mode::Tokens).await;
+    let system = server.store.system();
+    let good = server.token("t", &Right::ALL).await;
+    let created = send(server.rpc("CreateBuild", &create_body()).bearer_auth(&good)).await.well();
+    let wish = json!({"buildId": created["build_id"], "follow": true});
+    let claimed = server.claim().await;
+    server.log(&claimed, &["a"]).await;
+    let good_row = system.tokens().await.unwrap().remove(0);
+    let token = async |expires_at| {
+        let (secret, id, secret_hash) = new_token();
+        system
+            .add_token(&TokenRow { id: id.clone(), secret_hash, expires_at, ..good_row.clone() })
+            .await
+            .unwrap();
+        (secret, id)
+    };
+    let mut allowed = Follower::open_as(&good, &server, wish.clone()).await;
+    allowed.until("a").await;
+
+    // Nothing is said meanwhile.
+    let (revoked, id) = token(None).await;
+    let mut follower = Follower::open_as(&revoked, &server, wish.clone()).await;
+    follower.until("a").await;
+    assert!(system.revoke_token(&id, WallClock.now()).await.unwrap());
+    let since = std::time::Instant::now();
+    let (lines, end) = follower.end().await;
+    assert_eq!(end["error"]["code"], "unauthenticated", "{lines:?} and then {end}");
+    assert!(since.elapsed() < BELIEVED_MAX + SLACK, "it took {:?}", since.elapsed());
+
+    // Lines come all the time.
+    let expires_at = WallClock.now().plus_secs(4);
+    let (expiring, _) = token(Some(expires_at)).await;
+    let mut follower = Follower::open_as(&expiring, &server, wish).await;
+    follower.until("a").await;
+    let said = async {
+        loop {
+            server.log(&claimed, &["b"]).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let (lines, end) = tokio::select! {
+        end = follower.end() => end,
+        () = said => unreachable!("it is said without end"),
+    };
+    let ended_at = WallClock.now();
+    assert_eq!(end["error"]["code"], "unauthenticated");
+    assert!(lines.iter().any(|line| line["message"] == "b"), "it read as long as it might");
+    assert!(ended_at >= expires_at, "it was cut before its time");
+    let latest = expires_at.plus_secs((BELIEVED_MAX + SLACK).as_secs());
+    assert!(ended_at < latest, "it was believed until {ended_at:?} of {expires_at:?}");
+
+    server.log(&claimed, &["last"]).await;
+    allowed.until("last").await;
+    server.complete(&claimed, b"image", "none").await;
+    assert_eq!(allowed.end().await.1, json!({}), "a token that is good follows to the end");
     server.stop().await;
 }
 

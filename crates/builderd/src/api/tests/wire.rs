@@ -139,7 +139,7 @@ async fn unknown_names_are_ignored_and_camel_case_is_taken() {
     let body = json!({"config": {
         "tenant": {"tenantId": "t1", "customerId": "c1", "tier": "TENANT_TIER_PRO"},
         "source": {"dockerImage": {"imageUri": "docker.io/library/nginx:alpine", "novelty": 1}},
-        "target": {"microvmRootfs": {"initStrategy": "INIT_STRATEGY_OF_TOMORROW"}},
+        "target": {"microvmRootfs": {"initStrategy": "INIT_STRATEGY_DIRECT", "novelty": "NEW"}},
         "strategy": {"dockerExtract": {"flattenFilesystem": true}},
         "labels": {"camelKey": "x", "snake_key": "y"},
         "novelty": {"a": []},
@@ -339,6 +339,23 @@ async fn the_same_idempotency_key_makes_one_build() {
     let reply = create(&other, "k").await;
     assert_eq!(reply.status, StatusCode::CONFLICT);
     assert_eq!(reply.json()["code"], "already_exists");
+
+    // The field says what the header says.
+    let mut named = create_body();
+    named["config"]["idempotency_key"] = json!("k");
+    let bare = |body: &Value| send(server.rpc("CreateBuild", body).bearer_auth(&token));
+    for again in [bare(&named).await, create(&named, "k").await, create(&named, "").await] {
+        assert_eq!(again.well()["build_id"], first["build_id"]);
+    }
+    let reply = create(&named, "l").await;
+    assert_eq!(reply.status, StatusCode::BAD_REQUEST);
+    let message = reply.json()["message"].as_str().unwrap().to_owned();
+    for part in ["config.idempotency_key", "Idempotency-Key", "\"k\"", "\"l\""] {
+        assert!(message.contains(part), "{message}");
+    }
+    named["config"]["idempotency_key"] = json!("field first");
+    let (by_field, by_header) = (bare(&named).await, create(&create_body(), "field first").await);
+    assert_eq!(by_field.well()["build_id"], by_header.well()["build_id"]);
     server.stop().await;
 }
 

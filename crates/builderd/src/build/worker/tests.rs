@@ -1,11 +1,49 @@
-//! When workers look at the queue.
+//! When workers look at the queue, and what they do when the database is away.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use oci::Platform;
+use oci::testing::TestRegistry;
+
 use super::*;
 use crate::artifact::LocalArtifacts;
-use crate::store::tests::queue_build;
+use crate::clock::WallClock;
+use crate::store::ArtifactDomain;
+use crate::store::tests::{hang, queue_build, result, stored};
+
+/// Workers on `store` that run `program` for each build, and reach the registry at `host` without
+/// TLS.
+fn workers(
+    store: &Store,
+    directory: &Path,
+    clock: Arc<dyn Clock>,
+    program: &str,
+    host: &str,
+) -> Workers {
+    let registry = RegistrySpec {
+        insecure: vec![host.to_owned()],
+        image_bytes_max: 1 << 30,
+        ..RegistrySpec::default()
+    };
+    let rules = WorkerRules {
+        concurrent_max: 1,
+        registry,
+        pull_timeout: Duration::from_secs(10),
+        packs: None,
+        cache_enabled: false,
+        program: program.into(),
+        shutdown_timeout: Duration::ZERO,
+    };
+    Workers::new(
+        store.clone(),
+        Arc::new(LocalArtifacts::open(directory).unwrap()),
+        Arc::new(MasterKey::load_or_create(&directory.join("master.key")).unwrap()),
+        clock,
+        Metrics::unread(),
+        rules,
+    )
+}
 
 /// The moment of the first look at the queue, and a later one.
 const FIRST: Micros = Micros(1_000_000);
@@ -42,24 +80,9 @@ async fn a_build_that_comes_while_the_queue_is_looked_at_does_not_wait_for_the_n
         looks: AtomicU32::new(0),
         missed: OnceLock::new(),
     });
-    let rules = WorkerRules {
-        concurrent_max: 1,
-        registry: RegistrySpec::default(),
-        pull_timeout: Duration::from_secs(1),
-        packs: None,
-        cache_enabled: false,
-        program: "/bin/false".into(),
-        shutdown_timeout: Duration::ZERO,
-    };
-    let key = MasterKey::load_or_create(&directory.path().join("master.key")).unwrap();
-    let workers = Arc::new(Workers::new(
-        store.clone(),
-        Arc::new(LocalArtifacts::open(directory.path()).unwrap()),
-        Arc::new(key),
-        Arc::clone(&clock) as Arc<dyn Clock>,
-        Metrics::unread(),
-        rules,
-    ));
+    let own: Arc<dyn Clock> = Arc::clone(&clock) as Arc<dyn Clock>;
+    let workers = workers(&store, directory.path(), own, "/bin/false", "127.0.0.1:1");
+    let workers = Arc::new(workers);
     let (stop, stopping) = watch::channel(false);
     let mut changes = store.system().changes();
     let work = tokio::spawn(workers.run(stopping));
@@ -70,4 +93,100 @@ async fn a_build_that_comes_while_the_queue_is_looked_at_does_not_wait_for_the_n
     assert!(waited < POLL, "it was taken after {waited:?}");
     stop.send_replace(true);
     work.await.unwrap();
+}
+
+/// The number of a process that wrote it to `file` with a line's end.
+async fn pid_in(file: &Path) -> u32 {
+    loop {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        if let Some(number) = text.strip_suffix('\n') {
+            return number.parse().unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Whether there is such a process that is not dead (`proc_pid_stat(5)`: the state follows the
+/// name in parentheses).
+fn lives(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+#[tokio::test]
+async fn a_database_that_hangs_stops_the_child_within_the_limit() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let registry = TestRegistry::start().unwrap();
+    let here = Platform::of_this_machine();
+    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
+    let host = registry.host();
+    queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
+    // A shell takes the child's only argument, `build-child`, for a script in the staging
+    // directory.
+    let workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
+    let claimed = workers.claim().await.expect("a build waits");
+    let pid_file = directory.path().join("pid");
+    let script = format!("echo $$ > '{}'; exec /bin/sleep 1000", pid_file.display());
+    let staging = workers.staging(&claimed.lease);
+    std::fs::create_dir_all(&staging).unwrap();
+    std::fs::write(staging.join("build-child"), script).unwrap();
+
+    let (_hurry, give_up) = watch::channel(false);
+    let running = Running::new(&workers, &claimed, give_up);
+    let hangs = async {
+        let pid = pid_in(&pid_file).await;
+        let hung = hang(&store).await;
+        assert!(lives(pid));
+        // From here on nothing happens but the passing of time.
+        tokio::time::pause();
+        (pid, hung, Instant::now())
+    };
+    let (end, (pid, hung, since)) = tokio::join!(running.run_to_the_end(), hangs);
+    assert!(matches!(end, End::Lost), "it did not give up");
+    // Long before the lease runs out, and somebody else begins.
+    let waited = since.elapsed();
+    assert!(waited <= SILENCE_MAX + HEARTBEAT, "it was given up after {waited:?}");
+    assert!(waited + HEARTBEAT < Duration::from_secs(LEASE_SECS));
+    let killed = std::time::Instant::now();
+    while lives(pid) {
+        assert!(killed.elapsed() < Duration::from_secs(10), "process {pid} lives on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(!staging.exists(), "its files are there still");
+    drop(hung);
+}
+
+#[tokio::test]
+async fn a_build_whose_last_step_was_not_stored_completes() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let build = queue_build(&store, "127.0.0.1:1/app", WallClock.now()).await;
+    let clock = Arc::new(WallClock);
+    let workers = workers(&store, directory.path(), clock, "/bin/false", "127.0.0.1:1");
+    let claimed = workers.claim().await.expect("a build waits");
+    // The database was away when the steps behind the first were entered.
+    assert_eq!(stored(&store, &build).await.state, BuildState::Preparing);
+    let name = ArtifactName { domain: ArtifactDomain::Public, recipe: "r".into() };
+    let made = result("public/x", 7);
+    let outcome = Outcome::Completed(Box::new(made.clone()));
+    let end = workers.finish(&claimed.lease, Some(&name), outcome).await;
+    assert_eq!(end.unwrap(), Some(BuildState::Completed));
+    let completed = stored(&store, &build).await;
+    assert_eq!((completed.state, completed.result), (BuildState::Completed, Some(made)));
+}
+
+#[tokio::test]
+async fn a_build_that_somebody_else_has_is_not_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let build = queue_build(&store, "127.0.0.1:1/app", WallClock.now()).await;
+    let clock = Arc::new(WallClock);
+    let workers = workers(&store, directory.path(), clock, "/bin/false", "127.0.0.1:1");
+    let lost = workers.claim().await.expect("a build waits");
+    store.system().reap(crate::store::Leases::All, ATTEMPTS_MAX, WallClock.now()).await.unwrap();
+    workers.claim().await.expect("it waits again");
+    let outcome = Outcome::Completed(Box::new(result("public/x", 7)));
+    assert_eq!(workers.finish(&lost.lease, None, outcome).await.unwrap(), None);
+    assert_eq!(stored(&store, &build).await.state, BuildState::Preparing);
 }

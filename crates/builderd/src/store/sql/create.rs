@@ -107,7 +107,7 @@ async fn by_key(
 ) -> Result<Option<Accepted>, StoreError> {
     let Some(key) = &build.idempotency_key else { return Ok(None) };
     let query = sql(concat!(
-        "SELECT request_hash, ",
+        "SELECT request_hash, created_by, ",
         build_columns!(),
         " FROM build WHERE tenant_id = $1 AND idempotency_key = $2"
     ));
@@ -115,7 +115,10 @@ async fn by_key(
         return Ok(None);
     };
     match row.text("request_hash")? == build.request_hash {
-        true => Ok(Some(Accepted::Known(super::reading::build(&row)?))),
+        true => {
+            let build = super::reading::build(&row)?;
+            Ok(Some(Accepted::Known { build, created_by: row.maybe_text("created_by")? }))
+        }
         false => Ok(Some(Accepted::KeyReused)),
     }
 }
@@ -157,9 +160,9 @@ async fn insert(
     let query = sql("INSERT INTO build (tenant_id, id, state, created_at, run_at, updated_at, \
          attempt, wall_us, progress_percent, lease_token, event_seq, log_lines, log_bytes, \
          log_is_cut, step, tier, customer, traceparent, idempotency_key, request_hash, \
-         sealed_credentials, limits, request, attempts) \
+         created_by, sealed_credentials, limits, request, attempts) \
          VALUES ($1, $2, 'queued', $3, $3, $3, 0, 0, 0, 0, 1, 0, 0, 0, '', $4, $5, $6, $7, $8, \
-         $9, $10, $11, '[]')");
+         $9, $10, $11, $12, '[]')");
     let query = query
         .text(tenant.as_str())
         .text(build.id.as_str())
@@ -169,6 +172,7 @@ async fn insert(
         .maybe_text(build.traceparent.as_deref())
         .maybe_text(build.idempotency_key.as_deref())
         .text(&build.request_hash)
+        .maybe_text(build.created_by.as_deref())
         .bytes(build.sealed_credentials.clone())
         .text(&to_json(&build.limits)?)
         .text(&to_json(&build.request)?);

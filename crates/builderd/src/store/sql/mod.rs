@@ -10,6 +10,7 @@
 //! | `reading` | builds, logs, figures |
 //! | `tenants` | tenants and tokens as the operator set them up |
 //! | `keys` | which master key secrets are sealed with |
+//! | `heart` | whether the database takes writes |
 //!
 //! Rows are locked in this order, whoever asks: build, a file's removal, artifact, a tenant's
 //! claim on it, tenant, the tenant's day. A claim holds a tenant before it looks for a build, and so takes
@@ -18,6 +19,7 @@
 mod artifacts;
 mod create;
 mod ending;
+mod heart;
 mod keys;
 mod queue;
 mod reading;
@@ -101,6 +103,7 @@ struct Held {
     lease_expires_at: Option<Micros>,
     created_at: Micros,
     is_cancel_requested: bool,
+    unread_tries: i64,
     artifact_key: Option<String>,
     event_seq: i64,
     progress_percent: u32,
@@ -119,8 +122,8 @@ impl Held {
         id: &BuildId,
     ) -> Result<Option<Self>, StoreError> {
         let query = sql("SELECT state, lease_token, attempt, attempt_started_at, lease_owner, \
-             lease_expires_at, created_at, cancel_requested_at, artifact_key, event_seq, progress_percent, step, \
-             attempts, log_lines, log_bytes, log_is_cut \
+             lease_expires_at, created_at, cancel_requested_at, unread_tries, artifact_key, \
+             event_seq, progress_percent, step, attempts, log_lines, log_bytes, log_is_cut \
              FROM build WHERE tenant_id = $1 AND id = $2 FOR NO KEY UPDATE");
         let row = tx.optional(query.text(tenant.as_str()).text(id.as_str())).await?;
         row.map(|row| Self::read(tenant, id, &row)).transpose()
@@ -144,6 +147,7 @@ impl Held {
             lease_expires_at: row.maybe_at("lease_expires_at")?,
             created_at: row.at("created_at")?,
             is_cancel_requested: row.maybe_int("cancel_requested_at")?.is_some(),
+            unread_tries: row.maybe_int("unread_tries")?.unwrap_or(0),
             artifact_key: row.maybe_text("artifact_key")?,
             event_seq: row.int("event_seq")?,
             progress_percent: row.small("progress_percent")?,

@@ -20,6 +20,9 @@ use super::{Held, Rows, Tally, length, virtual_cost, was_held};
 const CLAIM_TRIES: u32 = 5;
 /// How long a build waits that a worker could not read.
 const PUT_OFF_SECS: u64 = 30;
+/// A build that was put off so often ends as failed. Ten minutes at least: a newer node, which can
+/// read it, will have taken it in between.
+const UNREAD_TRIES_MAX: i64 = 20;
 /// Lost leases that one call of `reap` looks at.
 const REAP_MAX: i64 = 1000;
 /// Longest log of a build, in lines.
@@ -90,7 +93,7 @@ impl Rows {
         let query = sql("UPDATE build SET state = $4, attempt = attempt + 1, lease_token = $5, \
              lease_owner = $6, lease_expires_at = $7, attempt_started_at = $8, \
              started_at = COALESCE(started_at, $8), updated_at = $8, progress_percent = 0, \
-             step = '', live_usage = NULL, event_seq = event_seq + 1 \
+             step = '', live_usage = NULL, unread_tries = NULL, event_seq = event_seq + 1 \
              WHERE tenant_id = $1 AND id = $2 AND state = $3");
         let query = held.key(query).text(to.as_str()).int(token).text(worker);
         was_held(tx.execute(query.at(expires_at).at(now)).await?)?;
@@ -112,16 +115,33 @@ impl Rows {
     }
 
     /// Lets a build wait that this version cannot read, so that the queue goes on without it: a
-    /// newer node wrote it, and will take it, or somebody has to mend the database.
-    async fn put_off(&self, held: &Held, problem: &str, now: Micros) -> Result<(), StoreError> {
-        let (tenant, build) = (&held.tenant, &held.id);
-        tracing::error!(%tenant, %build, problem, "a build in the queue cannot be read");
+    /// newer node wrote it, and will take it, or somebody has to mend the database. When neither
+    /// happens the build ends.
+    async fn put_off(&self, found: &Held, problem: &str, now: Micros) -> Result<(), StoreError> {
+        let (tenant, build) = (&found.tenant, &found.id);
         let mut tx = self.engine.begin().await?;
-        let query = sql("UPDATE build SET run_at = $4 \
-             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $5");
-        let query = held.key(query).at(now.plus_secs(PUT_OFF_SECS)).int(held.token);
-        tx.execute(query).await?;
-        tx.commit().await
+        let Some(held) = Held::hold(&mut tx, tenant, build).await? else { return Ok(()) };
+        // Who can read it may have taken it meanwhile.
+        if (held.state, held.token) != (found.state, found.token) {
+            return Ok(());
+        }
+        if held.unread_tries >= UNREAD_TRIES_MAX {
+            let failure = unread(&held);
+            let ending = Ending::by("queue", Happening::Failed);
+            let ending = Ending { failure: Some(&failure), ..ending };
+            ending.apply(&mut tx, &held, now).await?;
+            tx.commit().await?;
+            tracing::error!(%tenant, %build, problem, "a build that cannot be read has failed");
+            self.announcer.announce();
+            return Ok(());
+        }
+        let query = sql("UPDATE build SET run_at = $5, unread_tries = $6 \
+             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $4");
+        let query = held.key(query).int(held.token).at(now.plus_secs(PUT_OFF_SECS));
+        was_held(tx.execute(query.int(held.unread_tries + 1)).await?)?;
+        tx.commit().await?;
+        tracing::error!(%tenant, %build, problem, "a build in the queue cannot be read");
+        Ok(())
     }
 
     pub(crate) async fn heartbeat(
@@ -337,6 +357,17 @@ fn worker_lost(held: &Held) -> Failure {
         code: FailureCode::TemporaryResourceError,
         step: step.to_owned(),
         cause: "the worker stopped answering".into(),
+        blame: "ours".into(),
+        remedy: "build it again; if that fails in the same way, tell the operator the build's id"
+            .into(),
+    }
+}
+
+fn unread(held: &Held) -> Failure {
+    Failure {
+        code: FailureCode::Internal,
+        step: held.state.as_str().to_owned(),
+        cause: "what is stored of this build cannot be read".into(),
         blame: "ours".into(),
         remedy: "build it again; if that fails in the same way, tell the operator the build's id"
             .into(),

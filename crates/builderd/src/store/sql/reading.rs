@@ -1,11 +1,11 @@
 //! Builds, logs and figures, as they are asked for.
 
 use super::{Rows, counter, rows};
-use crate::build::record::{Build, BuildId, LogLine, Micros, Stats, Usage};
+use crate::build::record::{Build, BuildId, BuildRequest, LogLine, Micros, Stats, Usage};
 use crate::build::state::BuildState;
 use crate::store::engine::{Row, Tx, either, signed, sql};
 use crate::store::{Depth, Filter, Page, StoreError};
-use crate::tenant::TenantId;
+use crate::tenant::{TenantId, Tier};
 
 /// Behind every id.
 const LAST_ID: &str = "build_ZZZZZZZZZZZZZZZZZZZZZZZZZZ";
@@ -57,19 +57,20 @@ pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
         true => None,
         false => row.maybe_json("live_usage")?,
     };
+    let tier = unless_failed(state, row.parsed("tier"), || Tier::Free)?;
     Ok(Build {
         id: row.parsed("id")?,
         tenant: row.parsed("tenant_id")?,
         customer: row.maybe_text("customer")?,
-        tier: row.parsed("tier")?,
-        limits: row.json("limits")?,
-        request: row.json("request")?,
+        tier,
+        limits: unless_failed(state, row.json("limits"), || tier.limits())?,
+        request: unless_failed(state, row.json("request"), BuildRequest::default)?,
         state,
         progress_percent: row.small("progress_percent")?,
         step: row.text("step")?,
         cancel_reason,
         attempt: row.small("attempt")?,
-        attempts: row.json("attempts")?,
+        attempts: unless_failed(state, row.json("attempts"), Vec::new)?,
         created_at: row.at("created_at")?,
         started_at: row.maybe_at("started_at")?,
         updated_at: row.at("updated_at")?,
@@ -79,6 +80,19 @@ pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
         usage,
         traceparent: row.maybe_text("traceparent")?,
     })
+}
+
+/// What was read, unless it cannot be: a build that failed for that reason must be able to say so,
+/// with something else in its place.
+fn unless_failed<T>(
+    state: BuildState,
+    read: Result<T, StoreError>,
+    other: impl FnOnce() -> T,
+) -> Result<T, StoreError> {
+    match read {
+        Err(StoreError::Corrupt(_)) if state == BuildState::Failed => Ok(other()),
+        read => read,
+    }
 }
 
 /// A build that the transaction knows to be there.
@@ -235,11 +249,6 @@ impl Rows {
             Some(row) => Ok(Depth { queued: row.count("queued")?, running: row.count("running")? }),
             None => Ok(Depth::default()),
         }
-    }
-
-    pub(crate) async fn ping(&self) -> Result<(), StoreError> {
-        let query = || sql("SELECT COUNT(*) AS found FROM tenant WHERE id = ''");
-        self.again(|| self.engine.optional(query())).await.map(|_| ())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Nodes and commands on one PostgreSQL.
 
 use super::postgres::Postgres;
-use super::{TestStore, tenant};
+use super::{TestStore, operations, tenant};
 use crate::build::record::Micros;
 use crate::store::engine::sql;
 use crate::store::{Store, TenantRow};
@@ -44,5 +44,13 @@ pub(super) async fn one_connection_is_enough(postgres: &Postgres) {
         assert_eq!(node.rows().tenant(&row.id).await.unwrap(), Some(row.clone()));
     }
     node.store.system().reap(crate::store::Leases::Expired, 5, Micros(0)).await.unwrap();
+    node.store.close().await;
+}
+
+/// What a stand-by says to a write, its server says to a transaction that may only read.
+pub(super) async fn a_stand_by_is_known(postgres: &Postgres) {
+    let store = Store::open_postgres(&postgres.database(), 1).await.unwrap();
+    let node = TestStore::new(store, None);
+    operations::a_database_that_takes_no_writes_is_known(&node).await;
     node.store.close().await;
 }

@@ -81,7 +81,7 @@ impl TestStore {
         let accepted = self.rows().create(&tenant(name), tier, &plenty(), &build).await.unwrap();
         match accepted {
             Accepted::Created(build) => build,
-            other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+            other @ (Accepted::Known { .. } | Accepted::KeyReused | Accepted::Quota(_)) => {
                 panic!("{other:?}")
             }
         }
@@ -149,10 +149,38 @@ pub(crate) async fn queue_build(store: &Store, image: &str, now: Micros) -> Buil
     build.sealed_credentials = None;
     match store.rows.create(&tenant("acme"), Tier::Pro, &plenty(), &build).await.unwrap() {
         Accepted::Created(build) => build,
-        other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+        other @ (Accepted::Known { .. } | Accepted::KeyReused | Accepted::Quota(_)) => {
             panic!("{other:?}")
         }
     }
+}
+
+/// Makes a database one that can be read alone, or ends that.
+pub(crate) async fn only_reads(store: &Store, only: bool) {
+    let statement = match (&store.rows.engine, only) {
+        (engine::Engine::Sqlite { .. }, true) => "PRAGMA query_only = ON",
+        (engine::Engine::Sqlite { .. }, false) => "PRAGMA query_only = OFF",
+        (engine::Engine::Postgres(_), true) => "SET default_transaction_read_only = on",
+        (engine::Engine::Postgres(_), false) => "SET default_transaction_read_only = off",
+    };
+    store.rows.engine.execute(engine::sql(statement)).await.unwrap();
+}
+
+/// Keeps everybody else from writing, as a database that hangs does, until it is dropped. For
+/// SQLite, which has one writer.
+pub(crate) async fn hang(store: &Store) -> impl Send + use<> {
+    store.rows.engine.begin().await.unwrap()
+}
+
+/// A build as it is stored.
+pub(crate) async fn stored(store: &Store, build: &Build) -> Build {
+    store.rows.get(&build.tenant, &build.id).await.unwrap().expect("the build is there")
+}
+
+/// The messages of a build's log.
+pub(crate) async fn messages(store: &Store, build: &Build) -> Vec<String> {
+    let lines = store.rows.log(&build.tenant, &build.id, 0, 10_000).await.unwrap();
+    lines.into_iter().map(|line| line.message).collect()
 }
 
 fn tenant(name: &str) -> TenantId {
@@ -188,12 +216,13 @@ fn new_build(now: Micros) -> NewBuild {
         sealed_credentials: Some(vec![1, 2, 0, 255]),
         idempotency_key: None,
         request_hash: "hash".into(),
+        created_by: Some("tok_creator".into()),
         traceparent: Some("00-aa-bb-01".into()),
         created_at: now,
     }
 }
 
-fn result(key: &str, bytes: u64) -> BuildResult {
+pub(crate) fn result(key: &str, bytes: u64) -> BuildResult {
     BuildResult {
         artifact_key: key.into(),
         artifact_bytes: bytes,
@@ -247,6 +276,7 @@ stories! {
         a_lease_that_runs_out_puts_the_build_back,
         who_is_alone_waits_for_no_lease,
         a_build_that_cannot_be_read_holds_nobody_up,
+        a_build_that_nobody_can_read_fails_in_the_end,
         a_heartbeat_keeps_the_lease,
         a_heartbeat_says_what_the_build_takes,
         a_build_whose_workers_die_fails_in_the_end,
@@ -339,6 +369,7 @@ async fn every_story_holds_on_postgresql() {
     operations::a_store_moves_to_postgresql(&postgres.database()).await;
     operations::nodes_hear_of_each_other(&postgres.database()).await;
     fleet::one_connection_is_enough(&postgres).await;
+    fleet::a_stand_by_is_known(&postgres).await;
     operations::a_lost_database_comes_back(&mut postgres).await;
     assert!(failed.is_empty(), "{failed:#?}");
 }

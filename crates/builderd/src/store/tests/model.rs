@@ -193,7 +193,7 @@ impl Model {
         let known = known.filter(|_| key.is_some()).find(|b| (b.tenant, b.key) == (owner, key));
         let known = known.map(|build| build.id.clone());
         match (known, answer) {
-            (Some(known), Accepted::Known(found)) => prop_assert_eq!(known, found.id),
+            (Some(known), Accepted::Known { build, .. }) => prop_assert_eq!(known, build.id),
             (None, Accepted::Quota(quota)) => {
                 prop_assert_eq!(quota.quota_type, "daily_builds");
                 prop_assert_eq!(self.accepted[owner], DAILY_MAX);

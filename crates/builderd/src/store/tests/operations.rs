@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::postgres::Postgres;
-use super::{LONG, TestStore, failure, new_build, plenty, result, tenant};
+use super::{LONG, TestStore, failure, new_build, only_reads, plenty, result, tenant};
 use crate::build::record::{FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::BuildState;
 use crate::store::admin::{self, AdminError};
@@ -62,7 +62,7 @@ pub(super) async fn tokens_are_found_by_their_hash(t: &TestStore) {
     assert!(!rows.revoke_token("three", Micros(8)).await.unwrap());
     let revoked = TokenRow { revoked_at: Some(Micros(8)), ..one };
     assert_eq!(rows.tokens().await.unwrap(), vec![revoked, two]);
-    rows.ping().await.unwrap();
+    rows.beat().await.unwrap();
 }
 
 /// The check must bite: each kind of damage is done, seen and undone.
@@ -168,6 +168,7 @@ async fn filled(t: &TestStore) {
     t.rows().put_tenant(&set).await.unwrap();
     t.rows().claim_master_key("key").await.unwrap();
     t.rows().begin_removal("public/y", t.now()).await.unwrap().unwrap();
+    t.rows().beat().await.unwrap();
 }
 
 /// Everything that tenants can see.
@@ -274,6 +275,31 @@ async fn a_full_disk_is_told_and_recovers() {
     t.rows().engine.execute(pages(1_000_000)).await.unwrap();
     t.rows().append_log(&claimed.lease, &lines).await.unwrap();
     assert!(matches!(t.ask("a", &plenty(), &new_build(t.now())).await, Accepted::Created(_)));
+    t.check().await;
+}
+
+/// The store must have one connection that writes.
+pub(super) async fn a_database_that_takes_no_writes_is_known(t: &TestStore) {
+    let system = t.store.system();
+    for _ in 0..2 {
+        system.beat().await.unwrap();
+        only_reads(&t.store, true).await;
+        assert!(system.tokens().await.unwrap().is_empty(), "it can be read");
+        let error = system.beat().await.unwrap_err();
+        assert_eq!(error.class(), "database_read_only", "{error:?}");
+        assert!(error.may_pass());
+        only_reads(&t.store, false).await;
+        system.beat().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_takes_no_writes_is_known() {
+    let t = TestStore::sqlite().await;
+    a_database_that_takes_no_writes_is_known(&t).await;
+    let full = StoreError::Full(sqlx::Error::PoolTimedOut);
+    assert_eq!(full.class(), "database_full");
+    assert_eq!(StoreError::timed_out().class(), "database_unavailable");
     t.check().await;
 }
 

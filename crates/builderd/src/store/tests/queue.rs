@@ -271,6 +271,48 @@ pub(super) async fn a_build_that_cannot_be_read_holds_nobody_up(t: &TestStore) {
     assert_eq!(t.rows().reap(Leases::All, 5, t.now()).await.unwrap(), 1);
 }
 
+pub(super) async fn a_build_that_nobody_can_read_fails_in_the_end(t: &TestStore) {
+    let (first, second) = (t.create("a").await, t.create("a").await);
+    for build in [&first, &second] {
+        t.damage("UPDATE build SET request = '{}', attempts = 'x' WHERE id = $1", build).await;
+    }
+    // Ten minutes are not enough to give it up.
+    let began = t.now();
+    for _ in 0..20 {
+        assert!(t.try_claim(LONG).await.is_none());
+        t.advance_secs(30);
+    }
+    assert!(t.now() >= began.plus_secs(600));
+    assert_eq!(t.rows().depth().await.unwrap(), Depth { queued: 2, running: 0 });
+
+    // Whoever can read it takes it, and it begins anew.
+    let mend = "UPDATE build SET attempts = '[]', request = (SELECT request FROM build b \
+         WHERE b.request <> '{}' LIMIT 1) WHERE id = $1";
+    let other = t.create("b").await;
+    t.damage(mend, &second).await;
+    let mut taken = [t.claim().await, t.claim().await];
+    taken.sort_by_key(|claimed| claimed.build.id != second.id);
+    assert_eq!(taken[1].build.id, other.id);
+    let retry = Outcome::Retry { failure: None, run_at: t.now() };
+    assert_eq!(t.finish(&taken[0], retry).await, Fenced::Written);
+    t.damage("UPDATE build SET request = '{}' WHERE id = $1", &second).await;
+    assert!(t.try_claim(LONG).await.is_none());
+    assert_eq!(t.rows().depth().await.unwrap(), Depth { queued: 1, running: 1 });
+
+    let failed = t.get(&first).await;
+    assert_eq!((failed.state, failed.ended_at), (BuildState::Failed, Some(t.now())));
+    let why = failed.failure.expect("a failed build says why");
+    assert_eq!((why.code, why.blame.as_str()), (FailureCode::Internal, "ours"));
+    assert!(why.cause.contains("cannot be read"), "{}", why.cause);
+    assert!(why.remedy.contains("build it again"), "{}", why.remedy);
+    let usage = t.rows().usage(&first.tenant, t.now()).await.unwrap();
+    assert_eq!((usage.queued, usage.running, usage.failed_today), (1, 0, 1));
+    let sealed = "SELECT COUNT(*) AS found FROM build \
+         WHERE state = 'failed' AND sealed_credentials IS NOT NULL";
+    let sealed = t.rows().engine.optional(crate::store::engine::sql(sealed)).await.unwrap();
+    assert_eq!(sealed.expect("a count").count("found").unwrap(), 0);
+}
+
 pub(super) async fn a_heartbeat_keeps_the_lease(t: &TestStore) {
     t.create("a").await;
     let claimed = t.claim_and_die().await;

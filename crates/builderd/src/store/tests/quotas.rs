@@ -9,7 +9,7 @@ use crate::tenant::{TenantLimits, Tier};
 fn created(accepted: Accepted) -> Build {
     match accepted {
         Accepted::Created(build) => build,
-        other @ (Accepted::Known(_) | Accepted::KeyReused | Accepted::Quota(_)) => {
+        other @ (Accepted::Known { .. } | Accepted::KeyReused | Accepted::Quota(_)) => {
             panic!("{other:?}")
         }
     }
@@ -18,7 +18,7 @@ fn created(accepted: Accepted) -> Build {
 fn quota(accepted: Accepted) -> QuotaExceeded {
     match accepted {
         Accepted::Quota(quota) => quota,
-        other @ (Accepted::Created(_) | Accepted::Known(_) | Accepted::KeyReused) => {
+        other @ (Accepted::Created(_) | Accepted::Known { .. } | Accepted::KeyReused) => {
             panic!("{other:?}")
         }
     }
@@ -175,13 +175,17 @@ pub(super) async fn a_key_makes_one_build(t: &TestStore) {
     for answer in futures_util::future::join_all(asked).await {
         match answer {
             Accepted::Created(build) => assert!(first.replace(build).is_none()),
-            Accepted::Known(build) => known.push(build),
+            Accepted::Known { build, created_by } => known.push((build, created_by)),
             other @ (Accepted::KeyReused | Accepted::Quota(_)) => panic!("{other:?}"),
         }
     }
     let first = first.expect("one was created");
     assert_eq!(known.len(), 39);
-    assert!(known.iter().all(|build| build.id == first.id));
+    let creator = Some("tok_creator".to_owned());
+    assert!(known.iter().all(|(build, by)| build.id == first.id && *by == creator));
+    let later = NewBuild { created_by: None, ..keyed("k") };
+    let answer = t.ask("a", &limits, &later).await;
+    assert!(matches!(answer, Accepted::Known { created_by, .. } if created_by == creator));
     let other = NewBuild { request_hash: "another".into(), ..keyed("k") };
     assert!(matches!(t.ask("a", &limits, &other).await, Accepted::KeyReused));
     // Keys are a tenant's own.

@@ -87,7 +87,7 @@ pub(super) async fn takers_and_removers_never_meet(t: &TestStore) {
             taken += 1;
             holders.fetch_add(1, Ordering::SeqCst);
             assert!(!is_removed.load(Ordering::SeqCst));
-            t.rows().ping().await.unwrap();
+            t.rows().beat().await.unwrap();
             assert!(!is_removed.load(Ordering::SeqCst));
             holders.fetch_sub(1, Ordering::SeqCst);
             assert_eq!(reserve(t, claimed, &own).await, Reserved::Yes);
@@ -98,7 +98,7 @@ pub(super) async fn takers_and_removers_never_meet(t: &TestStore) {
             let Some(removal) = begin(t, KEY).await else { continue };
             is_removed.store(true, Ordering::SeqCst);
             assert_eq!(holders.load(Ordering::SeqCst), 0);
-            t.rows().ping().await.unwrap();
+            t.rows().beat().await.unwrap();
             assert_eq!(holders.load(Ordering::SeqCst), 0);
             is_removed.store(false, Ordering::SeqCst);
             t.rows().end_removal(&removal).await.unwrap();

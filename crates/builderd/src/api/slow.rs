@@ -1,0 +1,134 @@
+//! Bodies that come too slowly: a request whose body is not there in time is answered without it,
+//! and its connection is closed. Every call that answers once has all of its body read before its
+//! handler runs, so that whoever trickles would hold what a request holds for as long as it likes.
+//!
+//! A body that nobody reads, and one of a stream that goes both ways, is not this module's.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::header::{CONNECTION, CONTENT_TYPE};
+use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::ApiState;
+use super::error::Answer;
+use super::spelling::{self, Form};
+
+/// How long the body of a request may take: 4 MiB come over a line of 1.2 Mbit/s.
+pub(crate) const BODY_MAX: Duration = Duration::from_secs(30);
+
+/// What of a request decides how its answer looks.
+const FORM_HEADERS: [HeaderName; 2] =
+    [CONTENT_TYPE, HeaderName::from_static("connect-protocol-version")];
+
+/// See the module.
+pub(super) async fn cut(
+    State(state): State<Arc<ApiState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if request.body().is_end_stream() {
+        return next.run(request).await;
+    }
+    let (head, body) = request.into_parts();
+    let (form, version) = (Form::of(&head), head.version);
+    let copied = |name| Some((head.headers.get(&name)?.clone(), name));
+    let headers = FORM_HEADERS.into_iter().filter_map(copied).map(|(value, name)| (name, value));
+    let headers: HeaderMap = headers.collect();
+    let is_late = Arc::new(AtomicBool::new(false));
+    let body = InTime::new(body, state.body_max, Arc::clone(&is_late));
+    let response = next.run(Request::from_parts(head, Body::new(body))).await;
+    if !is_late.load(Ordering::Relaxed) {
+        return response;
+    }
+    let answer = Answer::too_slow(state.body_max);
+    (state.meters.observe)("refused", answer.code().as_str(), state.body_max);
+    let mut response = spelling::refuse(answer, form, &headers);
+    if version <= Version::HTTP_11 {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// A body that breaks off when its time is over, and says so.
+struct InTime {
+    inner: Body,
+    end: Pin<Box<Sleep>>,
+    is_late: Arc<AtomicBool>,
+}
+
+impl InTime {
+    fn new(inner: Body, time: Duration, is_late: Arc<AtomicBool>) -> Self {
+        Self { inner, end: Box::pin(sleep(time)), is_late }
+    }
+}
+
+impl HttpBody for InTime {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = &mut *self;
+        let polled = Pin::new(&mut this.inner).poll_frame(context);
+        let is_over = match polled.is_pending() {
+            true => this.end.as_mut().poll(context).is_ready(),
+            // Whoever sends little by little is never waited for long.
+            false => Instant::now() >= this.end.deadline(),
+        };
+        if is_over {
+            this.is_late.store(true, Ordering::Relaxed);
+            let late = std::io::Error::from(std::io::ErrorKind::TimedOut);
+            return Poll::Ready(Some(Err(axum::Error::new(late))));
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::stream;
+    use http_body_util::BodyExt as _;
+
+    const TIME: Duration = Duration::from_secs(30);
+
+    /// A byte in each second, so many.
+    fn trickle(bytes: u32) -> Body {
+        Body::from_stream(stream::unfold(bytes, |left| async move {
+            let left = left.checked_sub(1)?;
+            sleep(Duration::from_secs(1)).await;
+            Some((Ok::<_, std::convert::Infallible>(Bytes::from_static(b"x")), left))
+        }))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_trickles_is_cut_when_its_time_is_over() {
+        for (bytes, late) in [(20, false), (10_000, true)] {
+            let is_late = Arc::new(AtomicBool::new(false));
+            let begun = Instant::now();
+            let read = InTime::new(trickle(bytes), TIME, Arc::clone(&is_late)).collect().await;
+            assert_eq!((read.is_err(), is_late.load(Ordering::Relaxed)), (late, late));
+            assert_eq!(begun.elapsed(), if late { TIME } else { Duration::from_secs(20) });
+        }
+    }
+}

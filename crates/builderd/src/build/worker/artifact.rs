@@ -1,0 +1,156 @@
+//! A build's artifact: its name, taking the one that exists, storing the one that was made.
+
+use std::io;
+use std::time::Duration;
+
+use oci::Image;
+use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
+
+use super::running::{Running, millis};
+use super::{HEARTBEAT, internal};
+use crate::build::child::ChildReport;
+use crate::build::record::{BuildMetrics, BuildResult, Failure, FailureCode};
+use crate::build::state::BuildState;
+use crate::build::{DEFAULT_FREE_SPACE_BYTES, ENGINE, Phase, hex};
+use crate::store::{ArtifactDomain, ArtifactName, NewFile, Reserved, StoreError};
+
+impl Running<'_> {
+    /// Who may share the artifact, and what decides its bytes.
+    pub(super) fn artifact_name(&self, image: &Image) -> ArtifactName {
+        let build = self.build();
+        let domain = match image.anonymous {
+            true => ArtifactDomain::Public,
+            false => ArtifactDomain::Tenant(build.tenant.clone()),
+        };
+        let recipe = serde_json::json!({
+            "engine": ENGINE,
+            "manifest": image.manifest_digest.to_string(),
+            "compression": build.request.compression,
+            "free_space": DEFAULT_FREE_SPACE_BYTES,
+        });
+        ArtifactName { domain, recipe: hex(&Sha256::digest(recipe.to_string())) }
+    }
+
+    /// The artifact, if it may be handed out again and there is one.
+    pub(super) async fn known(&self, name: &ArtifactName) -> Option<BuildResult> {
+        if !self.workers.rules.cache_enabled {
+            return None;
+        }
+        let known = self.made_before(name).await;
+        self.meter.looked_up(known.is_some());
+        known
+    }
+
+    /// The artifact, if it was made before, is still there, and is not too large for this build.
+    async fn made_before(&self, name: &ArtifactName) -> Option<BuildResult> {
+        let lease = self.workers.store.lease(&self.claimed.lease);
+        let known = lease.known_artifact(name).await.ok().flatten()?.result;
+        let fits = known.image_bytes <= self.image_bytes_max();
+        let there = self.workers.artifacts.open(&known.artifact_key).await.ok().flatten();
+        there.filter(|open| fits && open.size_bytes == known.artifact_bytes).map(|_| known)
+    }
+
+    /// The largest image that this build may make, or be given.
+    pub(super) fn image_bytes_max(&self) -> u64 {
+        let disk = self.build().limits.disk_bytes;
+        self.build().request.size_limit_bytes.map_or(disk, |max| max.min(disk))
+    }
+
+    /// Says which file is about to be stored, so that no janitor removes one of that name; waits
+    /// while one just does.
+    async fn reserve(&self, file: &NewFile<'_>) -> Result<(), Failure> {
+        let lease = self.workers.store.lease(&self.claimed.lease);
+        let mut is_told = false;
+        loop {
+            match lease.reserve(file, self.workers.clock.now()).await {
+                Ok(Reserved::Yes) => return Ok(()),
+                Ok(Reserved::Lost) => return Err(internal("another worker has the build")),
+                Ok(Reserved::BeingRemoved) if !is_told => {
+                    is_told = true;
+                    let line = "an old file of the same content is being removed; waiting";
+                    self.journal.say("info", "packager", line.into());
+                }
+                // Whoever keeps the lease knows when to give up.
+                Ok(Reserved::BeingRemoved)
+                | Err(StoreError::Unavailable(_) | StoreError::Full(_)) => {}
+                Err(error) => return Err(internal(&error.to_string())),
+            }
+            tokio::time::sleep(HEARTBEAT).await;
+        }
+    }
+
+    pub(super) async fn publish(
+        &self,
+        name: &ArtifactName,
+        image: &Image,
+        report: ChildReport,
+        pull_ms: u64,
+        started: Instant,
+    ) -> Result<BuildResult, Failure> {
+        self.journal.enter(BuildState::Packaging, 98, "Storing the artifact").await;
+        self.meter.publishing();
+        let usage = self.meter.sample().await;
+        let request = &self.build().request;
+        let extension = match request.compression.as_str() {
+            "gzip" => "ext4.gz",
+            "zstd" => "ext4.zst",
+            _ => "ext4",
+        };
+        let artifact_key = format!("{}/{}.{extension}", name.domain, report.sha256);
+        let staged = self.staging().join("rootfs.ext4");
+        let (key, size_bytes) = (artifact_key.as_str(), report.artifact_bytes);
+        self.reserve(&NewFile { key, size_bytes, sha256: &report.sha256 }).await?;
+        self.workers.artifacts.publish(&staged, &artifact_key).await.map_err(|error| {
+            let full = error.kind() == io::ErrorKind::StorageFull;
+            Failure {
+                code: match full {
+                    true => FailureCode::StorageFull,
+                    false => FailureCode::TemporaryResourceError,
+                },
+                step: "publish".into(),
+                cause: format!("the artifact could not be stored: {error}"),
+                blame: "ours".into(),
+                remedy: "try again later".into(),
+            }
+        })?;
+        let secs = |wanted: &[Phase]| {
+            let all = report.phase_secs.iter().filter(|(phase, _)| wanted.contains(phase));
+            rounded_ms(all.map(|(_, secs)| secs).sum())
+        };
+        let mut metadata = report.metadata;
+        set_name(&mut metadata, &request.image);
+        let metrics = BuildMetrics {
+            pull_ms,
+            extract_ms: secs(&[Phase::Layers]),
+            build_ms: secs(&[Phase::Flatten, Phase::Layout, Phase::Write]),
+            optimize_ms: secs(&[Phase::Compress]),
+            total_ms: millis(started),
+            source_bytes: image.layers.iter().map(|layer| layer.size_bytes).sum(),
+            fetched_bytes: report.fetched_bytes,
+            memory_peak_bytes: report.memory_peak_bytes,
+            disk_bytes: usage.so_far.disk_bytes,
+            cpu_ms: report.cpu_ms,
+        };
+        Ok(BuildResult {
+            artifact_key,
+            artifact_bytes: report.artifact_bytes,
+            sha256: report.sha256,
+            image_bytes: report.image_bytes,
+            metadata,
+            from_cache: false,
+            metrics,
+        })
+    }
+}
+
+pub(super) fn set_name(metadata: &mut serde_json::Value, name: &str) {
+    if let Some(field) = metadata.get_mut("original_image") {
+        *field = name.into();
+    }
+}
+
+fn rounded_ms(secs: f64) -> u64 {
+    let whole = Duration::try_from_secs_f64(secs).unwrap_or_default();
+    u64::try_from(whole.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,142 @@
+//! The engine's process of a build: what it is told, how it is started, what it says.
+
+use std::io;
+use std::process::Stdio;
+
+use oci::Image;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::process::{Child, ChildStdout, Command};
+
+use super::internal;
+use super::running::Running;
+use crate::build::child::{
+    ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec,
+};
+use crate::build::progress::Progress;
+use crate::build::record::{Failure, FailureCode};
+use crate::build::{BuildEvent, Phase, error};
+
+impl Running<'_> {
+    fn child_spec(&self, image: &Image, registry: RegistrySpec) -> Result<ChildSpec, Failure> {
+        let (build, rules) = (self.build(), &self.workers.rules);
+        let reference: oci::Reference =
+            build.request.image.parse().map_err(|_| internal("the image has no valid name"))?;
+        let domain = self.artifact_name(image).domain.to_string();
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let disk = build.limits.disk_bytes;
+        Ok(ChildSpec {
+            image: format!(
+                "{}/{}@{}",
+                reference.registry(),
+                reference.repository(),
+                image.index_digest.unwrap_or(image.manifest_digest)
+            ),
+            platform: image.platform.to_string(),
+            registry,
+            output: self.staging().join("rootfs.ext4"),
+            compression: build.request.compression.clone(),
+            packs: rules.packs.as_ref().map(|(directory, limit_bytes)| PackSpec {
+                directory: directory.clone(),
+                domain,
+                limit_bytes: *limit_bytes,
+            }),
+            jobs: usize::try_from(build.limits.cpu_cores).unwrap_or(1).clamp(1, cpus),
+            image_bytes_max: Some(self.image_bytes_max()),
+            memory_bytes: build.limits.memory_bytes,
+            disk_bytes: disk,
+        })
+    }
+
+    /// Runs the engine in its own process and listens until it is done.
+    pub(super) async fn run_child(
+        &self,
+        image: &Image,
+        registry: RegistrySpec,
+    ) -> Result<ChildReport, Failure> {
+        let spec = self.child_spec(image, registry)?;
+        let failed = |error: io::Error| Failure {
+            code: FailureCode::TemporaryResourceError,
+            step: "start".into(),
+            cause: format!("the build's process could not be started: {error}"),
+            blame: "ours".into(),
+            remedy: "try again later".into(),
+        };
+        tokio::fs::create_dir_all(self.staging()).await.map_err(failed)?;
+        let mut child = self.spawn(&spec).await.map_err(failed)?;
+        let Some(stdout) = child.stdout.take() else {
+            return Err(internal("the build's process has no output"));
+        };
+        let mut stderr = child.stderr.take();
+        let watched = child.id().map(|pid| self.meter.watch(pid));
+        let listen = self.listen(stdout, image);
+        let complain = async {
+            let mut text = Vec::new();
+            if let Some(stderr) = &mut stderr {
+                // What a child says there is for the operator, and only the beginning of it.
+                let _ = stderr.take(16 << 10).read_to_end(&mut text).await;
+            }
+            String::from_utf8_lossy(&text).into_owned()
+        };
+        let (last, complaint) = tokio::join!(listen, complain);
+        drop(watched);
+        let status = child.wait().await.map_err(failed)?;
+        if !complaint.is_empty() {
+            tracing::warn!(complaint, "the build's process complained");
+        }
+        match last {
+            Some(ChildLine::Done(report)) => Ok(*report),
+            Some(ChildLine::Failed(failure)) => Err(failure),
+            Some(ChildLine::Event(_)) | None => {
+                Err(error::died(status, self.build().limits.disk_bytes, self.journal.step()))
+            }
+        }
+    }
+
+    async fn spawn(&self, spec: &ChildSpec) -> io::Result<Child> {
+        let mut child = Command::new(&self.workers.rules.program)
+            .arg("build-child")
+            .env_clear()
+            .current_dir(self.staging())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            // A terminal's Ctrl-C is for the server, which decides what becomes of its builds.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()?;
+        let text = serde_json::to_vec(spec)?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(&text).await?;
+        }
+        Ok(child)
+    }
+
+    /// Takes the child's lines; returns the last word.
+    async fn listen(&self, stdout: ChildStdout, image: &Image) -> Option<ChildLine> {
+        let mut progress = Progress::new(image);
+        let mut lines = BufReader::new(stdout);
+        loop {
+            let mut line = Vec::new();
+            let most = u64::try_from(LINE_BYTES_MAX).unwrap_or(u64::MAX);
+            let count = (&mut lines).take(most).read_until(b'\n', &mut line).await.ok()?;
+            if count == 0 {
+                return None;
+            }
+            match serde_json::from_slice(&line) {
+                Ok(ChildLine::Event(event)) => {
+                    self.meter.apply(&event);
+                    if matches!(event, BuildEvent::PhaseStarted { phase: Phase::Publish }) {
+                        // Everything is made and nothing let go: the most disk it will take.
+                        self.meter.sample().await;
+                    }
+                    progress.apply(&event, &self.journal).await;
+                }
+                Ok(last) => return Some(last),
+                Err(error) => {
+                    tracing::error!(%error, "the build's process does not make sense");
+                    return None;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! One try of a build, from its claim to its end.
+//!
+//! One place waits for what happens to it ([`Running::must_stop`]), another decides what follows
+//! ([`Running::run_to_the_end`]). It does not know how an end is written down.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci::Image;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use tracing::Instrument as _;
+
+use super::artifact::set_name;
+use super::{HEARTBEAT, LEASE_SECS, SILENCE_MAX, Workers, internal};
+use crate::build::journal::Journal;
+use crate::build::meter::Meter;
+use crate::build::record::{Build, BuildMetrics, BuildResult, Failure, FailureCode};
+use crate::build::state::BuildState;
+use crate::store::{ArtifactName, Claimed, Heartbeat, StoreError};
+use crate::telemetry;
+
+/// How long the last lines of a log may take.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
+
+/// How a try ends.
+pub(super) enum End {
+    Made(ArtifactName, Box<BuildResult>),
+    Failed(Failure),
+    Cancelled,
+    TimedOut(Failure),
+    /// The service stops.
+    Released,
+    /// Somebody else has the build.
+    Lost,
+}
+
+/// Why a running try must stop, whatever it is at.
+enum Stop {
+    Cancelled,
+    TimedOut,
+    Released,
+    Lost,
+}
+
+/// One try.
+pub(super) struct Running<'a> {
+    pub(super) workers: &'a Workers,
+    pub(super) claimed: &'a Claimed,
+    give_up: watch::Receiver<bool>,
+    pub(super) journal: Journal<'a>,
+    pub(super) meter: Meter,
+    deadline: Instant,
+}
+
+impl<'a> Running<'a> {
+    pub(super) fn new(
+        workers: &'a Workers,
+        claimed: &'a Claimed,
+        give_up: watch::Receiver<bool>,
+    ) -> Self {
+        let limit = Duration::from_secs(claimed.build.limits.build_secs());
+        let metrics = Arc::clone(&workers.metrics);
+        let named: Option<oci::Reference> = claimed.build.request.image.parse().ok();
+        let registry = named.as_ref().map_or("", oci::Reference::registry);
+        let staging = workers.staging(&claimed.lease);
+        Self {
+            workers,
+            claimed,
+            give_up,
+            journal: Journal::new(&workers.store, &claimed.lease, &*workers.clock),
+            meter: Meter::new(metrics, registry, staging, workers.rules.packs.is_some()),
+            deadline: Instant::now() + limit,
+        }
+    }
+
+    pub(super) fn build(&self) -> &Build {
+        &self.claimed.build
+    }
+
+    pub(super) async fn run_to_the_end(&self) -> End {
+        let (done, is_done) = oneshot::channel();
+        let end = {
+            let mut work = Box::pin(async {
+                let end = self.make().await;
+                // Nobody waits for it when a reason to stop came first.
+                let _ = done.send(());
+                end
+            });
+            let mut watch = Box::pin(self.must_stop(is_done));
+            // What loses is dropped here, before anything else needs the database: a future that
+            // is kept but not polled may hold a connection.
+            tokio::select! {
+                end = &mut work => {
+                    watch.await;
+                    end
+                }
+                stop = &mut watch => match stop {
+                    Some(Stop::Cancelled) => End::Cancelled,
+                    Some(Stop::Released) => End::Released,
+                    Some(Stop::TimedOut) => End::TimedOut(self.too_late()),
+                    Some(Stop::Lost) => End::Lost,
+                    // Its end is told before it is handed over.
+                    None => work.await,
+                },
+            }
+        };
+        self.tell_end(&end).await;
+        self.clear_staging().await;
+        end
+    }
+
+    /// Waits for the first reason to stop, or until the work is done, and keeps the lease
+    /// meanwhile.
+    async fn must_stop(&self, mut is_done: oneshot::Receiver<()>) -> Option<Stop> {
+        let mut give_up = self.give_up.clone();
+        let mut heard = Instant::now();
+        loop {
+            let beat = tokio::select! {
+                () = tokio::time::sleep_until(self.deadline) => return Some(Stop::TimedOut),
+                () = tokio::time::sleep_until(heard + SILENCE_MAX) => {
+                    tracing::error!("the database does not answer; the build is given up");
+                    return Some(Stop::Lost);
+                }
+                _ = give_up.wait_for(|now| *now) => return Some(Stop::Released),
+                _ = &mut is_done => return None,
+                beat = self.beat() => beat,
+            };
+            match beat {
+                Ok(Heartbeat::GoOn) => heard = Instant::now(),
+                Ok(Heartbeat::Cancel { .. }) => return Some(Stop::Cancelled),
+                Ok(Heartbeat::Lost) => return Some(Stop::Lost),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Waits for the next heartbeat and makes it. May be dropped at any point: what was not
+    /// committed is undone.
+    async fn beat(&self) -> Result<Heartbeat, StoreError> {
+        tokio::time::sleep(HEARTBEAT).await;
+        self.journal.flush().await;
+        let usage = self.meter.sample().await;
+        let lease = self.workers.store.lease(&self.claimed.lease);
+        lease.heartbeat(LEASE_SECS, Some(&usage), self.workers.clock.now()).await
+    }
+
+    fn too_late(&self) -> Failure {
+        let secs = self.build().limits.build_secs();
+        Failure {
+            code: FailureCode::BuildTimeout,
+            step: self.journal.step(),
+            cause: format!("the build took longer than {secs} seconds"),
+            blame: "yours".into(),
+            remedy: "use a smaller image, or a tier whose builds may take longer".into(),
+        }
+    }
+
+    async fn tell_end(&self, end: &End) {
+        match end {
+            End::Made(_, result) => {
+                let line =
+                    format!("completed: {} bytes, sha256 {}", result.artifact_bytes, result.sha256);
+                self.journal.say("info", "packager", line);
+            }
+            End::Failed(failure) | End::TimedOut(failure) => {
+                self.meter.failed();
+                let remedy = match failure.remedy.is_empty() {
+                    true => String::new(),
+                    false => format!(" ({})", failure.remedy),
+                };
+                let line = format!("{} failed: {}{remedy}", failure.step, failure.cause);
+                self.journal.say("error", "builder", line);
+            }
+            End::Cancelled => self.journal.say("warn", "queue", "cancelled".into()),
+            End::Released => {
+                self.journal.say("info", "queue", "the service stops; back to the queue".into());
+            }
+            End::Lost => return,
+        }
+        // The end itself is tried for longer: `Workers::finish`.
+        let flush = self.journal.flush();
+        if tokio::time::timeout(LAST_WORDS_MAX, flush).await.is_err() {
+            tracing::warn!("the last lines of the log could not be written in time");
+        }
+    }
+
+    pub(super) fn staging(&self) -> PathBuf {
+        self.workers.staging(&self.claimed.lease)
+    }
+
+    async fn clear_staging(&self) {
+        match tokio::fs::remove_dir_all(self.staging()).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, "the staging directory could not be removed");
+            }
+            _ => {}
+        }
+    }
+
+    /// The build itself: resolve, look whether it is made, else make it.
+    async fn make(&self) -> End {
+        let started = Instant::now();
+        match self.try_to_make(started).await {
+            Ok((name, result)) => End::Made(name, Box::new(result)),
+            Err(failure) => {
+                let cause = self.journal.blotted(&failure.cause);
+                End::Failed(Failure { cause, ..failure })
+            }
+        }
+    }
+
+    async fn try_to_make(&self, started: Instant) -> Result<(ArtifactName, BuildResult), Failure> {
+        let request = &self.build().request;
+        self.journal.say("info", "puller", format!("resolving {}", request.image));
+        self.journal.enter(BuildState::Preparing, 1, "Resolving the image").await;
+        let registry = self.registry()?;
+        let image = self.resolve(&registry).instrument(telemetry::step_span("resolve")).await?;
+        let pull_ms = millis(started);
+        self.meter.resolved(&image);
+        self.journal.say("info", "puller", described(&image));
+        let name = self.artifact_name(&image);
+        let flight = self.workers.flight(&name);
+        let _turn = flight.acquire().await.map_err(|_| internal("the service is stopping"))?;
+        if let Some(mut result) = self.known(&name).await {
+            self.journal.enter(BuildState::Packaging, 99, "Taking the artifact that exists").await;
+            self.journal.say("info", "packager", "the same image was built before".into());
+            set_name(&mut result.metadata, &request.image);
+            result.from_cache = true;
+            let source_bytes = image.layers.iter().map(|layer| layer.size_bytes).sum();
+            let total_ms = millis(started);
+            result.metrics =
+                BuildMetrics { pull_ms, total_ms, source_bytes, ..BuildMetrics::default() };
+            return Ok((name, result));
+        }
+        let running = telemetry::step_span("run");
+        let report = self.run_child(&image, registry).instrument(running).await?;
+        let publish = self.publish(&name, &image, report, pull_ms, started);
+        let result = publish.instrument(telemetry::step_span("publish")).await?;
+        Ok((name, result))
+    }
+}
+
+fn described(image: &Image) -> String {
+    let bytes: u64 = image.layers.iter().map(|layer| layer.size_bytes).sum();
+    let (digest, layers) = (image.manifest_digest, image.layers.len());
+    format!("{}: {digest}, {}, {layers} layers, {bytes} bytes", image.name, image.platform)
+}
+
+pub(super) fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
