@@ -1,0 +1,407 @@
+//! Groups of processes that the kernel holds to their limits: cgroups(7), version 2, version 1,
+//! and hosts that have both, where each controller is on the one or the other.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::SandboxError;
+use crate::spawn::pid;
+
+/// How long the kernel may take to end what was killed.
+const DEATH_MAX: Duration = Duration::from_secs(5);
+const DEATH_POLL: Duration = Duration::from_millis(2);
+/// The period of CPU limits, in microseconds; the kernel's default.
+const CPU_PERIOD_USECS: u64 = 100_000;
+/// The group that a service moves itself into on version 2, where only leaves have processes.
+const OWN_LEAF: &str = "service";
+
+/// What a group may take. None: no limit of its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CgroupLimits {
+    /// Bytes of memory, page cache included; no swap beside it.
+    pub memory_bytes_max: Option<u64>,
+    /// Processes and threads.
+    pub pids_max: Option<u64>,
+    /// Thousandths of a CPU.
+    pub cpu_millis: Option<u64>,
+}
+
+/// What a group has taken so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CgroupUsage {
+    /// Bytes of memory at the most.
+    pub memory_peak_bytes: u64,
+    /// CPU time.
+    pub cpu_usecs: u64,
+    /// Processes ended because memory ran out.
+    pub out_of_memory_kills: u64,
+    /// Processes and threads refused by `pids_max`.
+    pub pids_refused: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    V1,
+    V2,
+}
+
+/// The controllers used here.
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+
+/// A place in the hierarchies below which groups can be made.
+#[derive(Clone, Debug)]
+pub struct CgroupRoot {
+    /// By controller: the directory, and the version of its hierarchy.
+    places: BTreeMap<&'static str, (PathBuf, Version)>,
+}
+
+impl CgroupRoot {
+    /// Finds the group of this process in each hierarchy and makes `name` below it, the place of all
+    /// groups of one service. On version 2 this process is moved into a leaf beside it first, and
+    /// the controllers are handed down.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when a controller is missing, or the place is not ours to write in: a
+    /// service of systemd needs `Delegate=yes`.
+    pub fn open(name: &str) -> Result<Self, SandboxError> {
+        let failed = |source: io::Error| SandboxError::new("read /proc/self/cgroup", source);
+        let groups = fs::read_to_string("/proc/self/cgroup").map_err(failed)?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(failed)?;
+        let mut places = BTreeMap::new();
+        for controller in CONTROLLERS {
+            let (base, version) = find(controller, &groups, &mounts).ok_or_else(|| {
+                let text = format!("find the cgroup controller {controller}");
+                SandboxError::new(&text, io::Error::from(io::ErrorKind::NotFound))
+            })?;
+            let place = base.join(name);
+            let made =
+                |source| SandboxError::new(&format!("make the cgroup {}", place.display()), source);
+            if version == Version::V2 {
+                hand_down(&base, controller).map_err(made)?;
+            }
+            make(&place).map_err(made)?;
+            if version == Version::V2 {
+                write(&place, "cgroup.subtree_control", &format!("+{controller}")).map_err(made)?;
+            }
+            places.insert(controller, (place, version));
+        }
+        Ok(Self { places })
+    }
+
+    /// A new group with `limits`, still without processes. One of the same name that was left is
+    /// ended first.
+    ///
+    /// # Errors
+    /// [`SandboxError`] with the file that could not be written.
+    pub fn create(&self, name: &str, limits: &CgroupLimits) -> Result<Cgroup, SandboxError> {
+        let group = self.group(name);
+        group.kill_all();
+        // Dropped on an error, it removes what was made so far.
+        for (controller, (directory, version)) in &group.places {
+            let result =
+                make(directory).and_then(|()| set(controller, directory, *version, limits));
+            result.map_err(|source| {
+                SandboxError::new(&format!("make the cgroup {}", directory.display()), source)
+            })?;
+        }
+        Ok(group)
+    }
+
+    /// Ends every process in the groups below and removes them: what a service that died has
+    /// left. Gives their names.
+    pub fn sweep(&self) -> Vec<String> {
+        let mut names = std::collections::BTreeSet::new();
+        for (place, _) in self.places.values() {
+            for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    names.insert(entry.file_name().to_string_lossy().into_owned());
+                }
+            }
+        }
+        for name in &names {
+            drop(self.group(name));
+        }
+        names.into_iter().collect()
+    }
+
+    /// Removes the place itself, when nothing is below it any more.
+    pub fn remove(self) {
+        for (place, _) in self.places.values() {
+            let _ = fs::remove_dir(place);
+        }
+    }
+
+    fn group(&self, name: &str) -> Cgroup {
+        let below = |(place, version): &(PathBuf, Version)| (place.join(name), *version);
+        Cgroup { places: self.places.iter().map(|(&c, place)| (c, below(place))).collect() }
+    }
+}
+
+/// A group of processes. Dropped, all of them are ended and the group is removed.
+#[derive(Debug)]
+pub struct Cgroup {
+    places: BTreeMap<&'static str, (PathBuf, Version)>,
+}
+
+impl Cgroup {
+    /// Puts a process into the group; those it starts from now on are in it as well.
+    ///
+    /// # Errors
+    /// [`SandboxError`] with the group that would not have it.
+    pub fn add(&self, pid: u32) -> Result<(), SandboxError> {
+        for directory in self.directories() {
+            write(directory, "cgroup.procs", &pid.to_string()).map_err(|source| {
+                let text = format!("put process {pid} into the cgroup {}", directory.display());
+                SandboxError::new(&text, source)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// What the group has taken; what the kernel does not tell is 0.
+    #[must_use]
+    pub fn usage(&self) -> CgroupUsage {
+        let number = |controller: &str, v1: (&str, &str), v2: (&str, &str)| {
+            let (directory, version) = self.places.get(controller)?;
+            let (file, key) = if *version == Version::V1 { v1 } else { v2 };
+            value(&fs::read_to_string(directory.join(file)).ok()?, key)
+        };
+        let peak = ("memory.max_usage_in_bytes", "");
+        let stat = ("cpu.stat", "usage_usec");
+        CgroupUsage {
+            memory_peak_bytes: number("memory", peak, ("memory.peak", "")).unwrap_or(0),
+            cpu_usecs: number("cpu", stat, stat).unwrap_or(0),
+            out_of_memory_kills: number(
+                "memory",
+                ("memory.oom_control", "oom_kill"),
+                ("memory.events", "oom_kill"),
+            )
+            .unwrap_or(0),
+            pids_refused: number("pids", ("pids.events", "max"), ("pids.events", "max"))
+                .unwrap_or(0),
+        }
+    }
+
+    /// Directories of the group, for tools that put processes into them.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        let mut all: Vec<&Path> = self.places.values().map(|(place, _)| place.as_path()).collect();
+        all.dedup();
+        all.into_iter()
+    }
+
+    /// Ends every process of the group, also one that starts others as fast as it can.
+    fn kill_all(&self) {
+        let deadline = Instant::now() + DEATH_MAX;
+        loop {
+            let mut alive = 0;
+            for (directory, version) in self.places.values() {
+                if *version == Version::V2 {
+                    // Since Linux 5.14: all at once, children in the making too.
+                    let _ = write(directory, "cgroup.kill", "1");
+                }
+                alive += kill_below(directory);
+            }
+            if alive == 0 || Instant::now() > deadline {
+                return;
+            }
+            std::thread::sleep(DEATH_POLL);
+        }
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        self.kill_all();
+        for (directory, _) in self.places.values() {
+            remove_below(directory);
+        }
+    }
+}
+
+/// Kills the processes of a group and of those below it; tells how many were there.
+fn kill_below(directory: &Path) -> usize {
+    let mut count = 0;
+    for below in groups_below(directory) {
+        count += kill_below(&below);
+    }
+    let listed = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    for number in listed.lines().filter_map(|line| line.parse().ok()) {
+        count += 1;
+        if let Some(process) = pid(number) {
+            let _ = rustix::process::kill_process(process, Signal::KILL);
+        }
+    }
+    count
+}
+
+fn remove_below(directory: &Path) {
+    for below in groups_below(directory) {
+        remove_below(&below);
+    }
+    let deadline = Instant::now() + DEATH_MAX;
+    // Busy as long as the last process is not wholly gone.
+    while let Err(error) = fs::remove_dir(directory) {
+        if error.raw_os_error() != Some(libc::EBUSY) || Instant::now() > deadline {
+            return;
+        }
+        std::thread::sleep(DEATH_POLL);
+    }
+}
+
+fn groups_below(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let groups = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    groups.map(|entry| entry.path()).collect()
+}
+
+/// The directory of this process's group in the hierarchy that has `controller`.
+fn find(controller: &str, groups: &str, mounts: &str) -> Option<(PathBuf, Version)> {
+    // proc(5): "hierarchy-ID:controller-list:cgroup-path".
+    let v1 = groups.lines().find_map(|line| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        controllers.split(',').any(|name| name == controller).then_some(path)
+    });
+    if let Some(path) = v1 {
+        let mounted = mounted(mounts, "cgroup", Some(controller), path)?;
+        return Some((mounted, Version::V1));
+    }
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let mounted = mounted(mounts, "cgroup2", None, path)?;
+    let offered = fs::read_to_string(mounted.join("cgroup.controllers")).ok()?;
+    offered.split_whitespace().any(|name| name == controller).then_some((mounted, Version::V2))
+}
+
+/// Where the group `path` of the hierarchy is mounted: proc(5), "/proc/pid/mountinfo".
+fn mounted(mounts: &str, kind: &str, controller: Option<&str>, path: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let (front, back) = line.split_once(" - ")?;
+        let mut back = back.split(' ');
+        let options = (back.next()? == kind).then(|| back.nth(1))??;
+        let is_it = controller.is_none_or(|name| options.split(',').any(|option| option == name));
+        let mut front = front.split(' ').skip(3);
+        let (root, point) = (front.next()?, front.next()?);
+        let below = Path::new(path).strip_prefix(root).ok()?;
+        is_it.then(|| Path::new(point).join(below))
+    })
+}
+
+/// Lets groups below `base` have `controller`. Where `base` is not the top, it may have no
+/// processes of its own then: "no internal processes", cgroups(7).
+fn hand_down(base: &Path, controller: &str) -> io::Result<()> {
+    let enable = || write(base, "cgroup.subtree_control", &format!("+{controller}"));
+    match enable() {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+        other => return other,
+    }
+    let leaf = base.join(OWN_LEAF);
+    make(&leaf)?;
+    let listed = fs::read_to_string(base.join("cgroup.procs"))?;
+    for process in listed.lines() {
+        write(&leaf, "cgroup.procs", process)?;
+    }
+    enable()
+}
+
+fn set(
+    controller: &str,
+    directory: &Path,
+    version: Version,
+    limits: &CgroupLimits,
+) -> io::Result<()> {
+    match (controller, version) {
+        ("memory", Version::V1) => {
+            let Some(bytes) = limits.memory_bytes_max else { return Ok(()) };
+            write(directory, "memory.limit_in_bytes", &bytes.to_string())?;
+            // Only where the kernel counts swap.
+            optional(write(directory, "memory.memsw.limit_in_bytes", &bytes.to_string()))
+        }
+        ("memory", Version::V2) => {
+            let Some(bytes) = limits.memory_bytes_max else { return Ok(()) };
+            write(directory, "memory.max", &bytes.to_string())?;
+            optional(write(directory, "memory.swap.max", "0"))
+        }
+        ("pids", _) => match limits.pids_max {
+            Some(most) => write(directory, "pids.max", &most.to_string()),
+            None => Ok(()),
+        },
+        ("cpu", version) => {
+            let Some(millis) = limits.cpu_millis else { return Ok(()) };
+            let quota = (CPU_PERIOD_USECS * millis / 1000).max(1000);
+            match version {
+                Version::V1 => {
+                    write(directory, "cpu.cfs_period_us", &CPU_PERIOD_USECS.to_string())?;
+                    write(directory, "cpu.cfs_quota_us", &quota.to_string())
+                }
+                Version::V2 => write(directory, "cpu.max", &format!("{quota} {CPU_PERIOD_USECS}")),
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
+fn optional(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn make(directory: &Path) -> io::Result<()> {
+    match fs::create_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
+
+/// Opened without making: a file that is not there is an error, not a new file.
+fn write(directory: &Path, file: &str, text: &str) -> io::Result<()> {
+    use std::io::Write as _;
+    fs::OpenOptions::new().write(true).open(directory.join(file))?.write_all(text.as_bytes())
+}
+
+/// The number of a file that is one, or of the line that starts with `key`.
+fn value(text: &str, key: &str) -> Option<u64> {
+    if key.is_empty() {
+        return text.trim().parse().ok();
+    }
+    text.lines().find_map(|line| {
+        let (name, number) = line.split_once(' ')?;
+        (name == key).then(|| number.trim().parse().ok())?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+25 20 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+26 25 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+27 25 0:24 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+28 25 0:25 /docker/abc /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids
+29 25 0:26 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
+
+    #[test]
+    fn a_controller_is_found_on_the_hierarchy_that_has_it() {
+        let groups = "5:cpu,cpuacct:/a\n4:memory:/b/c\n3:pids:/docker/abc/d\n0::/";
+        let place = |controller| find(controller, groups, MOUNTS).unwrap();
+        assert_eq!(place("memory"), ("/sys/fs/cgroup/memory/b/c".into(), Version::V1));
+        assert_eq!(place("cpu"), ("/sys/fs/cgroup/cpu,cpuacct/a".into(), Version::V1));
+        assert_eq!(place("pids"), ("/sys/fs/cgroup/pids/d".into(), Version::V1));
+        assert_eq!(find("io", groups, MOUNTS), None);
+    }
+
+    #[test]
+    fn numbers_are_read_alone_or_by_their_key() {
+        assert_eq!(value("4096\n", ""), Some(4096));
+        assert_eq!(value("low 0\noom 2\noom_kill 7\n", "oom_kill"), Some(7));
+        assert_eq!(value("max\n", ""), None);
+        assert_eq!(value("", "oom_kill"), None);
+    }
+}

@@ -1,0 +1,108 @@
+//! The child's half: a process shuts itself in before it looks at foreign bytes.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
+    RulesetStatus, Scope,
+};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::process::{DumpableBehavior, Signal};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::spawn::USERS_START;
+use crate::{SandboxError, SandboxPolicy, Wall, seccomp};
+
+/// Any directory that is there can hold the mount that becomes the root.
+const MOUNT_POINTS: [&str; 3] = ["/tmp", "/run", "/proc"];
+
+/// Shuts this process in and tells which walls stand. To be called once, before the first thread
+/// is started and before anything foreign is read; what was opened before stays open.
+///
+/// Limits, no-new-privileges, seccomp and the end with the parent are never done without. An
+/// empty root, capabilities and landlock depend on the host and the namespaces: what is not in
+/// the answer does not stand.
+///
+/// # Errors
+/// [`SandboxError`] when one of the first could not be had.
+pub fn confine(policy: &SandboxPolicy) -> Result<Vec<Wall>, SandboxError> {
+    let failed =
+        |action: &'static str| move |source: rustix::io::Errno| SandboxError::new(action, source);
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(failed("end with the parent"))?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(failed("refuse to be traced"))?;
+    let mut walls = Vec::new();
+    // What is counted by user must not count the processes of others.
+    let has_own_user = has_own_user();
+    if empty_root().is_ok() {
+        walls.push(Wall::EmptyRoot);
+    }
+    let threads_max = if has_own_user { policy.threads_max } else { u64::MAX };
+    SandboxPolicy { threads_max, ..policy.clone() }
+        .apply()
+        .map_err(|source| SandboxError::new("limit the process", source))?;
+    if drop_capabilities().is_ok() {
+        walls.push(Wall::NoCapabilities);
+    }
+    rustix::thread::set_no_new_privs(true).map_err(failed("give up new privileges"))?;
+    walls.push(Wall::NoNewPrivileges);
+    if landlocked() {
+        walls.push(Wall::Landlock);
+    }
+    seccomp::apply().map_err(|source| SandboxError::new("filter system calls", source))?;
+    walls.push(Wall::Seccomp);
+    Ok(walls)
+}
+
+/// Whether this user was made for this process alone.
+fn has_own_user() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let outside = map.split_ascii_whitespace().nth(1).and_then(|id| id.parse::<u32>().ok());
+    outside.is_some_and(|outside| (USERS_START..u32::MAX).contains(&outside))
+}
+
+/// Makes an empty directory that nobody can write the root, and lets go of all else that is
+/// mounted. pivot_root(2), "pivot_root(".", ".")".
+fn empty_root() -> io::Result<()> {
+    let point = MOUNT_POINTS.into_iter().find(|path| Path::new(path).is_dir());
+    let point = point.ok_or(io::ErrorKind::NotFound)?;
+    rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount("none", point, "tmpfs", flags, Some(c"size=4k,nr_inodes=2,mode=0555"))?;
+    rustix::process::chdir(point)?;
+    rustix::process::pivot_root(".", ".")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    rustix::mount::mount_remount("/", flags | MountFlags::RDONLY, "")?;
+    Ok(rustix::process::chdir("/")?)
+}
+
+fn drop_capabilities() -> io::Result<()> {
+    for bit in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        match rustix::thread::capability_is_in_bounding_set(capability) {
+            Ok(true) => rustix::thread::remove_capability_from_bounding_set(capability)?,
+            Ok(false) => {}
+            // The kernel knows no more.
+            Err(_) => break,
+        }
+    }
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    Ok(rustix::thread::set_capabilities(None, sets)?)
+}
+
+/// Forbids to open any file, to bind and connect, and to signal or reach processes outside.
+/// What the kernel is too old for is left out; without the file system part there is no wall.
+fn landlocked() -> bool {
+    let ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(ABI::V5))
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(ABI::V5)))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(ABI::V6)))
+        .and_then(Ruleset::create)
+        .and_then(landlock::RulesetCreated::restrict_self);
+    ruleset.is_ok_and(|status| status.ruleset != RulesetStatus::NotEnforced)
+}

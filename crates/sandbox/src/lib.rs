@@ -1,0 +1,45 @@
+//! Confined child processes for work on bytes that strangers wrote.
+//!
+//! Two halves make one sandbox. The parent starts its own program again in new
+//! namespaces ([`Sandbox::spawn`]); the first thing that does is to shut itself in
+//! ([`confine`]): an empty root directory, no capabilities, no way to gain any,
+//! clamped limits, landlock, and an allow-list of system calls. What it may work on
+//! are the files it was handed as descriptors, and its pipes. A group of processes
+//! (a build) is held to its memory, CPU and number by a [`Cgroup`].
+//!
+//! What a host cannot give is told by name ([`Wall`]), never passed over in silence:
+//! who starts the child decides what it can do without.
+//!
+//! This crate does not know images, builds or tenants. It is the only one in which
+//! `unsafe` is allowed: clone3(2) and execveat(2) have no safe form.
+
+mod cgroup;
+mod confine;
+mod limits;
+mod outcome;
+mod seccomp;
+mod spawn;
+mod wall;
+
+pub use cgroup::{Cgroup, CgroupLimits, CgroupRoot, CgroupUsage};
+pub use confine::confine;
+pub use limits::SandboxPolicy;
+pub use outcome::Outcome;
+pub use spawn::{Pipes, Sandbox, can_isolate, take_files};
+pub use wall::Wall;
+
+/// Why there is no sandbox.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action}")]
+pub struct SandboxError {
+    /// What was tried, in words that go on after "cannot".
+    pub action: String,
+    /// What the system says.
+    pub source: std::io::Error,
+}
+
+impl SandboxError {
+    pub(crate) fn new(action: &str, source: impl Into<std::io::Error>) -> Self {
+        Self { action: action.to_owned(), source: source.into() }
+    }
+}

@@ -1,0 +1,131 @@
+//! The system calls of a worker that has its files open already: an allow-list.
+//!
+//! What is not on the list fails with `EPERM`; that is enough, since a call that fails does
+//! nothing, and it leaves a worker the chance to say what went wrong. clone3(2) fails with
+//! `ENOSYS`, so that the C library starts its threads with clone(2), whose flags a filter can see.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// Read, write and arrange open files; memory; threads; time; the end.
+const ALLOWED: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clone3,
+    libc::SYS_close,
+    libc::SYS_copy_file_range,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fallocate,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_getrusage,
+    libc::SYS_gettid,
+    libc::SYS_gettimeofday,
+    libc::SYS_lseek,
+    libc::SYS_madvise,
+    libc::SYS_membarrier,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    libc::SYS_statx,
+    libc::SYS_sync_file_range,
+    libc::SYS_tgkill,
+    libc::SYS_write,
+    libc::SYS_writev,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_newfstatat,
+];
+
+/// Sets the filters for this thread and those it starts.
+pub(crate) fn apply() -> io::Result<()> {
+    // In this order: the list does not let another filter be set. Of two words the stricter counts.
+    for filter in [no_clone3()?, allow_list()?] {
+        seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+fn allow_list() -> io::Result<BpfProgram> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        ALLOWED.iter().map(|&call| (call, Vec::new())).collect();
+    // Threads of this process, and nothing else.
+    let thread = u64::from(libc::CLONE_THREAD.unsigned_abs());
+    rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
+    // No memory that is made executable.
+    let exec = u64::from(libc::PROT_EXEC.unsigned_abs());
+    rules.insert(libc::SYS_mmap, vec![masked(2, exec, 0)?]);
+    rules.insert(libc::SYS_mprotect, vec![masked(2, exec, 0)?]);
+    // A thread's name, and names of mappings.
+    let options = [libc::PR_SET_NAME, libc::PR_SET_VMA];
+    let named = options.map(|option| equal(0, u64::from(option.unsigned_abs())));
+    rules.insert(libc::SYS_prctl, named.into_iter().collect::<io::Result<_>>()?);
+    // Limits may be read, not set: the new one is a null pointer.
+    let reading = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)
+        .map_err(io::Error::other)?;
+    rules.insert(libc::SYS_prlimit64, vec![rule(reading)?]);
+    let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    compiled(rules, refused, SeccompAction::Allow)
+}
+
+fn no_clone3() -> io::Result<BpfProgram> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    compiled(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.unsigned_abs()))
+}
+
+fn compiled(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    mismatch: SeccompAction,
+    matched: SeccompAction,
+) -> io::Result<BpfProgram> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(io::Error::other)?;
+    let filter = SeccompFilter::new(rules, mismatch, matched, arch).map_err(io::Error::other)?;
+    BpfProgram::try_from(filter).map_err(io::Error::other)
+}
+
+fn masked(argument: u8, mask: u64, value: u64) -> io::Result<SeccompRule> {
+    let operator = SeccompCmpOp::MaskedEq(mask);
+    rule(
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
+            .map_err(io::Error::other)?,
+    )
+}
+
+fn equal(argument: u8, value: u64) -> io::Result<SeccompRule> {
+    rule(
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+            .map_err(io::Error::other)?,
+    )
+}
+
+fn rule(condition: SeccompCondition) -> io::Result<SeccompRule> {
+    SeccompRule::new(vec![condition]).map_err(io::Error::other)
+}

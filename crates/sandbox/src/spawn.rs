@@ -1,0 +1,346 @@
+//! The parent's half: a program in new namespaces, with no file but those it is handed.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
+
+use crate::{Outcome, SandboxError, Wall};
+
+/// Users of confined processes, outside: above what systems give to people, services, containers
+/// and dynamic users (systemd.io, "Users, Groups, UIDs and GIDs on systemd Systems").
+pub(crate) const USERS_START: u32 = 0x6400_0000;
+/// `PID_MAX_LIMIT` of linux/threads.h: a process id is smaller.
+const PIDS_MAX: u32 = 1 << 22;
+
+/// A confined process that runs. Dropped, it is ended and waited for.
+#[derive(Debug)]
+pub struct Sandbox {
+    process: OwnedFd,
+    pid: u32,
+    is_isolated: bool,
+    outcome: Option<Outcome>,
+}
+
+/// The parent's ends of the standard streams.
+#[derive(Debug)]
+pub struct Pipes {
+    /// What is written here the process reads.
+    pub stdin: PipeWriter,
+    /// What it writes.
+    pub stdout: PipeReader,
+    /// What it complains.
+    pub stderr: PipeReader,
+}
+
+/// Whether this host lets this process start others in namespaces of their own. Tried once.
+pub fn can_isolate() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| try_namespaces().is_ok())
+}
+
+/// Starts a process that ends at once, in all namespaces, and gives it a user.
+fn try_namespaces() -> io::Result<()> {
+    let (started, release) = start(NAMESPACES, &Image::nothing())?;
+    let mut sandbox = started;
+    map_users(sandbox.pid)?;
+    drop(release);
+    sandbox.wait().map(drop)
+}
+
+const NAMESPACES: u64 = (libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWNS)
+    .unsigned_abs() as u64;
+
+impl Sandbox {
+    /// Starts `program` with `arguments` (the first is its own name) and an empty environment, in
+    /// namespaces of its own where the host allows. The process has its standard streams as
+    /// descriptors 0 to 2 and `files`, in their order, from 3 on; no other.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the process could not be started.
+    pub fn spawn(
+        program: &File,
+        arguments: &[&CStr],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Self, Pipes), SandboxError> {
+        let failed = |source: io::Error| SandboxError::new("start a confined process", source);
+        let (theirs_in, stdin) = io::pipe().map_err(failed)?;
+        let (stdout, theirs_out) = io::pipe().map_err(failed)?;
+        let (stderr, theirs_err) = io::pipe().map_err(failed)?;
+        let mut all = vec![theirs_in.as_fd(), theirs_out.as_fd(), theirs_err.as_fd()];
+        all.extend_from_slice(files);
+        let is_isolated = can_isolate();
+        let (failure, mut error) = io::pipe().map(|(read, write)| (write, read)).map_err(failed)?;
+        let image = Image::new(program, arguments, &all, &failure).map_err(failed)?;
+        let flags = if is_isolated { NAMESPACES } else { 0 };
+        let (mut sandbox, mut release) = start(flags, &image).map_err(failed)?;
+        sandbox.is_isolated = is_isolated;
+        // Our copies of its ends, or no pipe would ever end.
+        drop((image, failure, theirs_in, theirs_out, theirs_err));
+        if is_isolated {
+            map_users(sandbox.pid).map_err(failed)?;
+        }
+        release.write_all(&[1]).map_err(failed)?;
+        // Empty when the program has taken over: exec closes the pipe.
+        let mut code = [0; 4];
+        match error.read(&mut code).map_err(failed)? {
+            0 => Ok((sandbox, Pipes { stdin, stdout, stderr })),
+            _ => Err(failed(io::Error::from_raw_os_error(i32::from_ne_bytes(code)))),
+        }
+    }
+
+    /// The walls that were raised around the process before it ran.
+    #[must_use]
+    pub fn walls(&self) -> &'static [Wall] {
+        if self.is_isolated { &Wall::NAMESPACES } else { &[] }
+    }
+
+    /// Its process id, as this process sees it.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Ends it, and with it every process it has started. Does not wait.
+    pub fn kill(&self) {
+        // One that has ended already is as dead as it can be.
+        let _ = rustix::process::pidfd_send_signal(&self.process, Signal::KILL);
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When the system does not know it any more.
+    pub fn wait(&mut self) -> io::Result<Outcome> {
+        if let Some(outcome) = self.outcome {
+            return Ok(outcome);
+        }
+        let status = loop {
+            let id = WaitId::PidFd(self.process.as_fd());
+            match rustix::process::waitid(id, WaitIdOptions::EXITED) {
+                Ok(Some(status)) => break status,
+                Ok(None) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
+        let outcome = match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Outcome::Exited(code),
+            (None, signal) => Outcome::Killed(signal.unwrap_or(0)),
+        };
+        self.outcome = Some(outcome);
+        Ok(outcome)
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if self.outcome.is_none() {
+            self.kill();
+            let _ = self.wait();
+        }
+    }
+}
+
+/// Gives the process a user of its own, as root inside. Who is not root can only give it the one
+/// it has: user_namespaces(7), "Defining user and group ID mappings".
+fn map_users(pid: u32) -> io::Result<()> {
+    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+    let write = |file: &str, text: String| std::fs::write(format!("/proc/{pid}/{file}"), text);
+    if uid.is_root() {
+        let user = USERS_START + pid % PIDS_MAX;
+        write("gid_map", format!("0 {user} 1"))?;
+        return write("uid_map", format!("0 {user} 1"));
+    }
+    write("setgroups", "deny".to_owned())?;
+    write("gid_map", format!("0 {} 1", gid.as_raw()))?;
+    write("uid_map", format!("0 {} 1", uid.as_raw()))
+}
+
+/// All that the child needs between clone3(2) and execveat(2), where it must not allocate.
+struct Image {
+    program: Option<OwnedFd>,
+    arguments: Vec<CString>,
+    /// Copies above every number they will have in the child.
+    files: Vec<OwnedFd>,
+    failure: Option<OwnedFd>,
+}
+
+impl Image {
+    fn new(
+        program: &File,
+        arguments: &[&CStr],
+        files: &[BorrowedFd<'_>],
+        failure: &PipeWriter,
+    ) -> io::Result<Self> {
+        let above = RawFd::try_from(files.len()).map_err(io::Error::other)? + 1;
+        let copy = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, above);
+        Ok(Self {
+            program: Some(copy(program.as_fd())?),
+            arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
+            files: files.iter().map(|&file| copy(file)).collect::<Result<_, _>>()?,
+            failure: Some(copy(failure.as_fd())?),
+        })
+    }
+
+    /// Of a process that ends at once.
+    fn nothing() -> Self {
+        Self { program: None, arguments: Vec::new(), files: Vec::new(), failure: None }
+    }
+}
+
+/// Clones this process. The child waits until something is written to the returned pipe, then
+/// becomes `image`; when the pipe is closed unwritten it ends.
+fn start(flags: u64, image: &Image) -> io::Result<(Sandbox, PipeWriter)> {
+    let (waiting, release) = io::pipe()?;
+    let (waiting, release) = match &image.files {
+        // Above the numbers that the child overwrites.
+        files if !files.is_empty() => {
+            let above = RawFd::try_from(files.len()).map_err(io::Error::other)? + 1;
+            let copy = rustix::io::fcntl_dupfd_cloexec(&waiting, above)?;
+            let other = rustix::io::fcntl_dupfd_cloexec(&release, above)?;
+            (copy, PipeWriter::from(other))
+        }
+        _ => (waiting.into(), release),
+    };
+    let arguments: Vec<*const libc::c_char> =
+        image.arguments.iter().map(|a| a.as_ptr()).chain([std::ptr::null()]).collect();
+    let environment: [*const libc::c_char; 1] = [std::ptr::null()];
+    let has_own_user = flags != 0;
+    let mut pidfd: RawFd = -1;
+    // SAFETY: all zeroes is a valid clone_args: no flags, no stack, no set of ids.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags | u64::from(libc::CLONE_PIDFD.unsigned_abs());
+    args.pidfd = (&raw mut pidfd).expose_provenance() as u64;
+    args.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
+    // SAFETY: clone3(2) without CLONE_VM and without a stack is a fork: the child has its own copy
+    // of all memory. `args` lives across the call and `pidfd` is written by the kernel before it
+    // returns.
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            // SAFETY: this is the only thread of the child. It calls nothing that allocates, locks
+            // or unwinds, and does not return.
+            unsafe {
+                become_image(image, &arguments, &environment, &waiting, &release, has_own_user)
+            }
+        }
+        pid => {
+            let pid = u32::try_from(pid).map_err(io::Error::other)?;
+            // SAFETY: the kernel has just made this descriptor for us.
+            let process = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            let sandbox = Sandbox { process, pid, is_isolated: false, outcome: None };
+            Ok((sandbox, release))
+        }
+    }
+}
+
+/// The child between clone3(2) and execveat(2).
+///
+/// # Safety
+/// Must be called in a fresh copy of a process, by its only thread. `arguments` and `environment`
+/// must end in a null pointer and point to strings that live.
+unsafe fn become_image(
+    image: &Image,
+    arguments: &[*const libc::c_char],
+    environment: &[*const libc::c_char],
+    waiting: &OwnedFd,
+    release: &PipeWriter,
+    has_own_user: bool,
+) -> ! {
+    // SAFETY: plain system calls on descriptors and pointers that are valid as said above; each is
+    // async-signal-safe (signal-safety(7)).
+    unsafe {
+        // With our own copy open the pipe would never end.
+        libc::close(release.as_raw_fd());
+        let mut byte = 0u8;
+        if libc::read(waiting.as_raw_fd(), (&raw mut byte).cast(), 1) != 1 {
+            libc::_exit(0);
+        }
+        let Some(program) = &image.program else { libc::_exit(0) };
+        if has_own_user && !become_root_inside() {
+            give_up(image);
+        }
+        let signal = libc::SIGKILL;
+        libc::prctl(libc::PR_SET_PDEATHSIG, signal);
+        let mut number = 0;
+        for file in &image.files {
+            if libc::dup2(file.as_raw_fd(), number) < 0 {
+                give_up(image);
+            }
+            number += 1;
+        }
+        libc::execveat(
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            arguments.as_ptr().cast_mut().cast(),
+            environment.as_ptr().cast_mut().cast(),
+            libc::AT_EMPTY_PATH,
+        );
+        give_up(image)
+    }
+}
+
+/// Takes user and group 0 of the new namespace and no other group. Raw calls: the C library's
+/// would look for other threads.
+///
+/// # Safety
+/// As [`become_image`].
+unsafe fn become_root_inside() -> bool {
+    // SAFETY: no pointer is passed but a null one with a length of 0.
+    unsafe {
+        // Refused where the map was written without privilege; then there is nothing to drop.
+        libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>());
+        libc::syscall(libc::SYS_setresgid, 0, 0, 0) == 0
+            && libc::syscall(libc::SYS_setresuid, 0, 0, 0) == 0
+    }
+}
+
+/// Tells the parent the last error and ends.
+///
+/// # Safety
+/// As [`become_image`].
+unsafe fn give_up(image: &Image) -> ! {
+    // SAFETY: errno is this thread's own; the buffer lives on the stack.
+    unsafe {
+        let code = (*libc::__errno_location()).to_ne_bytes();
+        if let Some(failure) = &image.failure {
+            libc::write(failure.as_raw_fd(), code.as_ptr().cast(), code.len());
+        }
+        libc::_exit(126)
+    }
+}
+
+/// The process of a number, for those who only have that.
+pub(crate) fn pid(number: u32) -> Option<Pid> {
+    i32::try_from(number).ok().and_then(Pid::from_raw)
+}
+
+/// The files that this confined process was handed, in their order. Once: afterwards, and where
+/// there are fewer, the answer is none.
+pub fn take_files(count: usize) -> Option<Vec<File>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    const FIRST: RawFd = 3;
+    let end = RawFd::try_from(count).ok()?.checked_add(FIRST)?;
+    if TAKEN.swap(true, Ordering::SeqCst) {
+        return None;
+    }
+    let are_open = (FIRST..end).all(|number| {
+        // SAFETY: asks for the flags of a descriptor, whatever it is.
+        unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 }
+    });
+    // SAFETY: the process was started with these descriptors open, nobody else knows their numbers,
+    // and they are given out once.
+    are_open.then(|| (FIRST..end).map(|number| unsafe { File::from_raw_fd(number) }).collect())
+}

@@ -1,0 +1,140 @@
+//! An attacker that has taken over a confined worker. Tries one thing, by name, and tells what
+//! the kernel answered.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::FromRawFd as _;
+
+use sandbox::SandboxPolicy;
+
+fn main() {
+    let attack = std::env::args().nth(1).unwrap_or_default();
+    let policy = SandboxPolicy {
+        memory_bytes_max: Some(64 << 20),
+        file_bytes_max: Some(1 << 20),
+        files_max: 32,
+        threads_max: 8,
+    };
+    let walls = sandbox::confine(&policy).unwrap();
+    match attack.as_str() {
+        "walls" => println!("{}", walls.iter().map(|w| w.as_str()).collect::<Vec<_>>().join(" ")),
+        "work" => work(),
+        "wait" => drop(std::io::stdin().read(&mut [0])),
+        "memory" => memory(),
+        "threads" => threads(),
+        "disk" => disk(),
+        other => println!("{}", answer(other)),
+    }
+}
+
+/// What a worker does: reads its input, uses its files, starts threads, tells.
+fn work() {
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).unwrap();
+    let length = std::thread::spawn(move || text.len()).join().unwrap();
+    // SAFETY: the test hands a file over as descriptor 3, which nobody else uses.
+    let mut file = unsafe { File::from_raw_fd(3) };
+    file.write_all(length.to_string().as_bytes()).unwrap();
+    file.set_len(4096).unwrap();
+    println!("{}", file.metadata().unwrap().len());
+}
+
+fn memory() {
+    let mut kept: Vec<Vec<u8>> = Vec::new();
+    loop {
+        let mut more = Vec::new();
+        if more.try_reserve_exact(8 << 20).is_err() {
+            println!("refused after {} MiB", kept.len() * 8);
+            return;
+        }
+        more.resize(8 << 20, 1);
+        kept.push(more);
+    }
+}
+
+fn threads() {
+    let mut count = 0;
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let held = std::sync::Arc::new(std::sync::Mutex::new(held));
+    while count < 1000 {
+        let held = held.clone();
+        let body = move || drop(held.lock().map(|held| held.recv()));
+        match std::thread::Builder::new().stack_size(64 << 10).spawn(body) {
+            Ok(_) => count += 1,
+            Err(error) => {
+                println!("refused after {count}: {error}");
+                break;
+            }
+        }
+    }
+    drop(hold);
+}
+
+fn disk() {
+    // SAFETY: as above.
+    let mut file = unsafe { File::from_raw_fd(3) };
+    loop {
+        if let Err(error) = file.write_all(&[1; 65536]) {
+            std::process::exit(error.raw_os_error().unwrap_or(1));
+        }
+    }
+}
+
+/// One system call, and what came of it: `ok`, or the error's name.
+fn answer(attack: &str) -> String {
+    let path = c"/etc/passwd".as_ptr();
+    let null = std::ptr::null::<libc::c_void>();
+    // SAFETY: system calls with constant strings, null pointers and numbers; each either fails or
+    // changes this process alone, which ends right after.
+    let result = unsafe {
+        match attack {
+            "open" => libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, 0),
+            "open-root" => libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/".as_ptr(), 0),
+            "stat" => {
+                let mut stat: libc::stat = std::mem::zeroed();
+                libc::syscall(libc::SYS_newfstatat, libc::AT_FDCWD, path, &raw mut stat, 0)
+            }
+            "socket" => libc::syscall(libc::SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0),
+            "unix-socket" => libc::syscall(libc::SYS_socket, libc::AF_UNIX, libc::SOCK_STREAM, 0),
+            "fork" => libc::syscall(libc::SYS_clone, libc::SIGCHLD, null, null, null, null),
+            "namespace" => libc::syscall(libc::SYS_unshare, libc::CLONE_NEWUSER),
+            "setns" => libc::syscall(libc::SYS_setns, 3, 0),
+            "mount" => libc::syscall(libc::SYS_mount, path, path, null, libc::MS_BIND, null),
+            "ptrace" => libc::syscall(libc::SYS_ptrace, libc::PTRACE_ATTACH, 1, null, null),
+            "kill" => libc::syscall(libc::SYS_kill, -1, libc::SIGKILL),
+            "exec" => libc::syscall(libc::SYS_execve, c"/bin/sh".as_ptr(), null, null),
+            "keyctl" => libc::syscall(libc::SYS_keyctl, 0, 0, 0, 0, 0),
+            "bpf" => libc::syscall(libc::SYS_bpf, 0, null, 0),
+            "io_uring" => libc::syscall(libc::SYS_io_uring_setup, 8, null),
+            "userfaultfd" => libc::syscall(libc::SYS_userfaultfd, 0),
+            "perf" => libc::syscall(libc::SYS_perf_event_open, null, 0, 0, 0, 0),
+            "chroot" => libc::syscall(libc::SYS_chroot, c"/".as_ptr()),
+            "raise-limit" => {
+                let limit = libc::rlimit { rlim_cur: 1 << 40, rlim_max: 1 << 40 };
+                libc::syscall(libc::SYS_prlimit64, 0, libc::RLIMIT_DATA, &raw const limit, null)
+            }
+            "undo-no-new-privs" => libc::syscall(libc::SYS_prctl, libc::PR_SET_DUMPABLE, 1),
+            "executable-memory" => libc::syscall(
+                libc::SYS_mmap,
+                null,
+                4096,
+                libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            ),
+            other => {
+                return format!("no attack is called {other}");
+            }
+        }
+    };
+    match result {
+        -1 => match std::io::Error::last_os_error().raw_os_error() {
+            Some(libc::EPERM) => "EPERM".to_owned(),
+            Some(libc::ENOENT) => "ENOENT".to_owned(),
+            Some(other) => format!("errno {other}"),
+            None => "no error".to_owned(),
+        },
+        _ => "ok".to_owned(),
+    }
+}

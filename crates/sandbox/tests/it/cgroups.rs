@@ -1,0 +1,91 @@
+//! Groups that the kernel holds to their limits.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use sandbox::{CgroupLimits, CgroupRoot};
+
+/// A place for this test alone; None where the host lets us make none.
+fn root(name: &str) -> Option<CgroupRoot> {
+    let name = format!("builderd-test-{name}-{}", std::process::id());
+    match CgroupRoot::open(&name) {
+        Ok(root) => Some(root),
+        Err(error) => {
+            println!("skipped: {error}: {}", error.source);
+            None
+        }
+    }
+}
+
+/// A shell that waits for a line before it does anything.
+fn shell(script: &str) -> Child {
+    Command::new("sh")
+        .args(["-c", &format!("read -r go; {script}")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn go(child: &mut Child) {
+    use std::io::Write as _;
+    child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+}
+
+#[test]
+fn who_takes_more_memory_than_the_group_has_is_killed_and_counted() {
+    let Some(root) = root("memory") else { return };
+    let limits = CgroupLimits { memory_bytes_max: Some(32 << 20), ..CgroupLimits::default() };
+    let group = root.create("hungry", &limits).unwrap();
+    let mut child = shell("head -c 200000000 /dev/zero | tail -c 150000000");
+    group.add(child.id()).unwrap();
+    go(&mut child);
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(128 + 9), "{status}");
+    let usage = group.usage();
+    assert_eq!(usage.out_of_memory_kills, 1, "{usage:?}");
+    assert!((30 << 20..=32 << 20).contains(&usage.memory_peak_bytes), "{usage:?}");
+    drop(group);
+    root.remove();
+}
+
+#[test]
+fn a_fork_storm_is_bounded_and_ends_with_its_group() {
+    let Some(root) = root("storm") else { return };
+    let limits = CgroupLimits { pids_max: Some(24), ..CgroupLimits::default() };
+    let group = root.create("storm", &limits).unwrap();
+    let mut child = shell("trap '' TERM; f() { setsid sh -c 'sleep 60' & f; }; f; sleep 60");
+    group.add(child.id()).unwrap();
+    go(&mut child);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while group.usage().pids_refused == 0 {
+        assert!(Instant::now() < deadline, "nothing was refused");
+        std::thread::yield_now();
+    }
+    let directories: Vec<_> = group.directories().map(std::path::Path::to_owned).collect();
+    let started = Instant::now();
+    drop(group);
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    child.wait().unwrap();
+    for directory in directories {
+        assert!(!directory.exists(), "{}", directory.display());
+    }
+    root.remove();
+}
+
+#[test]
+fn what_a_dead_service_left_is_swept_and_nothing_else() {
+    let Some(root) = root("left") else { return };
+    let group = root.create("left", &CgroupLimits::default()).unwrap();
+    let (mut inside, mut outside) = (shell("sleep 60"), shell("exit 7"));
+    group.add(inside.id()).unwrap();
+    // As if the process had been killed: nothing is dropped.
+    std::mem::forget(group);
+    assert_eq!(root.sweep(), ["left"]);
+    assert!(!inside.wait().unwrap().success());
+    assert!(root.sweep().is_empty());
+    go(&mut outside);
+    assert_eq!(outside.wait().unwrap().code(), Some(7));
+    root.remove();
+}

@@ -1,0 +1,5 @@
+//! Confined processes against a real kernel.
+
+mod attacks;
+mod cgroups;
+mod support;
