@@ -120,6 +120,11 @@ impl OpenPack {
         Ok(Self { file, base, length, data_blocks, diff_id, blob_bytes, tar_bytes })
     }
 
+    /// Bytes of the pack, from its base on.
+    pub(crate) fn length(&self) -> u64 {
+        self.length
+    }
+
     /// Counts the layer as one of an image.
     ///
     /// # Errors

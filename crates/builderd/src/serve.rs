@@ -10,6 +10,7 @@ use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use secrecy::ExposeSecret as _;
+use sandbox::Wall;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -335,6 +336,7 @@ fn worker_rules(config: &Config) -> Result<WorkerRules, ServeError> {
         pull_timeout: config.docker.pull_timeout,
         packs: storage.cache_enabled.then(|| (storage.cache_dir.clone(), storage.cache_max_bytes)),
         cache_enabled: storage.cache_enabled,
+        walls: Wall::ALL.into_iter().filter(|wall| *wall != Wall::Cgroup).collect(),
         program,
         shutdown_timeout: config.shutdown_timeout,
     })

@@ -18,7 +18,7 @@ const READ_BUFFER: usize = 256 << 10;
 const EMPTY_MEMBERS_MAX: u32 = 1024;
 
 /// How a layer blob is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Compression {
     /// Not at all.
     None,

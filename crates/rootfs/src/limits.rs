@@ -1,7 +1,7 @@
 //! The limits that keep hostile input small. Knows no input, only numbers.
 
 /// Limits of one layer, checked while its pack is made. A limit reached is an error.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
     /// Entries of the tar, without the header-only ones (PAX, GNU long names). Default 4 million.
     pub entries_max: u64,
@@ -75,7 +75,7 @@ impl Default for Limits {
 }
 
 /// Limits of one tree, checked while layers are folded into it. A limit reached is an error.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct TreeLimits {
     /// Layers. Default 1024.
     pub layers_max: u32,

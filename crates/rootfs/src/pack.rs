@@ -134,7 +134,7 @@ pub enum PackReadError {
 }
 
 /// What [`make_pack`] has made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PackSummary {
     /// SHA-256 of the uncompressed layer.
     pub diff_id: [u8; 32],

@@ -14,6 +14,20 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// One that starts from the totals of another: bytes of blobs, of tars, of data areas.
+    #[must_use]
+    pub fn of(totals: [u64; 3]) -> Self {
+        let [blob_bytes, tar_bytes, data_bytes] = totals.map(AtomicU64::new);
+        Self { blob_bytes, tar_bytes, data_bytes }
+    }
+
+    /// Bytes of blobs, of tars and of data areas so far.
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64, u64) {
+        let load = |sum: &AtomicU64| sum.load(Ordering::Relaxed);
+        (load(&self.blob_bytes), load(&self.tar_bytes), load(&self.data_bytes))
+    }
+
     /// Counts a layer whose pack was made before, so that an image has the same limits whether
     /// its layers are known or not.
     ///

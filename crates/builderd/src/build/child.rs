@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use oci::{ClientOptions, Credentials, Platform, Source};
 use rustix::process::{Resource, Rlimit, Signal};
+use sandbox::Wall;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
@@ -120,6 +121,9 @@ pub(crate) struct ChildSpec {
     pub(crate) memory_bytes: u64,
     /// Largest file it may write.
     pub(crate) disk_bytes: u64,
+    /// What must stand between foreign bytes and this host.
+    #[serde(default)]
+    pub(crate) walls: Vec<Wall>,
 }
 
 /// What a child says, one JSON object per line.
@@ -196,8 +200,8 @@ fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
         fetched_bytes: report.fetched_bytes,
         layers_cached: report.layers_cached,
         phase_secs: report.phase_secs,
-        memory_peak_bytes: memory_peak_bytes(),
-        cpu_ms: cpu_ms(),
+        memory_peak_bytes: memory_peak_bytes() + report.workers.memory_peak_bytes,
+        cpu_ms: cpu_ms() + report.workers.cpu_ms,
         metadata: serde_json::to_value(&report.metadata).unwrap_or_default(),
     })
 }
@@ -235,6 +239,7 @@ fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
         jobs: spec.jobs,
         layer_limits: layer_limits(spec.disk_bytes),
         tree_limits: rootfs::TreeLimits::default(),
+        walls: spec.walls.clone(),
     })
 }
 

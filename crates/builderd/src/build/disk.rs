@@ -10,13 +10,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
 
 /// What every device in use accepts: addresses, offsets and lengths are multiples of it.
 const ALIGNMENT: usize = 4096;
@@ -58,7 +59,7 @@ enum Way {
 }
 
 /// What a caller has to gain beside time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Liking {
     /// Nothing.
     Faster,
@@ -70,7 +71,7 @@ pub(super) enum Liking {
 const GOOD_ENOUGH: Pace = Pace { bytes: 100, nanos: 1_000 };
 
 /// What was seen of one way; old sightings fade.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 struct Pace {
     bytes: u64,
     nanos: u64,
@@ -97,8 +98,8 @@ impl Pace {
 }
 
 /// What was seen of both ways, for reading or for writing.
-#[derive(Debug, Default)]
-struct Lane {
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Lane {
     cached: Pace,
     direct: Pace,
     accesses: u32,
@@ -107,6 +108,19 @@ struct Lane {
 }
 
 impl Lane {
+    /// The paces alone: what somebody else starts from.
+    pub(super) fn without_bytes(&self) -> Self {
+        Self { cached_bytes: 0, direct_bytes: 0, ..self.clone() }
+    }
+
+    /// Takes over what somebody else saw since, and the bytes that it moved.
+    fn learn(&mut self, seen: &Self) {
+        let (cached_bytes, direct_bytes) = (self.cached_bytes, self.direct_bytes);
+        *self = seen.clone();
+        self.cached_bytes = self.cached_bytes.saturating_add(cached_bytes);
+        self.direct_bytes = self.direct_bytes.saturating_add(direct_bytes);
+    }
+
     fn choose(&mut self, liking: Liking) -> Way {
         self.accesses = self.accesses.wrapping_add(1);
         let direct_will_do = liking == Liking::Direct && self.direct.is_faster_than(&GOOD_ENOUGH);
@@ -141,9 +155,37 @@ impl Lane {
 pub(super) struct Disk {
     reads: Mutex<Lane>,
     writes: Mutex<Lane>,
+    /// By the number of a file, itself past the page cache; for who can open nothing any more.
+    twins: Option<Vec<(RawFd, File)>>,
+}
+
+/// The same file, past the page cache. Not on every file system.
+pub(super) fn direct_twin(file: &File) -> Option<File> {
+    // Another open file description: the flag must not touch who else uses `file`.
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+    let open = |write| {
+        OpenOptions::new().read(true).write(write).custom_flags(flags).open(&itself).ok()
+    };
+    open(true).or_else(|| open(false))
 }
 
 impl Disk {
+    /// For a process that was handed its files, and of some the twin past the page cache.
+    pub(super) fn knowing(twins: Vec<(RawFd, File)>) -> Self {
+        Self { twins: Some(twins), ..Self::default() }
+    }
+
+    /// What was seen of writing.
+    pub(super) fn writes(&self) -> Lane {
+        lock(&self.writes).clone()
+    }
+
+    /// Takes over what another process saw of writing.
+    pub(super) fn learn(&self, writes: &Lane) {
+        lock(&self.writes).learn(writes);
+    }
+
     /// Whether bringing what is still in the page cache to the disk takes less time than
     /// writing everything once more through the page cache.
     pub(super) fn is_nearly_written(&self) -> bool {
@@ -154,13 +196,14 @@ impl Disk {
 
     /// The same file, for access at any place either way.
     pub(super) fn attach<'a>(&'a self, file: &'a File, liking: Liking) -> DiskFile<'a> {
-        // Another open file description: the flag must not touch who else uses `file`.
-        let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
-        let open = |write| {
-            OpenOptions::new().read(true).write(write).custom_flags(flags).open(&itself).ok()
+        let direct = match &self.twins {
+            None => direct_twin(file),
+            Some(twins) => {
+                let twin = twins.iter().find(|(number, _)| *number == file.as_raw_fd());
+                twin.and_then(|(_, twin)| twin.try_clone().ok())
+            }
         };
-        DiskFile { disk: self, file, liking, direct: open(true).or_else(|| open(false)) }
+        DiskFile { disk: self, file, liking, direct }
     }
 }
 

@@ -8,13 +8,17 @@ use std::process::ExitStatus;
 use ext4::{LayoutError, WriteError};
 use oci::{Digest, PullError, Source};
 use rootfs::{FileTree, FlattenError, PackError, PackReadError};
+use sandbox::Wall;
+use serde::{Deserialize, Serialize};
 
 use super::Phase;
 use super::record::{Failure, FailureCode};
+use super::confined::ToldError;
 use crate::packs::CacheError;
 
 /// Whose fault a failure is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Blame {
     /// The request or the image.
     Yours,
@@ -142,12 +146,48 @@ pub enum BuildError {
         /// Why.
         source: io::Error,
     },
+    /// What a confined worker could not do, in its words.
+    #[error(transparent)]
+    Told(ToldError),
+    /// A confined worker needs more memory than the build may have.
+    #[error("the {} step needs more memory than the build may have", phase.as_str())]
+    OutOfMemory {
+        /// In which step.
+        phase: Phase,
+    },
+    /// A confined worker was ended, or ended itself, before it was done.
+    #[error(
+        "the process of the {} step ended without a result ({outcome}){}",
+        phase.as_str(),
+        said(complaint)
+    )]
+    WorkerEnded {
+        /// In which step.
+        phase: Phase,
+        /// Exit code or signal.
+        outcome: String,
+        /// What it said on standard error.
+        complaint: String,
+    },
+    /// The host does not give a confined worker what the build asks for.
+    #[error(
+        "this host cannot shut a worker in: no {}",
+        missing.iter().map(|wall| wall.as_str()).collect::<Vec<_>>().join(", no ")
+    )]
+    Walls {
+        /// What is missing.
+        missing: Vec<Wall>,
+    },
     /// A worker of the build ended without an answer: a bug.
     #[error("a worker of the {} step stopped without a result", phase.as_str())]
     WorkerLost {
         /// In which step.
         phase: Phase,
     },
+}
+
+fn said(complaint: &str) -> String {
+    if complaint.is_empty() { String::new() } else { format!(": {complaint}") }
 }
 
 fn at(path: &Option<String>) -> String {
@@ -174,18 +214,22 @@ impl BuildError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Pull { blame, .. } => *blame,
+            Self::Told(told) => told.blame,
             Self::Pack { source: PackError::Write { .. }, .. } => Blame::Ours,
             Self::Pack { .. }
             | Self::OutputName { .. }
             | Self::DiffId { .. }
             | Self::Flatten(_)
             | Self::TooLarge { .. }
+            | Self::OutOfMemory { .. }
             | Self::Layout { .. } => Blame::Yours,
             Self::Cache(_)
             | Self::PackUnread { .. }
             | Self::Write { .. }
             | Self::Output { .. }
             | Self::Worker { .. }
+            | Self::WorkerEnded { .. }
+            | Self::Walls { .. }
             | Self::WorkerLost { .. } => Blame::Ours,
         }
     }
@@ -202,6 +246,14 @@ impl BuildError {
         }
         match self {
             Self::Pull { source, .. } => source.hint(),
+            Self::Told(told) => told.hint.clone(),
+            Self::OutOfMemory { .. } => {
+                Some("use a smaller image, or allow a build more memory".to_owned())
+            }
+            Self::Walls { .. } => Some(
+                "start the service on a host that has them, or accept their absence by name"
+                    .to_owned(),
+            ),
             Self::DiffId { .. } => Some(
                 "the image is inconsistent: rebuild or push it again; \
                  nothing of it was kept"
@@ -218,7 +270,7 @@ impl BuildError {
             Self::Pack { source: PackError::ImageDataBytes(_), .. } => {
                 Some("use a smaller image, or allow a build more disk".to_owned())
             }
-            Self::WorkerLost { .. } => Some("please report this as a bug of builderd".to_owned()),
+            Self::WorkerLost { .. } | Self::WorkerEnded { .. } => Some("please report this as a bug of builderd".to_owned()),
             Self::Pack { .. }
             | Self::PackUnread { .. }
             | Self::OutputName { source: None, .. }
@@ -251,18 +303,22 @@ impl BuildError {
     }
 
     /// The failure in one word.
-    fn code(&self) -> FailureCode {
+    pub(super) fn code(&self) -> FailureCode {
         if self.is_out_of_space() {
             return FailureCode::StorageFull;
         }
         match self {
             Self::Pull { source, .. } => pull_code(source),
+            Self::Told(told) => told.code,
+            Self::OutOfMemory { .. } => FailureCode::QuotaExceeded,
             Self::Pack { source: PackError::Write { .. }, .. }
             | Self::Cache(_)
             | Self::PackUnread { .. }
             | Self::Write { .. }
             | Self::Output { .. }
             | Self::OutputName { source: Some(_), .. }
+            | Self::Walls { .. }
+            | Self::WorkerEnded { .. }
             | Self::Worker { .. } => FailureCode::TemporaryResourceError,
             Self::Pack { source: PackError::ImageDataBytes(_), .. } => FailureCode::QuotaExceeded,
             Self::Pack { .. }
@@ -279,6 +335,9 @@ impl BuildError {
     /// Whether a full disk (or a used-up quota) is the cause.
     #[must_use]
     pub fn is_out_of_space(&self) -> bool {
+        if let Self::Told(told) = self {
+            return told.is_out_of_space;
+        }
         let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
         while let Some(error) = cause {
             if let Some(error) = error.downcast_ref::<io::Error>() {

@@ -1,26 +1,28 @@
 //! Layer blobs → layer packs.
 //!
 //! One network thread (the caller's, on a current-thread runtime) fetches blobs and
-//! hashes them while they stream; a worker thread per layer inflates and packs. The
-//! worker is a pure function of the blob: it gets bytes and writes one file. A pack
+//! hashes them while they stream; a confined process per layer inflates and packs. That
+//! one is a pure function of the blob: it gets bytes and writes one file. A pack
 //! is filed only after size, blob digest and `diff_id` all matched, so a half-read
 //! or lying layer never reaches the cache.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use ext4::BLOCK_SIZE;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use oci::{Fetcher, Image, Layer};
-use rootfs::{Limits, PackSummary, Tally};
+use rootfs::{PackSummary, Tally};
+use sandbox::Wall;
 use tokio::sync::{mpsc, oneshot};
 
-use super::disk::{Disk, DiskWriter, Liking};
+use super::confined::{self, PackTask, Taken};
+use super::disk::{Disk, Liking, lock};
 use super::output;
 use super::{BuildError, BuildEvent, BuildSpec, LayerOrigin, Observer, PackStorage, Phase};
 use crate::packs::{Lookup, OpenPack, PackCache, PackKey, PackLock};
@@ -39,6 +41,8 @@ pub(super) struct LayerPacks {
     pub(super) fetched_bytes: u64,
     /// The file all packs lie in, each in its own stretch, when it can become the image.
     pub(super) slabs: Option<Staged>,
+    /// What the workers took, one entry each.
+    pub(super) taken: Vec<Taken>,
 }
 
 /// Bytes of a file that the stretches of all layers may span; ext4 ends files at 16 TiB.
@@ -54,6 +58,7 @@ struct Job<'a> {
     fetched_bytes: AtomicU64,
     /// What the layers come to, those of the cache too.
     tally: Arc<Tally>,
+    taken: Mutex<Vec<Taken>>,
 }
 
 /// A blob and the layers that name it, by their place, ascending.
@@ -84,6 +89,7 @@ pub(super) async fn fetch(
         observer,
         fetched_bytes: AtomicU64::new(0),
         tally: Arc::default(),
+        taken: Mutex::default(),
     };
     let packed: Vec<(Mentions, LayerOrigin, OpenPack)> = stream::iter(by_blob(image))
         .map(|mentions| job.blob(mentions))
@@ -102,6 +108,7 @@ pub(super) async fn fetch(
         cached,
         packed: found.len() - cached,
         fetched_bytes: job.fetched_bytes.into_inner(),
+        taken: std::mem::take(&mut lock(&job.taken)),
         slabs: slabs.filter(|_| !twice),
         packs: found.into_iter().map(|(.., pack)| pack).collect(),
     })
@@ -272,25 +279,30 @@ impl Job<'_> {
         let (chunks, blob) = mpsc::channel(CHUNKS_IN_FLIGHT);
         // Blocks that are to be shared or shifted must be on the disk first.
         let stays = self.slabs.is_some() || output::can_share(file);
+        let (blob_bytes, tar_bytes, data_bytes) = self.tally.totals();
         let packer = Packer {
-            blob: BlobReader { chunks: blob, current: Bytes::new() },
+            chunks: blob,
             file: Arc::clone(file),
-            part,
-            liking: if stays { Liking::Direct } else { Liking::Faster },
+            task: PackTask {
+                layer: index,
+                digest: layer.digest,
+                part,
+                liking: if stays { Liking::Direct } else { Liking::Faster },
+                limits: self.spec.layer_limits.clone(),
+                counted: [blob_bytes, tar_bytes, data_bytes],
+                writes: self.disk.writes().without_bytes(),
+            },
+            walls: self.spec.walls.clone(),
             disk: Arc::clone(self.disk),
-            limits: self.spec.layer_limits.clone(),
             tally: Arc::clone(&self.tally),
         };
-        let worker = packer.spawn(index)?;
+        let worker = packer.spawn()?;
         let fed = self.feed(index, layer, chunks).await;
         let packed = worker.await.map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })?;
         // A pull that failed explains a pack that failed, not the other way round.
         fed?;
-        let summary = packed.map_err(|source| BuildError::Pack {
-            layer: index,
-            digest: layer.digest,
-            source,
-        })?;
+        let (summary, taken) = packed?;
+        lock(&self.taken).push(taken);
         self.check_diff_id(index, layer, &summary.diff_id)?;
         Ok(summary)
     }
@@ -357,54 +369,31 @@ impl Job<'_> {
     }
 }
 
-type PackResult = Result<PackSummary, rootfs::PackError>;
+type PackResult = Result<(PackSummary, Taken), BuildError>;
 
-/// The worker that makes one pack.
+/// The worker that makes one pack, and the thread that looks after it.
 struct Packer {
-    blob: BlobReader,
+    chunks: mpsc::Receiver<io::Result<Bytes>>,
     file: Arc<File>,
-    part: Range<u64>,
-    liking: Liking,
+    task: PackTask,
+    walls: Vec<Wall>,
     disk: Arc<Disk>,
-    limits: Limits,
     tally: Arc<Tally>,
 }
 
 impl Packer {
-    fn spawn(self, index: usize) -> Result<oneshot::Receiver<PackResult>, BuildError> {
+    fn spawn(self) -> Result<oneshot::Receiver<PackResult>, BuildError> {
         let (answer, result) = oneshot::channel();
         std::thread::Builder::new()
-            .name(format!("layer-{index}"))
+            .name(format!("layer-{}", self.task.layer))
             .spawn(move || {
-                let Self { blob, file, part, liking, disk, limits, tally } = self;
-                let summary = DiskWriter::run(disk.attach(&file, liking), part, |out| {
-                    rootfs::make_pack_of(blob, out, &limits, &tally)
-                });
+                let Self { chunks, file, task, walls, disk, tally } = self;
+                let packed = confined::pack(task, &file, chunks, &walls, &tally, &disk);
                 // The build may have given up meanwhile; then nobody wants the answer.
-                let _ = answer.send(summary);
+                let _ = answer.send(packed);
             })
             .map_err(|source| BuildError::Worker { phase: Phase::Layers, source })?;
         Ok(result)
-    }
-}
-
-/// The worker's end of the blob: blocks until the network thread sends more.
-struct BlobReader {
-    chunks: mpsc::Receiver<io::Result<Bytes>>,
-    current: Bytes,
-}
-
-impl Read for BlobReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.current.is_empty() {
-            match self.chunks.blocking_recv() {
-                Some(chunk) => self.current = chunk?,
-                None => return Ok(0),
-            }
-        }
-        let count = self.current.len().min(buffer.len());
-        self.current.copy_to_slice(&mut buffer[..count]);
-        Ok(count)
     }
 }
 

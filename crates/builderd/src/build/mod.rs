@@ -6,9 +6,11 @@
 //! come from.
 
 pub(crate) mod child;
+pub(crate) mod confined;
 mod disk;
 mod error;
 mod event;
+mod image;
 pub(crate) mod janitor;
 mod journal;
 mod layers;
@@ -27,19 +29,23 @@ use std::path::PathBuf;
 
 use oci::{ClientOptions, Platform, Source};
 use rootfs::{Limits, TreeLimits};
+use sandbox::Wall;
+use serde::{Deserialize, Serialize};
 
+pub use confined::ToldError;
 pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
 pub(crate) use layers::hex;
 pub(crate) use metadata::ENGINE;
 pub use metadata::ImageMetadata;
 pub use pipeline::run;
-pub(crate) use pipeline::{format_uuid, sibling};
+pub(crate) use image::format_uuid;
+pub(crate) use pipeline::sibling;
 
 use crate::packs::{PackCache, SharingDomain};
 
 /// How the image file is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compression {
     /// As it is, holes as holes.
     None,
@@ -59,9 +65,10 @@ pub enum Checksum {
 }
 
 /// What of the request decides the bytes of the image, beside its digest.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ImageOptions {
     /// Exact size or wanted free space.
+    #[serde(with = "SizeForm")]
     pub size: ext4::Size,
     /// An image that would be larger is an error. Does not decide any byte.
     pub bytes_max: Option<u64>,
@@ -69,6 +76,14 @@ pub struct ImageOptions {
     pub journal: bool,
     /// `SOURCE_DATE_EPOCH`, in seconds: no time in the image is later.
     pub source_date_epoch: Option<i64>,
+}
+
+/// [`ext4::Size`] on its way to another process.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "ext4::Size")]
+enum SizeForm {
+    FreeSpace { bytes: u64 },
+    Exact { bytes: u64 },
 }
 
 /// Free space where none is asked for: enough to boot and log, and holes cost nothing.
@@ -128,10 +143,13 @@ pub struct BuildSpec {
     pub layer_limits: Limits,
     /// What the flattened tree may contain.
     pub tree_limits: TreeLimits,
+    /// What must stand between foreign bytes and this host: without one of these there is no build.
+    /// The others stand as well where the host gives them.
+    pub walls: Vec<Wall>,
 }
 
 /// What a finished build has to tell.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct BuildReport {
     /// The image file.
     pub output: PathBuf,
@@ -149,4 +167,7 @@ pub struct BuildReport {
     pub total_secs: f64,
     /// The directories with the most content: path, bytes, files.
     pub biggest_directories: Vec<(String, u64, u64)>,
+    /// What the confined workers took, beside this process.
+    #[serde(skip)]
+    pub(crate) workers: confined::Taken,
 }

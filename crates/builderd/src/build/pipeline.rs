@@ -6,38 +6,26 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ext4::Layout;
 use oci::{Fetcher, Image};
-use rootfs::{FileTree, Folder};
-use serde::Serialize;
-use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
 
-use super::disk::Disk;
+use super::confined::{self, ImageMade, ImageTask, LayerPart, Taken};
+use super::disk::{Disk, lock};
 use super::layers::{self, LayerPacks};
 use super::metadata::{
-    ArtifactMetadata, ENGINE, FilesystemMetadata, ImageMetadata, checksum_line, directory_of,
+    ArtifactMetadata, FilesystemMetadata, ImageMetadata, checksum_line, directory_of,
 };
-use super::output::{self, ImageFile};
 use super::{
-    BuildError, BuildEvent, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, Observer,
-    PackStorage, Phase,
+    BuildError, BuildEvent, BuildReport, BuildSpec, Checksum, Compression, Observer, PackStorage,
+    Phase,
 };
 use crate::staged::Staged;
 
-/// How many directories the closing summary names.
-const BIGGEST_DIRECTORIES: usize = 8;
 /// How often the fetcher is asked what went wrong meanwhile.
 const NOTES_EVERY: Duration = Duration::from_millis(250);
-/// From this size on it is told beforehand how long the sum takes.
-const LONG_SUM_BYTES: u64 = 64 << 30;
-/// Bytes that are hashed to find out how long the sum takes.
-const SAMPLE_BYTES: usize = 16 << 20;
-/// Room before the superblock (kernel: Documentation/filesystems/ext4, "Layout").
-const BOOT_AREA_BYTES: usize = 1024;
 
 /// Builds the image that `spec` describes.
 ///
@@ -51,23 +39,9 @@ pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, Bui
     check_names(spec)?;
     let mut phases = Phases { observer, secs: Vec::new() };
     let disk = Arc::new(Disk::default());
-    let (image, mut packs) = pull(spec, &disk, &mut phases)?;
-    let tree = phases.time(Phase::Flatten, || flatten(spec, &image, &packs))?;
-    let (options, layout) = phases.time(Phase::Layout, || {
-        let options = filesystem_options(&spec.image, &image);
-        let regions: Vec<u64> = packs.packs.iter().map(|open| open.data_blocks).collect();
-        let layout = Layout::plan(&tree, &options, &regions)
-            .map_err(|source| BuildError::layout(source, &tree))?;
-        let (size_bytes, bytes_max) = (layout.size_bytes(), spec.image.bytes_max);
-        match bytes_max.filter(|&bytes_max| size_bytes > bytes_max) {
-            Some(bytes_max) => Err(BuildError::TooLarge { size_bytes, bytes_max }),
-            None => Ok((options, layout)),
-        }
-    })?;
-    tell_of_long_sum(spec.checksum, layout.size_bytes(), observer);
-    let written = write_image(spec, &layout, &tree, &mut packs, &disk, &mut phases)?;
-    let biggest_directories = tree.biggest_directories(BIGGEST_DIRECTORIES);
-    let metadata = describe(spec, &image, &options, &layout, &written);
+    let (image, packs) = pull(spec, &disk, &mut phases)?;
+    let written = write(spec, &image, packs, &disk, &mut phases)?;
+    let metadata = describe(spec, &image, &written);
     // Not part of the phase: whoever interrupts a build that waits here has got no output.
     let turns = take_turns(&[spec.output_directory(), directory_of(&spec.metadata_file)], observer);
     phases.time(Phase::Publish, || publish(spec, written.staged, &metadata))?;
@@ -76,42 +50,23 @@ pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, Bui
     Ok(BuildReport {
         output: spec.output.clone(),
         metadata,
-        layers_cached: packs.cached,
-        layers_packed: packs.packed,
-        fetched_bytes: packs.fetched_bytes,
+        layers_cached: written.layers_cached,
+        layers_packed: written.layers_packed,
+        fetched_bytes: written.fetched_bytes,
         phase_secs: phases.secs,
         total_secs: started.elapsed().as_secs_f64(),
-        biggest_directories: biggest_directories
-            .into_iter()
-            .map(|usage| {
-                (String::from_utf8_lossy(&usage.path).into_owned(), usage.bytes, usage.files)
-            })
-            .collect(),
+        biggest_directories: written.made.biggest_directories,
+        workers: written.workers,
     })
 }
 
-/// Folds the layers, bottom first; one table of contents is in memory at a time.
-fn flatten(spec: &BuildSpec, image: &Image, packs: &LayerPacks) -> Result<FileTree, BuildError> {
-    let mut folder = Folder::new(&spec.tree_limits);
-    for (index, (open, layer)) in packs.packs.iter().zip(&image.layers).enumerate() {
-        let digest = layer.digest;
-        let pack = open.load().map_err(|source| BuildError::PackUnread {
-            layer: index,
-            digest,
-            source,
-        })?;
-        folder.add(&pack)?;
-    }
-    Ok(folder.finish()?)
-}
-
-struct Phases<'a> {
-    observer: &'a dyn Observer,
-    secs: Vec<(Phase, f64)>,
+pub(super) struct Phases<'a> {
+    pub(super) observer: &'a dyn Observer,
+    pub(super) secs: Vec<(Phase, f64)>,
 }
 
 impl Phases<'_> {
-    fn time<T>(
+    pub(super) fn time<T>(
         &mut self,
         phase: Phase,
         work: impl FnOnce() -> Result<T, BuildError>,
@@ -199,174 +154,136 @@ fn created_secs(image: &Image) -> i64 {
     created.and_then(|text| text.parse::<jiff::Timestamp>().ok()).map_or(0, |time| time.as_second())
 }
 
-/// What is recorded in the image and decides its UUID: everything that decides its bytes.
-#[derive(Serialize)]
-struct Provenance<'a> {
-    engine: &'a str,
-    image: String,
-    size: Option<u64>,
-    free_space: Option<u64>,
-    journal: bool,
-    source_date_epoch: Option<i64>,
-}
-
-fn filesystem_options(options: &ImageOptions, image: &Image) -> ext4::Options {
-    let (size, free_space) = match options.size {
-        ext4::Size::Exact { bytes } => (Some(bytes), None),
-        ext4::Size::FreeSpace { bytes } => (None, Some(bytes)),
-    };
-    let provenance = Provenance {
-        engine: ENGINE,
-        image: image.manifest_digest.to_string(),
-        size,
-        free_space,
-        journal: options.journal,
-        source_date_epoch: options.source_date_epoch,
-    };
-    // Serialising plain strings and numbers cannot fail.
-    let mut boot_area = serde_json::to_vec(&provenance).unwrap_or_default();
-    boot_area.push(b'\n');
-    boot_area.truncate(BOOT_AREA_BYTES);
-    let seed: [u8; 32] = Sha256::digest(&boot_area).into();
-    let (mut uuid, mut hash_seed) = ([0; 16], [0; 16]);
-    uuid.copy_from_slice(&seed[..16]);
-    hash_seed.copy_from_slice(&seed[16..]);
-    // RFC 9562, section 5.8: version 8, variant 10: the other bits are ours.
-    uuid[6] = (uuid[6] & 0x0f) | 0x80;
-    uuid[8] = (uuid[8] & 0x3f) | 0x80;
-    ext4::Options {
-        journal: options.journal,
-        created: ext4::Timestamp {
-            secs: options.source_date_epoch.unwrap_or_else(|| created_secs(image)),
-            nanos: 0,
-        },
-        clamp_mtime: options.source_date_epoch,
-        boot_area,
-        ..ext4::Options::new(uuid, hash_seed, options.size)
-    }
-}
-
-/// Says how long the sum of a large image will take: SHA-256 goes through holes like through data,
-/// and nothing is to be seen of it meanwhile.
-fn tell_of_long_sum(checksum: Checksum, size_bytes: u64, observer: &dyn Observer) {
-    if checksum == Checksum::None || size_bytes < LONG_SUM_BYTES {
-        return;
-    }
-    let sample = vec![0; SAMPLE_BYTES];
-    let started = Instant::now();
-    let sum: [u8; 32] = Sha256::digest(&sample).into();
-    std::hint::black_box(sum);
-    let samples = size_bytes.div_ceil(SAMPLE_BYTES as u64);
-    let minutes = (started.elapsed().as_secs_f64() * samples as f64 / 60.0).ceil();
-    let (size, unit) = match size_bytes >> 40 {
-        0 => (size_bytes >> 20, "GiB"),
-        _ => (size_bytes >> 30, "TiB"),
-    };
-    let message = format!(
-        "hashing {:.1} {unit}, holes too, takes about {minutes} min; --checksum none skips it",
-        size as f64 / 1024.0
-    );
-    observer.event(&BuildEvent::Warning { message });
-}
-
+/// The finished file, still without a name.
 struct Written {
     staged: Staged,
-    size_bytes: u64,
-    sha256: Option<String>,
-    uncompressed: Option<Uncompressed>,
+    made: ImageMade,
+    layers_cached: usize,
+    layers_packed: usize,
+    fetched_bytes: u64,
+    workers: Taken,
 }
 
-/// The image in a compressed file.
-struct Uncompressed {
-    size_bytes: u64,
-    sha256: Option<String>,
-}
-
-fn write_image(
+/// Lets a worker make the image from the packs.
+fn write(
     spec: &BuildSpec,
-    layout: &Layout,
-    tree: &FileTree,
-    packs: &mut LayerPacks,
+    image: &Image,
+    mut packs: LayerPacks,
     disk: &Disk,
     phases: &mut Phases<'_>,
 ) -> Result<Written, BuildError> {
-    let failed =
-        |action| move |source| BuildError::Output { action, path: spec.output.clone(), source };
-    let hash = spec.checksum == Checksum::Sha256;
-    let stage = || Staged::create_in(spec.output_directory()).map_err(failed("create"));
-    let observer = phases.observer;
-    let (staged, sha256) = phases.time(Phase::Write, || {
-        let (staged, in_place) = match packs.slabs.take() {
-            Some(slabs)
-                if disk.is_nearly_written()
-                    && output::shift(layout, &packs.packs, slabs.file())
-                        .map_err(failed("arrange the data of"))? =>
-            {
-                (slabs, true)
-            }
-            _ => (stage()?, false),
-        };
-        let file = staged.file();
-        file.set_len(layout.size_bytes()).map_err(failed("set the size of"))?;
-        layout
-            .write(tree, &mut ImageFile(file))
-            .map_err(|source| BuildError::Write { path: spec.output.clone(), source })?;
-        let sha256 = output::write_data(layout, &packs.packs, file, in_place, hash, disk, observer)
-            .map_err(failed("write"))?;
-        Ok((staged, sha256))
-    })?;
-    if spec.compression == Compression::None {
-        let size_bytes = layout.size_bytes();
-        return Ok(Written { staged, size_bytes, sha256, uncompressed: None });
-    }
-    phases.time(Phase::Compress, || {
-        let packed = stage()?;
-        let (image, size) = (staged.file(), layout.size_bytes());
-        let compressed =
-            output::compress(image, size, packed.file(), spec.compression, hash, spec.jobs)
-                .map_err(failed("write"))?;
-        Ok(Written {
-            staged: packed,
-            size_bytes: compressed.size_bytes,
-            sha256: compressed.sha256,
-            uncompressed: Some(Uncompressed { size_bytes: size, sha256 }),
+    let stage = || {
+        Staged::create_in(spec.output_directory()).map_err(|source| BuildError::Output {
+            action: "create",
+            path: spec.output.clone(),
+            source,
         })
+    };
+    let mut staged = vec![stage()?];
+    let compressed = match spec.compression {
+        Compression::None => None,
+        Compression::Gzip | Compression::Zstd => {
+            staged.push(stage()?);
+            Some(1)
+        }
+    };
+    let slabs = packs.slabs.take().filter(|_| disk.is_nearly_written()).map(|slabs| {
+        staged.push(slabs);
+        staged.len() - 1
+    });
+    let mut files: Vec<&File> = staged.iter().map(Staged::file).collect();
+    let mut known: Vec<&Arc<File>> = Vec::new();
+    let mut layers = Vec::with_capacity(packs.packs.len());
+    for (open, layer) in packs.packs.iter().zip(&image.layers) {
+        let file = match known.iter().position(|file| Arc::ptr_eq(file, &open.file)) {
+            Some(place) => staged.len() + place,
+            None => {
+                files.push(&open.file);
+                known.push(&open.file);
+                files.len() - 1
+            }
+        };
+        let (digest, base, length) = (layer.digest, open.base, open.length());
+        layers.push(LayerPart { digest, file, base, length });
+    }
+    let task = ImageTask {
+        layers,
+        tree_limits: spec.tree_limits.clone(),
+        options: spec.image.clone(),
+        manifest_digest: image.manifest_digest.to_string(),
+        created_secs: created_secs(image),
+        hash: spec.checksum == Checksum::Sha256,
+        compression: spec.compression,
+        jobs: spec.jobs,
+        output: spec.output.clone(),
+        slabs,
+        image: 0,
+        compressed,
+    };
+    let timing = Timing { observer: phases.observer, secs: Mutex::default() };
+    let (made, taken) = confined::image(task, &files, &spec.walls, &timing)?;
+    drop(files);
+    phases.secs.append(&mut lock(&timing.secs));
+    if made.file >= staged.len() {
+        return Err(BuildError::WorkerLost { phase: Phase::Write });
+    }
+    packs.taken.push(taken);
+    Ok(Written {
+        staged: staged.swap_remove(made.file),
+        made,
+        layers_cached: packs.cached,
+        layers_packed: packs.packed,
+        fetched_bytes: packs.fetched_bytes,
+        workers: taken_together(&packs.taken, spec.jobs),
     })
 }
 
-fn describe(
-    spec: &BuildSpec,
-    image: &Image,
-    options: &ext4::Options,
-    layout: &Layout,
-    written: &Written,
-) -> ImageMetadata {
-    let summary = layout.summary();
-    let filesystem = FilesystemMetadata {
-        r#type: "ext4",
-        uuid: format_uuid(&options.uuid),
-        size_bytes: summary.blocks * ext4::BLOCK_SIZE,
-        free_bytes: summary.blocks_free * ext4::BLOCK_SIZE,
-        data_bytes: summary.data_bytes,
-        inodes_used: summary.inodes_used,
-        inodes_total: summary.inodes,
-        journal: options.journal,
-    };
-    let artifact = ArtifactMetadata {
-        size_bytes: written.size_bytes,
-        compression: spec.compression.as_str(),
-        sha256: written.sha256.clone(),
-        uncompressed_size_bytes: written.uncompressed.as_ref().map(|image| image.size_bytes),
-        uncompressed_sha256: written.uncompressed.as_ref().and_then(|image| image.sha256.clone()),
-    };
-    ImageMetadata::new(image, filesystem, artifact)
+/// What workers took: those of layers ran beside each other, so many at a time.
+fn taken_together(taken: &[Taken], jobs: usize) -> Taken {
+    let mut peaks: Vec<u64> = taken.iter().map(|taken| taken.memory_peak_bytes).collect();
+    peaks.sort_unstable_by_key(|&bytes| std::cmp::Reverse(bytes));
+    Taken {
+        cpu_ms: taken.iter().map(|taken| taken.cpu_ms).sum(),
+        memory_peak_bytes: peaks.iter().take(jobs.max(1)).sum(),
+    }
 }
 
-/// The usual form of a UUID (RFC 9562, section 4).
-pub(crate) fn format_uuid(uuid: &[u8; 16]) -> String {
-    let hex = layers::hex(uuid);
-    let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
-    parts.join("-")
+/// Notes how long the phases of a worker take, as it tells.
+struct Timing<'a> {
+    observer: &'a dyn Observer,
+    secs: Mutex<Vec<(Phase, f64)>>,
+}
+
+impl Observer for Timing<'_> {
+    fn event(&self, event: &BuildEvent) {
+        if let BuildEvent::PhaseFinished { phase, secs } = event {
+            lock(&self.secs).push((*phase, *secs));
+        }
+        self.observer.event(event);
+    }
+}
+
+fn describe(spec: &BuildSpec, image: &Image, written: &Written) -> ImageMetadata {
+    let made = &written.made;
+    let filesystem = FilesystemMetadata {
+        r#type: "ext4",
+        uuid: made.uuid.clone(),
+        size_bytes: made.filesystem_bytes,
+        free_bytes: made.free_bytes,
+        data_bytes: made.data_bytes,
+        inodes_used: made.inodes_used,
+        inodes_total: made.inodes_total,
+        journal: spec.image.journal,
+    };
+    let is_compressed = made.compressed_bytes.is_some();
+    let artifact = ArtifactMetadata {
+        size_bytes: made.compressed_bytes.unwrap_or(made.image_bytes),
+        compression: spec.compression.as_str(),
+        sha256: if is_compressed { &made.compressed_sha256 } else { &made.image_sha256 }.clone(),
+        uncompressed_size_bytes: is_compressed.then_some(made.image_bytes),
+        uncompressed_sha256: made.image_sha256.clone().filter(|_| is_compressed),
+    };
+    ImageMetadata::new(image, filesystem, artifact)
 }
 
 /// Refuses names that cannot become the files of a build, before any work is done.

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use sandbox::Wall;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -64,6 +65,8 @@ pub(crate) struct WorkerRules {
     pub(crate) packs: Option<(PathBuf, u64)>,
     /// Whether a known artifact may be handed out again.
     pub(crate) cache_enabled: bool,
+    /// What must stand between foreign bytes and this host.
+    pub(crate) walls: Vec<Wall>,
     /// This program.
     pub(crate) program: PathBuf,
     /// How long a shutdown waits for running builds.

@@ -3,6 +3,7 @@
 use std::num::NonZero;
 
 use oci::{ClientOptions, Platform, Source};
+use sandbox::Wall;
 
 use super::args::{BuildArgs, ChecksumArg, CompressionArg, ProgressArg};
 use super::interrupt::Watched;
@@ -94,6 +95,8 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
         ),
         layer_limits: rootfs::Limits::default(),
         tree_limits: rootfs::TreeLimits::default(),
+        // Whoever builds for himself builds also where a host gives less.
+        walls: vec![Wall::NoNewPrivileges, Wall::Seccomp],
     })
 }
 

@@ -80,6 +80,7 @@ pub fn main() -> ExitCode {
         Command::Admin(args) => admin::run(&args),
         Command::Tenant(args) => token::tenants(&args),
         Command::BuildChild => crate::build::child::main().map_err(Failure::ours),
+        Command::Confined => crate::build::confined::main().map_err(Failure::ours),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "builderd", &mut script);

@@ -44,6 +44,7 @@ impl Running<'_> {
             image_bytes_max: Some(self.image_bytes_max()),
             memory_bytes: build.limits.memory_bytes,
             disk_bytes: disk,
+            walls: rules.walls.clone(),
         })
     }
 
