@@ -9,14 +9,16 @@ use futures_util::FutureExt as _;
 use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
 use object_store::gcp::GoogleCloudStorageBuilder;
-use secrecy::ExposeSecret as _;
 use sandbox::Wall;
+use secrecy::ExposeSecret as _;
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::api::{self, ApiRules, Meters, Mode};
 use crate::artifact::{ArtifactStore, LocalArtifacts, MeteredArtifacts, ObjectArtifacts};
 use crate::build::child::RegistrySpec;
+use crate::build::host::Host;
 use crate::build::janitor::{Janitor, JanitorRules};
 use crate::build::service::{BuildService, STOP_WAIT, ServiceRules};
 use crate::build::worker::{ATTEMPTS_MAX, WorkerRules, Workers, clear_leftovers};
@@ -68,6 +70,12 @@ pub(crate) enum ServeError {
     /// A part of it.
     #[error("the service stopped")]
     Part(#[from] PartError),
+    /// The host cannot shut builds in.
+    #[error(
+        "this host cannot give builds: {0}; use one that can, or accept what is missing by name in \
+         UNKEY_BUILDERD_ACCEPT_MISSING_WALLS"
+    )]
+    Walls(String),
     /// The runtime.
     #[error("the service stopped")]
     Runtime(#[source] io::Error),
@@ -78,6 +86,7 @@ pub(crate) enum ServeError {
 /// # Errors
 /// [`ServeError`]
 pub(crate) fn run(config: Config) -> Result<(), ServeError> {
+    let host = open_host(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -96,7 +105,8 @@ pub(crate) fn run(config: Config) -> Result<(), ServeError> {
             let until = async move { drop(stopped.wait_for(|stopping| *stopping).await) };
             tokio::spawn(telemetry::serve_metrics(port, telemetry.metrics(), until));
         }
-        let served = serve(config, listener, telemetry.metrics(), stopped).await;
+        tell_of_walls(&host);
+        let served = serve(config, host, listener, telemetry.metrics(), stopped).await;
         telemetry.finish().await;
         served
     })
@@ -126,6 +136,7 @@ async fn stop_on_signals(stop: watch::Sender<bool>) {
 /// The wiring; tests give a listener on port 0 and their own `stopped`.
 pub(crate) async fn serve(
     config: Config,
+    host: Host,
     listener: TcpListener,
     metrics: Arc<telemetry::Metrics>,
     stopped: watch::Receiver<bool>,
@@ -134,6 +145,8 @@ pub(crate) async fn serve(
     make_directory(&config.data_dir)?;
     make_directory(&config.rootfs_output_dir)?;
     let _ours = claim_directory(&config.rootfs_output_dir)?;
+    let host = Arc::new(host);
+    host.sweep();
     let store = open_store(&config).await?;
     let key = Arc::new(master_key(&config.master_key_file, &store).await?);
     let artifacts = metered(open_artifacts(&config)?, &config, &metrics);
@@ -161,7 +174,7 @@ pub(crate) async fn serve(
         key,
         Arc::clone(&clock),
         Arc::clone(&metrics),
-        worker_rules(&config)?,
+        worker_rules(&config, Arc::clone(&host))?,
     ));
     let janitor = Janitor::new(
         store.clone(),
@@ -170,7 +183,7 @@ pub(crate) async fn serve(
         Arc::clone(&metrics),
         janitor_rules(&config, packs),
     );
-    let (meters, rules) = (meters(&metrics), api_rules(&config));
+    let (meters, rules) = (meters(&metrics, &host), api_rules(&config));
     let mut parts = Parts::new();
     let stopping = parts.stopping();
     let state = api::ApiState::new(service, store, clock, meters, rules, stopping.clone());
@@ -184,7 +197,27 @@ pub(crate) async fn serve(
     parts.start("the janitor", tidy.map(Ok));
     let ended = parts.run(stopped).await;
     artifacts.settle().await;
+    host.close();
     Ok(ended?)
+}
+
+/// What is missing of the host must have been accepted by name, but in development, where nobody
+/// is a stranger.
+fn open_host(config: &Config) -> Result<Host, ServeError> {
+    let host = Host::open(&config.rootfs_output_dir);
+    let accepted = |wall: &Wall| config.dev || config.accept_missing_walls.contains(wall);
+    let missing = host.missing().iter().filter(|(wall, _)| !accepted(wall));
+    let missing: Vec<String> = missing.map(|(wall, why)| format!("{wall} ({why})")).collect();
+    match missing.is_empty() {
+        true => Ok(host),
+        false => Err(ServeError::Walls(missing.join(", "))),
+    }
+}
+
+fn tell_of_walls(host: &Host) {
+    for (wall, why) in host.missing() {
+        tracing::warn!(%wall, why, "builds run without a wall that this host cannot give");
+    }
 }
 
 /// The key of every server on this database: the first one makes it.
@@ -299,10 +332,13 @@ fn api_rules(config: &Config) -> ApiRules {
     }
 }
 
-fn meters(metrics: &Arc<telemetry::Metrics>) -> Meters {
+fn meters(metrics: &Arc<telemetry::Metrics>, host: &Host) -> Meters {
     let (shown, told, counted) = (Arc::clone(metrics), Arc::clone(metrics), Arc::clone(metrics));
+    let missing = host.missing().iter().map(|(wall, why)| json!({"wall": wall, "reason": why}));
+    let walls = json!({"standing": host.stand(), "missing": missing.collect::<Vec<_>>()});
     Meters {
         render: Box::new(move || shown.render()),
+        walls,
         observe: Arc::new(move |method, code, time| match code {
             api::PANICKED => told.rpc_panicked(method),
             code => told.rpc(method, code, time.as_secs_f64()),
@@ -321,7 +357,7 @@ fn service_rules(config: &Config) -> ServiceRules {
     }
 }
 
-fn worker_rules(config: &Config) -> Result<WorkerRules, ServeError> {
+fn worker_rules(config: &Config, host: Arc<Host>) -> Result<WorkerRules, ServeError> {
     let program = std::env::current_exe()
         .map_err(|source| ServeError::Path { path: "/proc/self/exe".into(), source })?;
     let storage = &config.storage;
@@ -336,7 +372,7 @@ fn worker_rules(config: &Config) -> Result<WorkerRules, ServeError> {
         pull_timeout: config.docker.pull_timeout,
         packs: storage.cache_enabled.then(|| (storage.cache_dir.clone(), storage.cache_max_bytes)),
         cache_enabled: storage.cache_enabled,
-        walls: Wall::ALL.into_iter().filter(|wall| *wall != Wall::Cgroup).collect(),
+        host,
         program,
         shutdown_timeout: config.shutdown_timeout,
     })

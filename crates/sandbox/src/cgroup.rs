@@ -79,18 +79,21 @@ impl CgroupRoot {
                 SandboxError::new(&text, io::Error::from(io::ErrorKind::NotFound))
             })?;
             let place = base.join(name);
+            clear_places(&base, name);
             let made =
                 |source| SandboxError::new(&format!("make the cgroup {}", place.display()), source);
             if version == Version::V2 {
                 hand_down(&base, controller).map_err(made)?;
             }
-            make(&place).map_err(made)?;
-            if version == Version::V2 {
-                write(&place, "cgroup.subtree_control", &format!("+{controller}")).map_err(made)?;
-            }
+            make_place(&place, controller, version).map_err(made)?;
             places.insert(controller, (place, version));
         }
         Ok(Self { places })
+    }
+
+    /// The directories below which groups are made.
+    pub fn places(&self) -> impl Iterator<Item = &Path> {
+        self.places.values().map(|(place, _)| place.as_path())
     }
 
     /// A new group with `limits`, still without processes. One of the same name that was left is
@@ -99,12 +102,15 @@ impl CgroupRoot {
     /// # Errors
     /// [`SandboxError`] with the file that could not be written.
     pub fn create(&self, name: &str, limits: &CgroupLimits) -> Result<Cgroup, SandboxError> {
-        let group = self.group(name);
+        let group = self.existing(name);
         group.kill_all();
         // Dropped on an error, it removes what was made so far.
         for (controller, (directory, version)) in &group.places {
-            let result =
-                make(directory).and_then(|()| set(controller, directory, *version, limits));
+            let place = &self.places[controller].0;
+            // Gone when another service has cleared away what nobody used.
+            let result = make_place(place, controller, *version)
+                .and_then(|()| make(directory))
+                .and_then(|()| set(controller, directory, *version, limits));
             result.map_err(|source| {
                 SandboxError::new(&format!("make the cgroup {}", directory.display()), source)
             })?;
@@ -115,6 +121,16 @@ impl CgroupRoot {
     /// Ends every process in the groups below and removes them: what a service that died has
     /// left. Gives their names.
     pub fn sweep(&self) -> Vec<String> {
+        let names = self.names();
+        for name in &names {
+            drop(self.existing(name));
+        }
+        names
+    }
+
+    /// The names of the groups below.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
         let mut names = std::collections::BTreeSet::new();
         for (place, _) in self.places.values() {
             for entry in fs::read_dir(place).into_iter().flatten().flatten() {
@@ -122,9 +138,6 @@ impl CgroupRoot {
                     names.insert(entry.file_name().to_string_lossy().into_owned());
                 }
             }
-        }
-        for name in &names {
-            drop(self.group(name));
         }
         names.into_iter().collect()
     }
@@ -136,7 +149,10 @@ impl CgroupRoot {
         }
     }
 
-    fn group(&self, name: &str) -> Cgroup {
+    /// A group that somebody else has made below, a container's: its processes are ended and it is
+    /// removed when the answer is dropped. One that is not there has no processes.
+    #[must_use]
+    pub fn existing(&self, name: &str) -> Cgroup {
         let below = |(place, version): &(PathBuf, Version)| (place.join(name), *version);
         Cgroup { places: self.places.iter().map(|(&c, place)| (c, below(place))).collect() }
     }
@@ -192,6 +208,17 @@ impl Cgroup {
         let mut all: Vec<&Path> = self.places.values().map(|(place, _)| place.as_path()).collect();
         all.dedup();
         all.into_iter()
+    }
+
+    /// Ends every process of the group that is there now. Does not wait.
+    pub fn kill(&self) {
+        for (directory, version) in self.places.values() {
+            if *version == Version::V2 {
+                // Since Linux 5.14: all at once, children in the making too.
+                let _ = write(directory, "cgroup.kill", "1");
+            }
+            kill_below(directory);
+        }
     }
 
     /// Ends every process of the group, also one that starts others as fast as it can.
@@ -306,6 +333,27 @@ fn hand_down(base: &Path, controller: &str) -> io::Result<()> {
         write(&leaf, "cgroup.procs", process)?;
     }
     enable()
+}
+
+/// A place below which groups can have `controller`.
+fn make_place(place: &Path, controller: &str, version: Version) -> io::Result<()> {
+    make(place)?;
+    match version {
+        Version::V1 => Ok(()),
+        Version::V2 => write(place, "cgroup.subtree_control", &format!("+{controller}")),
+    }
+}
+
+/// Removes the places of services that were killed and never came back: those with a name like
+/// `name` and nothing in them. The kernel refuses to remove any other.
+fn clear_places(base: &Path, name: &str) {
+    let Some((kind, _)) = name.split_once('-') else { return };
+    for place in groups_below(base) {
+        let other = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if other != name && other.strip_prefix(kind).is_some_and(|rest| rest.starts_with('-')) {
+            let _ = fs::remove_dir(&place);
+        }
+    }
 }
 
 fn set(

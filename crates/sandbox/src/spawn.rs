@@ -274,12 +274,10 @@ unsafe fn become_image(
         }
         let signal = libc::SIGKILL;
         libc::prctl(libc::PR_SET_PDEATHSIG, signal);
-        let mut number = 0;
-        for file in &image.files {
+        for (number, file) in (0..).zip(&image.files) {
             if libc::dup2(file.as_raw_fd(), number) < 0 {
                 give_up(image);
             }
-            number += 1;
         }
         libc::execveat(
             program.as_raw_fd(),

@@ -93,6 +93,8 @@ pub(crate) struct ApiRules {
 pub(crate) struct Meters {
     /// Gives the text of `/metrics`.
     pub(crate) render: Box<dyn Fn() -> String + Send + Sync>,
+    /// What stands between builds and the host, as `/stats` shows it.
+    pub(crate) walls: serde_json::Value,
     /// Told of each call.
     pub(crate) observe: Observe,
     /// Told when a request comes; it is done when what this gives is dropped.

@@ -227,6 +227,7 @@ pub(super) async fn stats(
         "uptime_seconds": state.uptime_secs(),
         "builds": {"queued": overview.depth.queued, "running": overview.depth.running},
         "storage": {"artifact_bytes": overview.storage_bytes},
+        "walls": state.meters.walls,
     }))
     .into_response())
 }

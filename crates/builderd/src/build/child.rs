@@ -21,7 +21,8 @@ use super::process::status_bytes;
 use super::record::Failure;
 use super::service::RegistryCredentials;
 use super::{
-    Blame, BuildEvent, BuildSpec, Checksum, Compression, ImageOptions, Observer, PackStorage, Phase,
+    Blame, BuildEvent, BuildSpec, Checksum, Compression, ImageOptions, Observer, PackStorage,
+    Phase, SumBy,
 };
 use crate::packs::{PackCache, SharingDomain};
 
@@ -240,6 +241,7 @@ fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
         layer_limits: layer_limits(spec.disk_bytes),
         tree_limits: rootfs::TreeLimits::default(),
         walls: spec.walls.clone(),
+        sum_by: SumBy::Parent,
     })
 }
 

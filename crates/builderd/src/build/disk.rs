@@ -164,9 +164,8 @@ pub(super) fn direct_twin(file: &File) -> Option<File> {
     // Another open file description: the flag must not touch who else uses `file`.
     let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
-    let open = |write| {
-        OpenOptions::new().read(true).write(write).custom_flags(flags).open(&itself).ok()
-    };
+    let open =
+        |write| OpenOptions::new().read(true).write(write).custom_flags(flags).open(&itself).ok();
     open(true).or_else(|| open(false))
 }
 

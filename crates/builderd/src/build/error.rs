@@ -8,12 +8,12 @@ use std::process::ExitStatus;
 use ext4::{LayoutError, WriteError};
 use oci::{Digest, PullError, Source};
 use rootfs::{FileTree, FlattenError, PackError, PackReadError};
-use sandbox::Wall;
+use sandbox::{CgroupUsage, Wall};
 use serde::{Deserialize, Serialize};
 
 use super::Phase;
-use super::record::{Failure, FailureCode};
 use super::confined::ToldError;
+use super::record::{Failure, FailureCode};
 use crate::packs::CacheError;
 
 /// Whose fault a failure is.
@@ -270,7 +270,9 @@ impl BuildError {
             Self::Pack { source: PackError::ImageDataBytes(_), .. } => {
                 Some("use a smaller image, or allow a build more disk".to_owned())
             }
-            Self::WorkerLost { .. } | Self::WorkerEnded { .. } => Some("please report this as a bug of builderd".to_owned()),
+            Self::WorkerLost { .. } | Self::WorkerEnded { .. } => {
+                Some("please report this as a bug of builderd".to_owned())
+            }
             Self::Pack { .. }
             | Self::PackUnread { .. }
             | Self::OutputName { source: None, .. }
@@ -376,6 +378,31 @@ pub(super) fn died(status: ExitStatus, disk_bytes_max: u64, step: String) -> Fai
         ),
     };
     Failure { code, step, cause, blame: blame.as_str().to_owned(), remedy: remedy.to_owned() }
+}
+
+/// The same failure, or the kernel's reason for it: whoever was ended because memory ran out, or
+/// was refused a thread, cannot say so itself.
+pub(super) fn explained(failure: Failure, usage: &CgroupUsage, memory_bytes: u64) -> Failure {
+    let (cause, remedy) = if usage.out_of_memory_kills > 0 {
+        (
+            format!("the build needs more memory than the {memory_bytes} bytes it may have"),
+            "use a smaller image, or a tier with more memory for each build",
+        )
+    } else if usage.pids_refused > 0 {
+        (
+            "the build needs more processes than it may have".to_owned(),
+            "use a smaller image, or one with fewer layers",
+        )
+    } else {
+        return failure;
+    };
+    Failure {
+        code: FailureCode::QuotaExceeded,
+        step: failure.step,
+        cause,
+        blame: Blame::Yours.as_str().to_owned(),
+        remedy: remedy.to_owned(),
+    }
 }
 
 /// What may pass by itself is told apart from what will not.

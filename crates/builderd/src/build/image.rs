@@ -56,7 +56,8 @@ pub(super) fn make(
     })?;
     tell_of_long_sum(task.hash, layout.size_bytes(), observer);
     let work = Work { task, files, packs: &packs, disk };
-    let (image, image_sha256) = phases.time(Phase::Write, || work.write(&layout, &tree, observer))?;
+    let (image, image_sha256) =
+        phases.time(Phase::Write, || work.write(&layout, &tree, observer))?;
     let compressed = match task.compressed {
         None => None,
         Some(target) => {
@@ -67,6 +68,7 @@ pub(super) fn make(
     let biggest_directories = tree.biggest_directories(BIGGEST_DIRECTORIES).into_iter();
     Ok(ImageMade {
         file: compressed.as_ref().map_or(image, |(target, _)| *target),
+        image,
         image_bytes: layout.size_bytes(),
         image_sha256,
         compressed_bytes: compressed.as_ref().map(|(_, made)| made.size_bytes),
@@ -89,9 +91,8 @@ pub(super) fn make(
 fn open(task: &ImageTask, files: &[Arc<File>]) -> Result<Vec<OpenPack>, BuildError> {
     let packs = task.layers.iter().enumerate().map(|(layer, part)| {
         let file = file_of(files, part.file)?;
-        OpenPack::new(Arc::clone(file), part.base, part.length).map_err(|source| {
-            BuildError::PackUnread { layer, digest: part.digest, source }
-        })
+        OpenPack::new(Arc::clone(file), part.base, part.length)
+            .map_err(|source| BuildError::PackUnread { layer, digest: part.digest, source })
     });
     packs.collect()
 }
@@ -217,10 +218,9 @@ impl Work<'_> {
         let number = shifted.unwrap_or(self.task.image);
         let file = file_of(self.files, number)?;
         file.set_len(layout.size_bytes()).map_err(self.failed("set the size of"))?;
-        layout.write(tree, &mut ImageFile(file)).map_err(|source| BuildError::Write {
-            path: self.task.output.clone(),
-            source,
-        })?;
+        layout
+            .write(tree, &mut ImageFile(file))
+            .map_err(|source| BuildError::Write { path: self.task.output.clone(), source })?;
         let (hash, in_place) = (self.task.hash, shifted.is_some());
         let sha256 =
             output::write_data(layout, self.packs, file, in_place, hash, self.disk, observer)

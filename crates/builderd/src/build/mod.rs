@@ -5,11 +5,13 @@
 //! What a build does *not* know: who asked, how progress is shown, where settings
 //! come from.
 
+mod admission;
 pub(crate) mod child;
 pub(crate) mod confined;
 mod disk;
 mod error;
 mod event;
+pub(crate) mod host;
 mod image;
 pub(crate) mod janitor;
 mod journal;
@@ -35,11 +37,11 @@ use serde::{Deserialize, Serialize};
 pub use confined::ToldError;
 pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
+pub(crate) use image::format_uuid;
 pub(crate) use layers::hex;
 pub(crate) use metadata::ENGINE;
 pub use metadata::ImageMetadata;
 pub use pipeline::run;
-pub(crate) use image::format_uuid;
 pub(crate) use pipeline::sibling;
 
 use crate::packs::{PackCache, SharingDomain};
@@ -62,6 +64,16 @@ pub enum Checksum {
     Sha256,
     /// None: saves one pass over the image.
     None,
+}
+
+/// Who computes the sum of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SumBy {
+    /// The worker, while it writes: one pass less.
+    Worker,
+    /// This process, from the finished file: whoever files images by their sum must not take the word
+    /// of a worker, which the image's author may have taken over.
+    Parent,
 }
 
 /// What of the request decides the bytes of the image, beside its digest.
@@ -135,6 +147,8 @@ pub struct BuildSpec {
     pub compression: Compression,
     /// Which sum is computed over it.
     pub checksum: Checksum,
+    /// Who computes it.
+    pub sum_by: SumBy,
     /// Where layer packs are kept.
     pub packs: PackStorage,
     /// Worker threads, at least 1.

@@ -76,6 +76,13 @@ pub(super) fn write_data(
     Ok(None)
 }
 
+/// SHA-256 of the first `bytes` of a file, in hex.
+pub(super) fn sum(file: &File, bytes: u64) -> io::Result<String> {
+    let mut sum = ImageSum { hasher: Sha256::new(), offset: 0, buffer: vec![0; GAP_BUFFER_BYTES] };
+    sum.file(file, bytes)?;
+    Ok(hex(&sum.hasher.finalize()))
+}
+
 /// Whether [`shift`] works on this file system, and files may span `bytes` there.
 pub(super) fn can_shift(file: &File, bytes: u64) -> bool {
     /// `EXT4_SUPER_MAGIC` of linux/magic.h.

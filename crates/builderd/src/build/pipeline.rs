@@ -18,9 +18,10 @@ use super::layers::{self, LayerPacks};
 use super::metadata::{
     ArtifactMetadata, FilesystemMetadata, ImageMetadata, checksum_line, directory_of,
 };
+use super::output;
 use super::{
     BuildError, BuildEvent, BuildReport, BuildSpec, Checksum, Compression, Observer, PackStorage,
-    Phase,
+    Phase, SumBy,
 };
 use crate::staged::Staged;
 
@@ -212,7 +213,7 @@ fn write(
         options: spec.image.clone(),
         manifest_digest: image.manifest_digest.to_string(),
         created_secs: created_secs(image),
-        hash: spec.checksum == Checksum::Sha256,
+        hash: spec.checksum == Checksum::Sha256 && spec.sum_by == SumBy::Worker,
         compression: spec.compression,
         jobs: spec.jobs,
         output: spec.output.clone(),
@@ -221,11 +222,14 @@ fn write(
         compressed,
     };
     let timing = Timing { observer: phases.observer, secs: Mutex::default() };
-    let (made, taken) = confined::image(task, &files, &spec.walls, &timing)?;
+    let (mut made, taken) = confined::image(task, &files, &spec.walls, &timing)?;
     drop(files);
     phases.secs.append(&mut lock(&timing.secs));
     if made.file >= staged.len() {
         return Err(BuildError::WorkerLost { phase: Phase::Write });
+    }
+    if spec.checksum == Checksum::Sha256 && spec.sum_by == SumBy::Parent {
+        sum(spec, &staged, &mut made)?;
     }
     packs.taken.push(taken);
     Ok(Written {
@@ -236,6 +240,24 @@ fn write(
         fetched_bytes: packs.fetched_bytes,
         workers: taken_together(&packs.taken, spec.jobs),
     })
+}
+
+/// The sums of what a worker has made, from the files themselves, and their sizes.
+fn sum(spec: &BuildSpec, staged: &[Staged], made: &mut ImageMade) -> Result<(), BuildError> {
+    let failed =
+        |source| BuildError::Output { action: "read back", path: spec.output.clone(), source };
+    let of = |number: usize| -> Result<(u64, Option<String>), BuildError> {
+        let file = staged.get(number).map(Staged::file);
+        let file = file.ok_or(BuildError::WorkerLost { phase: Phase::Write })?;
+        let bytes = file.metadata().map_err(failed)?.len();
+        Ok((bytes, Some(output::sum(file, bytes).map_err(failed)?)))
+    };
+    (made.image_bytes, made.image_sha256) = of(made.image)?;
+    if made.compressed_bytes.is_some() {
+        let (bytes, sha256) = of(made.file)?;
+        (made.compressed_bytes, made.compressed_sha256) = (Some(bytes), sha256);
+    }
+    Ok(())
 }
 
 /// What workers took: those of layers ran beside each other, so many at a time.

@@ -19,9 +19,25 @@ pub(super) struct ProcessUsage {
 }
 
 impl ProcessUsage {
-    /// None when there is no such process. One that has ended and waits for its parent has no
-    /// memory.
+    /// Of a process and all it has started. None when there is no such process. One that has ended
+    /// and waits for its parent has no memory.
     pub(super) fn of(pid: u32) -> Option<Self> {
+        let mut sum = Self::of_one(pid)?;
+        let mut todo = children(pid);
+        // Who starts processes for ever must not keep the one that counts them.
+        for _ in 0..FAMILY_MAX {
+            let Some(next) = todo.pop() else { break };
+            todo.extend(children(next));
+            if let Some(usage) = Self::of_one(next) {
+                sum.cpu_ms += usage.cpu_ms;
+                sum.memory_bytes += usage.memory_bytes;
+                sum.memory_peak_bytes += usage.memory_peak_bytes;
+            }
+        }
+        Some(sum)
+    }
+
+    fn of_one(pid: u32) -> Option<Self> {
         let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
         let status = fs::read(format!("/proc/{pid}/status")).ok()?;
         let status = String::from_utf8_lossy(&status);
@@ -34,13 +50,27 @@ impl ProcessUsage {
     }
 }
 
-/// `utime` and `stime`, the fields 14 and 15 of /proc/PID/stat. The second field is a name that
-/// may hold anything, in parentheses.
+/// Processes looked at, at most, to sum up what one and its children take.
+const FAMILY_MAX: usize = 1024;
+
+/// The children that the threads of a process have started: proc(5), "/proc/pid/task/tid/children".
+fn children(pid: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    for task in entries(Path::new(&format!("/proc/{pid}/task"))) {
+        let listed = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        found.extend(listed.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+    }
+    found
+}
+
+/// `utime`, `stime`, `cutime` and `cstime`, the fields 14 to 17 of /proc/PID/stat: its own time and
+/// that of children it has waited for. The second field is a name that may hold anything, in
+/// parentheses.
 fn cpu_ticks(stat: &str) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(") ")?;
-    let mut fields = rest.split_ascii_whitespace().skip(14 - 3);
-    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-    Some(user + system)
+    let fields = rest.split_ascii_whitespace().skip(14 - 3).take(4);
+    let ticks: Vec<u64> = fields.map(|field| field.parse().ok()).collect::<Option<_>>()?;
+    (ticks.len() == 4).then(|| ticks.iter().sum())
 }
 
 /// A line of /proc/PID/status that is a size; 0 when it is not there.
@@ -108,7 +138,7 @@ mod tests {
     fn the_name_of_a_process_does_not_shift_its_fields() {
         let fields = "S 1 7 7 0 -1 4194560 1 2 3 4 150 25 9 9 20 0 1 0 5 6 7";
         for name in ["builderd", "a b", ") R 9 9", "(x) "] {
-            assert_eq!(cpu_ticks(&format!("7 ({name}) {fields}")), Some(175), "{name:?}");
+            assert_eq!(cpu_ticks(&format!("7 ({name}) {fields}")), Some(175 + 18), "{name:?}");
         }
         assert_eq!(cpu_ticks("7 (a) S 1"), None);
         assert_eq!(cpu_ticks(""), None);

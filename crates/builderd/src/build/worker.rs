@@ -24,14 +24,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sandbox::Wall;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument as _;
 
+use super::admission::Admission;
 use super::child::RegistrySpec;
 use super::disk::lock;
+use super::host::Host;
 use super::record::{Build, BuildResult, Failure, FailureCode, Micros};
 use super::state::BuildState;
 use crate::artifact::ArtifactStore;
@@ -65,8 +66,8 @@ pub(crate) struct WorkerRules {
     pub(crate) packs: Option<(PathBuf, u64)>,
     /// Whether a known artifact may be handed out again.
     pub(crate) cache_enabled: bool,
-    /// What must stand between foreign bytes and this host.
-    pub(crate) walls: Vec<Wall>,
+    /// What this host gives builds.
+    pub(crate) host: Arc<Host>,
     /// This program.
     pub(crate) program: PathBuf,
     /// How long a shutdown waits for running builds.
@@ -85,6 +86,8 @@ pub(crate) struct Workers {
     name: String,
     /// Builds of the same artifact wait for one another.
     flights: Mutex<HashMap<String, Arc<Semaphore>>>,
+    /// Which of them fit beside each other.
+    admission: Arc<Admission>,
 }
 
 impl Workers {
@@ -101,7 +104,10 @@ impl Workers {
             rustix::system::uname().nodename().to_string_lossy(),
             uuid::Uuid::new_v4()
         );
-        Self { store, artifacts, key, clock, metrics, rules, name, flights: Mutex::default() }
+        let mut directories = vec![artifacts.staging().to_owned()];
+        directories.extend(rules.packs.iter().map(|(directory, _)| directory.clone()));
+        let (admission, flights) = (Admission::new(directories), Mutex::default());
+        Self { store, artifacts, key, clock, metrics, rules, name, flights, admission }
     }
 
     /// Works until `stop` is set; then takes nothing more, waits for what runs as long as the

@@ -10,7 +10,7 @@ use super::interrupt::Watched;
 use super::progress::Progress;
 use super::{Failure, cache, text};
 use crate::build::{
-    self, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, PackStorage,
+    self, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, PackStorage, SumBy,
 };
 use crate::config::Environment;
 use crate::packs::SharingDomain;
@@ -97,6 +97,7 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
         tree_limits: rootfs::TreeLimits::default(),
         // Whoever builds for himself builds also where a host gives less.
         walls: vec![Wall::NoNewPrivileges, Wall::Seccomp],
+        sum_by: SumBy::Worker,
     })
 }
 

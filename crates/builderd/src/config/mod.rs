@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use reqwest::Url;
+use sandbox::Wall;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::tenant::{TenantLimits, Tier};
@@ -79,6 +80,8 @@ pub(crate) struct Config {
     pub(crate) health_rate_per_sec: u32,
     /// Whose pages may call the API from a browser.
     pub(crate) cors_allowed_origins: Origins,
+    /// Walls around builds that the host may lack.
+    pub(crate) accept_missing_walls: Vec<Wall>,
     /// Builds that run at once.
     pub(crate) max_concurrent_builds: usize,
     /// The longest any build may take.
@@ -244,6 +247,7 @@ impl Config {
             shutdown_timeout: settings.duration("SHUTDOWN_TIMEOUT"),
             health_rate_per_sec: settings.number("RATE_LIMIT").unwrap_or_default(),
             cors_allowed_origins: origins(settings, &mut problems),
+            accept_missing_walls: walls(settings, &mut problems),
             max_concurrent_builds: settings
                 .number("MAX_CONCURRENT_BUILDS")
                 .and_then(|count| usize::try_from(count).ok())
@@ -303,6 +307,22 @@ fn origins(settings: &Settings, problems: &mut Vec<String>) -> Origins {
         problems.push(format!("{} {problem}", settings.written(NAME)));
         Origins::NONE
     })
+}
+
+fn walls(settings: &Settings, problems: &mut Vec<String>) -> Vec<Wall> {
+    const NAME: &str = "ACCEPT_MISSING_WALLS";
+    let mut walls = Vec::new();
+    for name in settings.names(NAME) {
+        match Wall::named(&name) {
+            Some(wall) => walls.push(wall),
+            None => {
+                let known = Wall::ALL.map(Wall::as_str).join(", ");
+                let written = settings.written(NAME);
+                problems.push(format!("{written} is wrong: {name:?} is none of {known}"));
+            }
+        }
+    }
+    walls
 }
 
 fn storage(settings: &Settings, problems: &mut Vec<String>) -> StorageConfig {
@@ -608,6 +628,15 @@ mod tests {
         assert_eq!(config.data_dir, Path::new("builderd-data/data"));
         assert!(read(&[("DEV", "1"), ("ADDRESS", "::1")]).is_ok());
         refused(&[("DEV", "1"), ("HOST", "0.0.0.0")], "development mode");
+    }
+
+    #[test]
+    fn missing_walls_are_accepted_by_name_alone() {
+        const NAME: &str = "ACCEPT_MISSING_WALLS";
+        assert_eq!(read(&[]).unwrap().accept_missing_walls, []);
+        let two = read(&[(NAME, "cgroup, landlock")]).unwrap().accept_missing_walls;
+        assert_eq!(two, [Wall::Cgroup, Wall::Landlock]);
+        refused(&[(NAME, "cgroup,moat")], "\"moat\" is none of user-namespace, ");
     }
 
     #[test]

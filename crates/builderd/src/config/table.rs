@@ -268,6 +268,15 @@ const SERVER: &[Setting] = &[
          are limited by tier.",
     ),
     setting(
+        "ACCEPT_MISSING_WALLS",
+        Kind::Names,
+        "",
+        "ours",
+        "Walls around builds that this host may lack, by the names that the refused start and \
+         `/stats` show: `cgroup`, `user-namespace`, `landlock` and so on. Without them hostile \
+         images are held back by less. Development mode accepts all.",
+    ),
+    setting(
         "CORS_ALLOWED_ORIGINS",
         Kind::Names,
         "",

@@ -35,7 +35,8 @@ async fn a_server_whose_door_is_broken_ends() {
     let directory = tempfile::tempdir().unwrap();
     let (_stop, stopped) = watch::channel(false);
     let metrics = telemetry::Metrics::unread();
-    let serve = serve(config(directory.path()), broken_listener(), metrics, stopped);
+    let serve =
+        serve(config(directory.path()), Host::default(), broken_listener(), metrics, stopped);
     let ended = tokio::time::timeout(Duration::from_secs(30), serve).await.expect("it ends");
     let ServeError::Part(error) = ended.unwrap_err() else { panic!("another error") };
     assert_eq!(error.to_string(), "the API failed");

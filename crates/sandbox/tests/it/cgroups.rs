@@ -89,3 +89,18 @@ fn what_a_dead_service_left_is_swept_and_nothing_else() {
     assert_eq!(outside.wait().unwrap().code(), Some(7));
     root.remove();
 }
+
+#[test]
+fn places_that_nobody_uses_are_cleared_and_made_again_when_they_are_needed() {
+    let (Some(old), Some(new)) = (root("idle"), root("fresh")) else { return };
+    let is_there = |root: &CgroupRoot| root.places().all(std::path::Path::is_dir);
+    assert!(!is_there(&old) && is_there(&new), "opening the second clears the first away");
+    let group = old.create("late", &CgroupLimits::default()).unwrap();
+    assert!(group.directories().all(std::path::Path::is_dir));
+    let third = root("third").unwrap();
+    assert!(group.directories().all(std::path::Path::is_dir), "one in use stays");
+    drop(group);
+    for root in [old, new, third] {
+        root.remove();
+    }
+}

@@ -34,12 +34,10 @@ pub(crate) fn main() -> io::Result<()> {
     let speaker = Speaker { out: Mutex::new(io::stdout()), status };
     speaker.say(&Line::Walls(walls))?;
     let line = match task {
-        Task::Pack(task) => pack(task, stdin, &files, &disk, &speaker),
-        Task::Image(task) => {
-            image::make(&task, &files, &disk, &speaker).map(|made| {
-                Line::Made { made: Box::new(made), taken: speaker.taken() }
-            })
-        }
+        Task::Probe => return Ok(()),
+        Task::Pack(task) => pack(*task, stdin, &files, &disk, &speaker),
+        Task::Image(task) => image::make(&task, &files, &disk, &speaker)
+            .map(|made| Line::Made { made: Box::new(made), taken: speaker.taken() }),
     };
     speaker.say(&line.unwrap_or_else(|error| Line::Failed(ToldError::of(&error))))
 }
@@ -79,7 +77,8 @@ fn pack(
     speaker: &Speaker,
 ) -> Result<Line, BuildError> {
     let PackTask { layer, digest, part, liking, limits, counted, writes } = task;
-    let file = files.first().ok_or(BuildError::WorkerLost { phase: crate::build::Phase::Layers })?;
+    let file =
+        files.first().ok_or(BuildError::WorkerLost { phase: crate::build::Phase::Layers })?;
     disk.learn(&writes.without_bytes());
     let tally = Tally::of(counted);
     let teller = Teller { tally: &tally, speaker };

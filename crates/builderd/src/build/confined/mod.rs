@@ -51,7 +51,9 @@ struct Order {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Task {
-    Pack(PackTask),
+    /// Nothing: what matters is which walls stand.
+    Probe,
+    Pack(Box<PackTask>),
     Image(Box<ImageTask>),
 }
 
@@ -106,8 +108,10 @@ pub(super) struct LayerPart {
 /// What a worker has made of an image.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ImageMade {
-    /// Which of the files is the image.
+    /// Which of the files is the result.
     pub(super) file: usize,
+    /// Which of them is the image, before it was compressed.
+    pub(super) image: usize,
     pub(super) image_bytes: u64,
     pub(super) image_sha256: Option<String>,
     pub(super) compressed_bytes: Option<u64>,
@@ -153,6 +157,25 @@ enum Line {
     Failed(ToldError),
 }
 
+/// Tries which walls this host gives a worker.
+///
+/// # Errors
+/// [`BuildError`] when there is no worker at all.
+pub(crate) fn probe() -> Result<Vec<Wall>, BuildError> {
+    let mut worker = Worker::start(Task::Probe, &[], Phase::Resolve)?;
+    drop(worker.stdin.take());
+    let given = worker.sandbox.walls();
+    let result = listen(&mut worker.lines, &worker.sandbox, &[], |line| match line {
+        Line::Walls(mut walls) => {
+            walls.extend_from_slice(given);
+            Ok(Some(walls))
+        }
+        Line::Failed(told) => Err(BuildError::Told(told)),
+        Line::Event(_) | Line::Tally { .. } | Line::Packed { .. } | Line::Made { .. } => Ok(None),
+    });
+    worker.end(result)
+}
+
 /// Makes the pack of one layer from the chunks of its blob.
 ///
 /// # Errors
@@ -167,7 +190,7 @@ pub(super) fn pack(
 ) -> Result<(PackSummary, Taken), BuildError> {
     let (layer, digest, limits) = (task.layer, task.digest, task.limits.clone());
     let mut counted = task.counted;
-    let mut worker = Worker::start(Task::Pack(task), &[file], Phase::Layers)?;
+    let mut worker = Worker::start(Task::Pack(Box::new(task)), &[file], Phase::Layers)?;
     let stdin = worker.stdin.take();
     let result = std::thread::scope(|scope| {
         let sandbox = &worker.sandbox;

@@ -12,6 +12,7 @@ use super::running::Running;
 use crate::build::child::{
     ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec,
 };
+use crate::build::host::Group;
 use crate::build::progress::Progress;
 use crate::build::record::{Failure, FailureCode};
 use crate::build::{BuildEvent, Phase, error};
@@ -44,7 +45,7 @@ impl Running<'_> {
             image_bytes_max: Some(self.image_bytes_max()),
             memory_bytes: build.limits.memory_bytes,
             disk_bytes: disk,
-            walls: rules.walls.clone(),
+            walls: rules.host.worker_walls(),
         })
     }
 
@@ -63,7 +64,8 @@ impl Running<'_> {
             remedy: "try again later".into(),
         };
         tokio::fs::create_dir_all(self.staging()).await.map_err(failed)?;
-        let mut child = self.spawn(&spec).await.map_err(failed)?;
+        let group = self.group().map_err(failed)?;
+        let mut child = self.spawn(&spec, group.as_ref()).await.map_err(failed)?;
         let Some(stdout) = child.stdout.take() else {
             return Err(internal("the build's process has no output"));
         };
@@ -84,16 +86,35 @@ impl Running<'_> {
         if !complaint.is_empty() {
             tracing::warn!(complaint, "the build's process complained");
         }
+        let usage = group.as_ref().map(Group::usage).unwrap_or_default();
         match last {
-            Some(ChildLine::Done(report)) => Ok(*report),
-            Some(ChildLine::Failed(failure)) => Err(failure),
+            Some(ChildLine::Done(mut report)) => {
+                // The kernel counts all processes together.
+                report.memory_peak_bytes = report.memory_peak_bytes.max(usage.memory_peak_bytes);
+                Ok(*report)
+            }
+            Some(ChildLine::Failed(failure)) => {
+                Err(error::explained(failure, &usage, self.build().limits.memory_bytes))
+            }
             Some(ChildLine::Event(_)) | None => {
-                Err(error::died(status, self.build().limits.disk_bytes, self.journal.step()))
+                let limits = &self.build().limits;
+                let failure = error::died(status, limits.disk_bytes, self.journal.step());
+                Err(error::explained(failure, &usage, limits.memory_bytes))
             }
         }
     }
 
-    async fn spawn(&self, spec: &ChildSpec) -> io::Result<Child> {
+    /// The group of this try's processes.
+    fn group(&self) -> io::Result<Option<Group>> {
+        let (build, limits) = (self.build(), &self.build().limits);
+        let cores = u64::from(limits.cpu_cores);
+        let group =
+            self.workers.rules.host.group(&build.id.to_string(), limits.memory_bytes, cores);
+        group.map_err(io::Error::other)
+    }
+
+    /// The process is in its group before it knows what to do.
+    async fn spawn(&self, spec: &ChildSpec, group: Option<&Group>) -> io::Result<Child> {
         let mut child = Command::new(&self.workers.rules.program)
             .arg("build-child")
             .env_clear()
@@ -105,6 +126,9 @@ impl Running<'_> {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
+        if let (Some(group), Some(pid)) = (group, child.id()) {
+            group.add(pid).map_err(io::Error::other)?;
+        }
         let text = serde_json::to_vec(spec)?;
         if let Some(mut stdin) = child.stdin.take() {
             stdin.write_all(&text).await?;

@@ -15,6 +15,7 @@ use tracing::Instrument as _;
 
 use super::artifact::set_name;
 use super::{HEARTBEAT, LEASE_SECS, SILENCE_MAX, Workers, internal};
+use crate::build::admission::Needs;
 use crate::build::journal::Journal;
 use crate::build::meter::Meter;
 use crate::build::record::{Build, BuildMetrics, BuildResult, Failure, FailureCode};
@@ -235,6 +236,12 @@ impl<'a> Running<'a> {
                 BuildMetrics { pull_ms, total_ms, source_bytes, ..BuildMetrics::default() };
             return Ok((name, result));
         }
+        let needs = Needs::of(&image, &self.build().limits);
+        let waiting = || {
+            let line = "waiting until disk and memory are free beside other builds";
+            self.journal.say("info", "queue", line.into());
+        };
+        let _share = self.workers.admission.admit(needs, waiting).await?;
         let running = telemetry::step_span("run");
         let report = self.run_child(&image, registry).instrument(running).await?;
         let publish = self.publish(&name, &image, report, pull_ms, started);

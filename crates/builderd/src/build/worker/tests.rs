@@ -27,7 +27,7 @@ fn workers(
         ..RegistrySpec::default()
     };
     let rules = WorkerRules {
-        walls: Vec::new(),
+        host: Arc::default(),
         concurrent_max: 1,
         registry,
         pull_timeout: Duration::from_secs(10),

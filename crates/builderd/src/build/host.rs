@@ -1,0 +1,174 @@
+//! What this host gives builds: walls around their workers, and groups that hold them to their
+//! limits. Found out once, at the start; it does not know builds.
+
+use std::path::Path;
+
+use sandbox::{Cgroup, CgroupLimits, CgroupRoot, CgroupUsage, SandboxError, Wall};
+use sha2::{Digest as _, Sha256};
+
+use super::{confined, hex};
+
+/// Processes and threads of one build: those of its workers, and room for what they start.
+const PIDS_MAX: u64 = 1024;
+
+/// The walls of this host.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Host {
+    stand: Vec<Wall>,
+    missing: Vec<(Wall, String)>,
+    groups: Option<CgroupRoot>,
+}
+
+impl Host {
+    /// Tries every wall. `place` is what this service alone uses: groups are named by it, so that
+    /// two services on one host do not clear away each other's.
+    pub(crate) fn open(place: &Path) -> Self {
+        let mut host = Self::default();
+        let reason = match confined::probe() {
+            Ok(stand) => {
+                host.stand = stand;
+                "the kernel or its settings refuse it".to_owned()
+            }
+            Err(error) => chain(&error),
+        };
+        match CgroupRoot::open(&group_name(place)) {
+            Ok(groups) => {
+                host.groups = Some(groups);
+                host.stand.push(Wall::Cgroup);
+            }
+            Err(error) => host.missing.push((Wall::Cgroup, chain(&error))),
+        }
+        for wall in Wall::ALL {
+            let is_known = host.missing.iter().any(|(missing, _)| *missing == wall);
+            if !host.stand.contains(&wall) && !is_known {
+                host.missing.push((wall, reason.clone()));
+            }
+        }
+        host.stand.sort_unstable();
+        host
+    }
+
+    /// The walls that stand.
+    pub(crate) fn stand(&self) -> &[Wall] {
+        &self.stand
+    }
+
+    /// Those that every worker must find: none may be missing later that stood at the start.
+    pub(crate) fn worker_walls(&self) -> Vec<Wall> {
+        self.stand.iter().copied().filter(|wall| *wall != Wall::Cgroup).collect()
+    }
+
+    /// Those that this host cannot give, and why.
+    pub(crate) fn missing(&self) -> &[(Wall, String)] {
+        &self.missing
+    }
+
+    /// Ends what builds of a service that died have left, and removes their groups.
+    pub(crate) fn sweep(&self) {
+        let left = self.groups.as_ref().map(CgroupRoot::sweep).unwrap_or_default();
+        if !left.is_empty() {
+            tracing::warn!(builds = left.join(" "), "processes of dead builds were cleared away");
+        }
+    }
+
+    /// Removes the place of the groups. No build may run any more.
+    pub(crate) fn close(&self) {
+        if let Some(groups) = self.groups.clone() {
+            groups.sweep();
+            groups.remove();
+        }
+    }
+
+    /// A group for one try of a build; none on a host without them.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the kernel refuses the group or a limit.
+    pub(crate) fn group(
+        &self,
+        name: &str,
+        memory_bytes: u64,
+        cpu_cores: u64,
+    ) -> Result<Option<Group>, SandboxError> {
+        let Some(groups) = &self.groups else { return Ok(None) };
+        let limits = CgroupLimits {
+            memory_bytes_max: Some(memory_bytes),
+            pids_max: Some(PIDS_MAX),
+            cpu_millis: Some(cpu_cores.max(1).saturating_mul(1000)),
+        };
+        Ok(Some(Group(Some(groups.create(name, &limits)?))))
+    }
+}
+
+/// The processes of one try of a build. Dropped, they are ended and their group is removed.
+#[derive(Debug)]
+pub(crate) struct Group(Option<Cgroup>);
+
+impl Group {
+    /// Puts a process into it, with all that it starts from now on.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the kernel refuses.
+    pub(crate) fn add(&self, pid: u32) -> Result<(), SandboxError> {
+        self.0.as_ref().map_or(Ok(()), |group| group.add(pid))
+    }
+
+    /// What they have taken together.
+    pub(crate) fn usage(&self) -> CgroupUsage {
+        self.0.as_ref().map(Cgroup::usage).unwrap_or_default()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let Some(group) = self.0.take() else { return };
+        group.kill();
+        // The kernel takes its time to let go of the last process: not a time to hold up others.
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || drop(group))),
+            Err(_) => drop(group),
+        }
+    }
+}
+
+fn group_name(place: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    let place = std::path::absolute(place).unwrap_or_else(|_| place.to_owned());
+    let sum: [u8; 32] = Sha256::digest(place.as_os_str().as_bytes()).into();
+    format!("builderd-{}", hex(&sum[..8]))
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_services_name_their_groups_apart() {
+        let (one, other) = (group_name(Path::new("/a")), group_name(Path::new("/b")));
+        assert_ne!(one, other);
+        assert_eq!(one, group_name(Path::new("/a")));
+    }
+
+    #[test]
+    fn every_wall_stands_or_is_missing_for_a_reason() {
+        // This program is no builderd: its probe fails, and says so.
+        let host = Host::open(Path::new("/nowhere/of/a/test"));
+        for wall in Wall::ALL {
+            let stands = host.stand().contains(&wall);
+            let missing = host.missing().iter().find(|(missing, _)| *missing == wall);
+            assert_ne!(stands, missing.is_some(), "{wall}");
+            assert!(missing.is_none_or(|(_, why)| !why.is_empty()), "{wall}");
+        }
+        host.close();
+    }
+}
