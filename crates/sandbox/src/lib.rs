@@ -13,6 +13,12 @@
 //! This crate does not know images, builds or tenants. It is the only one in which
 //! `unsafe` is allowed: clone3(2) and execveat(2) have no safe form.
 
+#![expect(
+    unsafe_code,
+    reason = "clone3(2), execveat(2) and what runs between them have no safe form"
+)]
+#![warn(clippy::undocumented_unsafe_blocks, unsafe_op_in_unsafe_fn)]
+
 mod cgroup;
 mod confine;
 mod limits;

@@ -1,6 +1,7 @@
 //! An attacker that has taken over a confined worker. Tries one thing, by name, and tells what
 //! the kernel answered.
 
+#![expect(unsafe_code, reason = "attacks are system calls")]
 #![expect(clippy::unwrap_used, reason = "an attacker may fall over")]
 
 use std::fs::File;
