@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("api", &[]),
     ("oci", &[]),
     ("ext4", &[]),
+    ("sandbox", &[]),
     ("xtask", &[]),
 ];
 

@@ -15,6 +15,8 @@ use crate::spawn::pid;
 /// How long the kernel may take to end what was killed.
 const DEATH_MAX: Duration = Duration::from_secs(5);
 const DEATH_POLL: Duration = Duration::from_millis(2);
+/// How long a group may be without processes that will have some.
+const EMPTY_MAX: Duration = Duration::from_secs(60);
 /// The period of CPU limits, in microseconds; the kernel's default.
 const CPU_PERIOD_USECS: u64 = 100_000;
 /// The group that a service moves itself into on version 2, where only leaves have processes.
@@ -345,15 +347,24 @@ fn make_place(place: &Path, controller: &str, version: Version) -> io::Result<()
 }
 
 /// Removes the places of services that were killed and never came back: those with a name like
-/// `name` and nothing in them. The kernel refuses to remove any other.
+/// `name`, and no process in them for a while. The kernel refuses to remove any other.
 fn clear_places(base: &Path, name: &str) {
     let Some((kind, _)) = name.split_once('-') else { return };
     for place in groups_below(base) {
         let other = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if other != name && other.strip_prefix(kind).is_some_and(|rest| rest.starts_with('-')) {
+            for group in groups_below(&place).iter().filter(|group| is_old(group)) {
+                let _ = fs::remove_dir(group);
+            }
             let _ = fs::remove_dir(&place);
         }
     }
+}
+
+/// Whether a group has been there longer than one waits for its first process.
+fn is_old(group: &Path) -> bool {
+    let made = fs::metadata(group).and_then(|metadata| metadata.modified());
+    made.is_ok_and(|made| made.elapsed().is_ok_and(|age| age > EMPTY_MAX))
 }
 
 fn set(

@@ -16,6 +16,7 @@ mod lab;
 mod scale;
 mod service;
 mod sources;
+mod walls;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -102,6 +103,8 @@ fn all() -> Vec<Story> {
         service::a_running_build_is_cancelled_within_a_second,
         service::what_a_stopped_service_cannot_finish_the_next_start_completes,
         service::of_500_orders_at_once_the_last_place_takes_one,
+        walls::every_attack_on_a_worker_fails_also_where_cgroups_are_of_version_2,
+        walls::of_a_stopped_build_nothing_is_left_after_a_second,
         clients::plain_curl_lives_a_builds_life,
         clients::connect_node_lives_a_builds_life_on_every_transport,
         clients::connect_web_in_a_browser_lives_a_builds_life_where_its_origin_may_call,
