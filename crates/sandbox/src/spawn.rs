@@ -279,6 +279,10 @@ unsafe fn become_image(
                 give_up(image);
             }
         }
+        // Whatever else somebody left open ends with this program: close_range(2), Linux 5.11.
+        let first = libc::c_ulong::try_from(image.files.len()).unwrap_or(libc::c_ulong::MAX);
+        let flags = libc::CLOSE_RANGE_CLOEXEC;
+        libc::syscall(libc::SYS_close_range, first, libc::c_ulong::from(u32::MAX), flags);
         libc::execveat(
             program.as_raw_fd(),
             c"".as_ptr(),

@@ -225,7 +225,11 @@ fn write(
     let (mut made, taken) = confined::image(task, &files, &spec.walls, &timing)?;
     drop(files);
     phases.secs.append(&mut lock(&timing.secs));
-    if made.file >= staged.len() {
+    // A worker that was taken over must not have one file summed and another one published.
+    let is_image = made.image == 0 || Some(made.image) == slabs;
+    let is_result = made.file == compressed.unwrap_or(made.image)
+        && made.compressed_bytes.is_some() == compressed.is_some();
+    if !(is_image && is_result) {
         return Err(BuildError::WorkerLost { phase: Phase::Write });
     }
     if spec.checksum == Checksum::Sha256 && spec.sum_by == SumBy::Parent {

@@ -35,6 +35,16 @@ fn a_worker_reads_its_input_and_writes_the_file_it_was_handed() {
 }
 
 #[test]
+fn no_file_that_somebody_left_open_gets_in() {
+    let secret = tempfile::tempfile().unwrap();
+    // Without the flag that closes it when another program starts.
+    let careless = rustix::io::dup(&secret).unwrap();
+    let told = run("files", "", &tempfile::tempfile().unwrap());
+    assert_eq!(told.said, "[3]\n", "{}", told.complained);
+    drop(careless);
+}
+
+#[test]
 fn every_system_call_that_reaches_out_is_refused() {
     let file = tempfile::tempfile().unwrap();
     for attack in [
