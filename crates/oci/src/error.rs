@@ -10,6 +10,7 @@ use crate::archive::ArchiveError;
 use crate::auth::docker_config::CredentialsError;
 use crate::config::ConfigError;
 use crate::digest::Digest;
+use crate::egress::EgressDenied;
 use crate::manifest::{ManifestError, shown};
 use crate::platform::Platform;
 use crate::spool::SpoolError;
@@ -165,6 +166,14 @@ pub enum PullError {
         host: String,
         /// The token server.
         realm: String,
+    },
+    /// The egress policy forbids to go there.
+    #[error("{host} may not be reached from here")]
+    EgressDenied {
+        /// The host that the request, a redirect or a registry names.
+        host: String,
+        /// The rule.
+        source: EgressDenied,
     },
     /// The bytes are not the ones that were named.
     #[error("{what} is not what was asked for: expected {expected}, got {actual}")]
@@ -342,6 +351,7 @@ impl PullError {
             | PullError::Certificate { .. }
             | PullError::PlainHttpServer { .. }
             | PullError::InsecureRealm { .. }
+            | PullError::EgressDenied { .. }
             | PullError::RedirectRefused { .. }
             | PullError::TooLarge { .. }
             | PullError::Manifest { .. }
@@ -396,6 +406,7 @@ impl PullError {
             | PullError::Protocol { .. }
             | PullError::Token { .. }
             | PullError::InsecureRealm { .. }
+            | PullError::EgressDenied { .. }
             | PullError::DigestMismatch { .. }
             | PullError::SizeMismatch { .. }
             | PullError::TooLarge { .. }
@@ -488,6 +499,11 @@ impl PullError {
             return Some(format!(
                 "if {target} really is meant to speak plain HTTP, name it as a plain-HTTP host"
             ));
+        }
+        if let PullError::EgressDenied { source, .. } = self {
+            let allowed =
+                "use a registry on a public address, or ask whoever runs this to allow it";
+            return source.can_be_allowed().then(|| allowed.to_owned());
         }
         if let PullError::Certificate { .. } = self {
             return Some("if the registry has a private certificate authority, pass its certificate as an extra CA".to_owned());

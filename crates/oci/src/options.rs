@@ -11,6 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::auth::Credentials;
+use crate::egress::{AllowedPlace, EgressDenied, EgressPolicy};
+use crate::reference::{Reference, mirror_parts};
+use crate::transport::origin_of;
 
 /// How a source is reached and how much of it is accepted.
 #[derive(Debug, Clone)]
@@ -37,8 +40,11 @@ pub struct ClientOptions {
     pub user_agent: String,
     /// How much of a source is accepted.
     pub limits: Limits,
-    /// Whether the proxy settings of the environment (`HTTPS_PROXY`, …) are obeyed.
+    /// Whether the proxy settings of the environment (`HTTPS_PROXY`, …) are obeyed; never under a
+    /// closed `egress`, which judges the addresses that are connected to.
     pub system_proxy: bool,
+    /// Where to go at all, whoever names the place.
+    pub egress: EgressPolicy,
     /// How to wait between attempts; tests put a recorder here.
     pub sleep: Sleep,
 }
@@ -57,6 +63,7 @@ impl Default for ClientOptions {
             user_agent: concat!("builderd/", env!("CARGO_PKG_VERSION")).to_owned(),
             limits: Limits::default(),
             system_proxy: true,
+            egress: EgressPolicy::default(),
             sleep: Sleep::default(),
         }
     }
@@ -67,6 +74,31 @@ impl ClientOptions {
     pub fn add_mirror(&mut self, text: &str) {
         let (host, mirror) = text.split_once('=').unwrap_or(("docker.io", text));
         self.mirrors.entry(host.to_owned()).or_default().push(mirror.to_owned());
+    }
+
+    /// Closes `egress`: only public addresses are gone to, `allowed` places, and, because
+    /// whoever runs this has named them, the mirrors and plain-HTTP hosts there are by now.
+    pub fn close_egress(&mut self, mut allowed: Vec<AllowedPlace>, blocked: Vec<String>) {
+        let is_plain = |host: &str| self.plain_http.contains(&host.to_ascii_lowercase());
+        let mirrors = self.mirrors.values().flatten();
+        let mirrors = mirrors.filter_map(|mirror| mirror_parts(mirror)).map(|(host, _)| host);
+        let places = mirrors.map(|host| AllowedPlace::of_registry(host, is_plain(host)));
+        let plain = self.plain_http.iter().map(|host| AllowedPlace::of_registry(host, true));
+        allowed.extend(places.chain(plain).flatten());
+        self.egress = EgressPolicy::closed(allowed, blocked);
+    }
+
+    /// What can be said of an image's registry before anything is asked: whether `egress` lets
+    /// us go there, as far as its name alone decides that.
+    ///
+    /// # Errors
+    /// [`EgressDenied`]
+    pub fn check_registry(&self, reference: &Reference) -> Result<(), EgressDenied> {
+        match origin_of(reference.api_host(), &self.plain_http) {
+            Some(url) => self.egress.check(&url),
+            // It is no host at all, which is said where it is asked.
+            None => Ok(()),
+        }
     }
 }
 

@@ -1,12 +1,14 @@
 //! One HTTP request, with its redirects: where they may lead, what goes with them, and what an
 //! answer that is no success means.
 //!
-//! An `Authorization` header goes to the origin (scheme, host and port) it was meant for and is
+//! Under a closed egress policy each hop is judged before it is asked, and connections are made
+//! to judged addresses only. An `Authorization` header goes to the origin (scheme, host and port) it was meant for and is
 //! dropped for good by the first redirect that leaves it. Plain HTTP is spoken to named hosts
 //! only. It does not know what is asked for, and does not try again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error as _;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -15,6 +17,7 @@ use reqwest::{Method, Response, Url};
 use serde::Deserialize;
 
 use crate::auth::secrets::Secrets;
+use crate::egress::{EgressDenied, EgressPolicy, Guard};
 use crate::error::PullError;
 use crate::manifest::shown;
 use crate::options::ClientOptions;
@@ -23,7 +26,8 @@ use crate::retry::retry_after;
 /// The HTTP client with the rules above.
 #[derive(Debug)]
 pub(crate) struct Transport {
-    http: reqwest::Client,
+    connections: Connections,
+    egress: EgressPolicy,
     plain_http: BTreeSet<String>,
     response_timeout: Duration,
     stall_timeout: Duration,
@@ -55,20 +59,9 @@ pub(crate) struct Answer {
 
 impl Transport {
     pub(crate) fn new(options: &ClientOptions) -> Result<Transport, PullError> {
-        let mut builder = reqwest::Client::builder()
-            .user_agent(options.user_agent.as_str())
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .connect_timeout(options.timeouts.connect)
-            .tls_certs_merge(certificates(&options.extra_ca_pem)?);
-        if !options.system_proxy {
-            builder = builder.no_proxy();
-        }
-        let http =
-            builder.build().map_err(|source| PullError::Client { source: source.without_url() })?;
         Ok(Transport {
-            http,
+            connections: Connections::new(options)?,
+            egress: options.egress.clone(),
             plain_http: options.plain_http.iter().map(|h| h.to_ascii_lowercase()).collect(),
             response_timeout: options.timeouts.response,
             stall_timeout: options.timeouts.stall,
@@ -82,6 +75,11 @@ impl Transport {
         &self.secrets
     }
 
+    /// Whether it goes wherever it is told to.
+    pub(crate) fn is_open(&self) -> bool {
+        self.egress.is_open()
+    }
+
     /// `host[:port]` of a URL that an answer named, as an error may show it.
     pub(crate) fn foreign_host(&self, url: &Url) -> String {
         shown(&self.secrets.blotted(&host_of(url)))
@@ -89,8 +87,7 @@ impl Transport {
 
     /// The origin of a host as users write it: plain HTTP if it is named so, else TLS.
     pub(crate) fn origin(&self, host: &str) -> Option<Url> {
-        let scheme = if self.names(host) { "http" } else { "https" };
-        Url::parse(&format!("{scheme}://{host}/")).ok()
+        origin_of(host, &self.plain_http)
     }
 
     fn names(&self, host: &str) -> bool {
@@ -116,6 +113,7 @@ impl Transport {
         };
         for _ in 0..=self.redirects_max {
             let asked = host(&url, is_home);
+            self.judge(&url, &asked)?;
             let response = self.send_once(&request, &url, &asked, is_home).await?;
             let Some(target) = self.redirect(&request, &url, &asked, &response)? else {
                 return Ok(Answer { response, is_home, host: asked });
@@ -124,6 +122,18 @@ impl Transport {
             url = target;
         }
         Err(PullError::TooManyRedirects { host: host(&home, true), limit: self.redirects_max })
+    }
+
+    /// Whether the egress policy lets us go there, as far as the URL decides it.
+    fn judge(&self, url: &Url, host: &str) -> Result<(), PullError> {
+        let is_plain = url.scheme() == "http";
+        let judged = match self.egress.check(url) {
+            Ok(()) if is_plain && !self.egress.is_open() && !self.may_be_plain(url) => {
+                Err(EgressDenied::PlainHttp)
+            }
+            judged => judged,
+        };
+        judged.map_err(|source| PullError::EgressDenied { host: host.to_owned(), source })
     }
 
     async fn send_once(
@@ -138,7 +148,8 @@ impl Transport {
         if let Some(authorization) = request.authorization.filter(|_| is_home) {
             headers.insert(AUTHORIZATION, authorization.clone());
         }
-        let mut builder = self.http.request(request.method.clone(), url.clone()).headers(headers);
+        let http = self.connections.to(url)?;
+        let mut builder = http.request(request.method.clone(), url.clone()).headers(headers);
         if let Some(body) = &request.body {
             builder = builder.body(body.clone());
         }
@@ -174,6 +185,9 @@ impl Transport {
         let location = location.ok_or_else(|| senseless("a redirect without a target"))?;
         let mut target =
             from.join(location).map_err(|_| senseless("a redirect to something that is no URL"))?;
+        if !self.egress.is_open() {
+            self.judge(&target, &self.foreign_host(&target))?;
+        }
         // The HTTP library would turn these into an Authorization header.
         let cleared = target.set_username("").and_then(|()| target.set_password(None));
         cleared.map_err(|()| senseless("a redirect to something that is no web address"))?;
@@ -282,6 +296,81 @@ impl Transport {
     }
 }
 
+/// The origin of a host, which is spoken to without TLS if it is one of `plain_http`.
+pub(crate) fn origin_of(host: &str, plain_http: &BTreeSet<String>) -> Option<Url> {
+    let is_plain = plain_http.contains(&host.to_ascii_lowercase());
+    let scheme = if is_plain { "http" } else { "https" };
+    Url::parse(&format!("{scheme}://{host}/")).ok()
+}
+
+/// Connections. What a name leads to is judged by port, and the library's resolver is not told
+/// the port: so under a closed policy each port has a client of its own.
+struct Connections {
+    options: ClientOptions,
+    certificates: Vec<reqwest::Certificate>,
+    by_port: Mutex<BTreeMap<u16, reqwest::Client>>,
+}
+
+impl Connections {
+    /// Redirects may name more ports than are worth keeping.
+    const PORTS_MAX: usize = 16;
+
+    fn new(options: &ClientOptions) -> Result<Connections, PullError> {
+        let connections = Connections {
+            options: ClientOptions { credentials: BTreeMap::new(), ..options.clone() },
+            certificates: certificates(&options.extra_ca_pem)?,
+            by_port: Mutex::default(),
+        };
+        // What is wrong with the machine is wrong from the start.
+        connections.client(443)?;
+        Ok(connections)
+    }
+
+    fn to(&self, url: &Url) -> Result<reqwest::Client, PullError> {
+        self.client(url.port_or_known_default().unwrap_or_default())
+    }
+
+    fn client(&self, port: u16) -> Result<reqwest::Client, PullError> {
+        let port = if self.options.egress.is_open() { 0 } else { port };
+        let mut by_port = self.by_port.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = by_port.get(&port) {
+            return Ok(client.clone());
+        }
+        let client = self.make(port).map_err(|source| PullError::Client { source })?;
+        if by_port.len() >= Connections::PORTS_MAX {
+            // Requests under way keep theirs.
+            by_port.clear();
+        }
+        by_port.insert(port, client.clone());
+        Ok(client)
+    }
+
+    fn make(&self, port: u16) -> Result<reqwest::Client, reqwest::Error> {
+        let mut builder = reqwest::Client::builder()
+            .user_agent(self.options.user_agent.as_str())
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .connect_timeout(self.options.timeouts.connect)
+            .tls_certs_merge(self.certificates.clone());
+        let guard = Guard::new(&self.options.egress, port);
+        // A proxy would look names up for itself.
+        if !self.options.system_proxy || guard.is_some() {
+            builder = builder.no_proxy();
+        }
+        if let Some(guard) = guard {
+            builder = builder.dns_resolver(guard);
+        }
+        builder.build().map_err(reqwest::Error::without_url)
+    }
+}
+
+impl std::fmt::Debug for Connections {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Connections")
+    }
+}
+
 /// Extra certificate authorities, each checked here so that the error names the option.
 fn certificates(pems: &[Vec<u8>]) -> Result<Vec<reqwest::Certificate>, PullError> {
     let mut certificates = Vec::new();
@@ -309,22 +398,26 @@ pub(crate) fn same_origin(one: &Url, other: &Url) -> bool {
     one.origin() == other.origin()
 }
 
-/// Tells a certificate and a server without TLS from a network that does not work.
+/// Tells a certificate, a server without TLS and a place we do not go to from a network that
+/// does not work.
 fn connection_error(host: String, source: reqwest::Error) -> PullError {
-    match tls_error(&source) {
+    if let Some(denied) = cause::<EgressDenied>(&source) {
+        return PullError::EgressDenied { host, source: denied };
+    }
+    match cause(&source) {
         Some(rustls::Error::InvalidCertificate(_)) => PullError::Certificate { host, source },
         Some(rustls::Error::InvalidMessage(_)) => PullError::PlainHttpServer { host, source },
         Some(_) | None => PullError::Connect { host, source },
     }
 }
 
-/// The TLS error somewhere among the causes; I/O errors hide theirs from `source`.
-fn tls_error(error: &reqwest::Error) -> Option<rustls::Error> {
+/// The error of this type somewhere among the causes; I/O errors hide theirs from `source`.
+fn cause<E: std::error::Error + Clone + 'static>(error: &reqwest::Error) -> Option<E> {
     const CAUSES_MAX: usize = 16;
     let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
     for _ in 0..CAUSES_MAX {
         let error = cause?;
-        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+        if let Some(error) = error.downcast_ref::<E>() {
             return Some(error.clone());
         }
         let io = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);

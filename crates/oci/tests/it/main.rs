@@ -7,6 +7,7 @@ mod archives;
 mod blobs;
 mod choosing;
 mod echoes;
+mod egress;
 mod judges;
 mod layouts;
 mod mirrors;
