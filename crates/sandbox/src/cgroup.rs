@@ -60,6 +60,9 @@ const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 pub struct CgroupRoot {
     /// By controller: the directory, and the version of its hierarchy.
     places: BTreeMap<&'static str, (PathBuf, Version)>,
+    /// The same place in the hierarchies that are not used here, where container runtimes make
+    /// their groups as well. Not made here.
+    elsewhere: Vec<PathBuf>,
 }
 
 impl CgroupRoot {
@@ -90,7 +93,10 @@ impl CgroupRoot {
             make_place(&place, controller, version).map_err(made)?;
             places.insert(controller, (place, version));
         }
-        Ok(Self { places })
+        let elsewhere = hierarchies(&groups, &mounts).into_iter().map(|base| base.join(name));
+        let is_used = |place: &PathBuf| places.values().any(|(used, _)| used == place);
+        let elsewhere = elsewhere.filter(|place| !is_used(place)).collect();
+        Ok(Self { places, elsewhere })
     }
 
     /// The directories below which groups are made.
@@ -134,7 +140,7 @@ impl CgroupRoot {
     #[must_use]
     pub fn names(&self) -> Vec<String> {
         let mut names = std::collections::BTreeSet::new();
-        for (place, _) in self.places.values() {
+        for place in self.places().chain(self.elsewhere.iter().map(PathBuf::as_path)) {
             for entry in fs::read_dir(place).into_iter().flatten().flatten() {
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     names.insert(entry.file_name().to_string_lossy().into_owned());
@@ -144,9 +150,10 @@ impl CgroupRoot {
         names.into_iter().collect()
     }
 
-    /// Removes the place itself, when nothing is below it any more.
+    /// Removes the place itself, when nothing is below it any more. Where runtimes make it, it
+    /// stays: another service may have the same place there, and be about to use it.
     pub fn remove(self) {
-        for (place, _) in self.places.values() {
+        for place in self.places() {
             let _ = fs::remove_dir(place);
         }
     }
@@ -156,7 +163,10 @@ impl CgroupRoot {
     #[must_use]
     pub fn existing(&self, name: &str) -> Cgroup {
         let below = |(place, version): &(PathBuf, Version)| (place.join(name), *version);
-        Cgroup { places: self.places.iter().map(|(&c, place)| (c, below(place))).collect() }
+        Cgroup {
+            places: self.places.iter().map(|(&c, place)| (c, below(place))).collect(),
+            elsewhere: self.elsewhere.iter().map(|place| place.join(name)).collect(),
+        }
     }
 }
 
@@ -164,6 +174,8 @@ impl CgroupRoot {
 #[derive(Debug)]
 pub struct Cgroup {
     places: BTreeMap<&'static str, (PathBuf, Version)>,
+    /// Those of the same name that a runtime may have made in the other hierarchies.
+    elsewhere: Vec<PathBuf>,
 }
 
 impl Cgroup {
@@ -246,9 +258,8 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         self.kill_all();
-        for (directory, _) in self.places.values() {
-            remove_below(directory);
-        }
+        let used = self.places.values().map(|(directory, _)| directory);
+        used.chain(&self.elsewhere).for_each(|directory| remove_below(directory));
     }
 }
 
@@ -304,6 +315,19 @@ fn find(controller: &str, groups: &str, mounts: &str) -> Option<(PathBuf, Versio
     let mounted = mounted(mounts, "cgroup2", None, path)?;
     let offered = fs::read_to_string(mounted.join("cgroup.controllers")).ok()?;
     offered.split_whitespace().any(|name| name == controller).then_some((mounted, Version::V2))
+}
+
+/// The directories of this process's group in all hierarchies.
+fn hierarchies(groups: &str, mounts: &str) -> Vec<PathBuf> {
+    let found = groups.lines().filter_map(|line| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        match controllers.split(',').next()? {
+            "" => mounted(mounts, "cgroup2", None, path),
+            controller => mounted(mounts, "cgroup", Some(controller), path),
+        }
+    });
+    found.collect()
 }
 
 /// Where the group `path` of the hierarchy is mounted: proc(5), "/proc/pid/mountinfo".

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
-    RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, PathBeneath, Ruleset,
+    RulesetAttr as _, RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
 };
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Signal};
@@ -28,6 +29,37 @@ const MOUNT_POINTS: [&str; 3] = ["/tmp", "/run", "/proc"];
 /// # Errors
 /// [`SandboxError`] when one of the first could not be had.
 pub fn confine(policy: &SandboxPolicy) -> Result<Vec<Wall>, SandboxError> {
+    shut_in(policy, None)
+}
+
+/// What may be done in the one directory that a process keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read what is there.
+    Look,
+    /// Also make files of any kind but devices, and give them away.
+    Fill,
+}
+
+/// As [`confine`], but `directory` and what is below it stays in reach, by its descriptor, whoever
+/// owns the files there: the process keeps the capabilities which that needs, in its own user
+/// namespace only.
+///
+/// # Errors
+/// As [`confine`].
+pub fn confine_to(
+    policy: &SandboxPolicy,
+    directory: BorrowedFd<'_>,
+    access: Access,
+) -> Result<Vec<Wall>, SandboxError> {
+    shut_in(policy, Some((directory, access)))
+}
+
+fn shut_in(
+    policy: &SandboxPolicy,
+    reach: Option<(BorrowedFd<'_>, Access)>,
+) -> Result<Vec<Wall>, SandboxError> {
+    let access = reach.map(|(_, access)| access);
     let failed =
         |action: &'static str| move |source: rustix::io::Errno| SandboxError::new(action, source);
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
@@ -44,15 +76,15 @@ pub fn confine(policy: &SandboxPolicy) -> Result<Vec<Wall>, SandboxError> {
     SandboxPolicy { threads_max, ..policy.clone() }
         .apply()
         .map_err(|source| SandboxError::new("limit the process", source))?;
-    if drop_capabilities().is_ok() {
-        walls.push(Wall::NoCapabilities);
+    if drop_capabilities(kept(access)).is_ok() {
+        walls.extend(access.is_none().then_some(Wall::NoCapabilities));
     }
     rustix::thread::set_no_new_privs(true).map_err(failed("give up new privileges"))?;
     walls.push(Wall::NoNewPrivileges);
-    if landlocked() {
+    if landlocked(reach) {
         walls.push(Wall::Landlock);
     }
-    seccomp::apply().map_err(|source| SandboxError::new("filter system calls", source))?;
+    seccomp::apply(access).map_err(|source| SandboxError::new("filter system calls", source))?;
     walls.push(Wall::Seccomp);
     Ok(walls)
 }
@@ -79,9 +111,25 @@ fn empty_root() -> io::Result<()> {
     Ok(rustix::process::chdir("/")?)
 }
 
-fn drop_capabilities() -> io::Result<()> {
+/// What is needed to read, and to make, files of many owners.
+fn kept(access: Option<Access>) -> CapabilitySet {
+    let read = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+    match access {
+        None => CapabilitySet::empty(),
+        Some(Access::Look) => read,
+        Some(Access::Fill) => {
+            let own = CapabilitySet::CHOWN | CapabilitySet::FOWNER | CapabilitySet::FSETID;
+            read | own | CapabilitySet::SETFCAP
+        }
+    }
+}
+
+fn drop_capabilities(kept: CapabilitySet) -> io::Result<()> {
     for bit in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
+        if kept.contains(capability) {
+            continue;
+        }
         match rustix::thread::capability_is_in_bounding_set(capability) {
             Ok(true) => rustix::thread::remove_capability_from_bounding_set(capability)?,
             Ok(false) => {}
@@ -90,19 +138,27 @@ fn drop_capabilities() -> io::Result<()> {
         }
     }
     let none = CapabilitySet::empty();
-    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: none };
     Ok(rustix::thread::set_capabilities(None, sets)?)
 }
 
-/// Forbids to open any file, to bind and connect, and to signal or reach processes outside.
+/// Forbids to open any file (but below the one directory), to bind and connect, and to signal or reach processes outside.
 /// What the kernel is too old for is left out; without the file system part there is no wall.
-fn landlocked() -> bool {
+fn landlocked(reach: Option<(BorrowedFd<'_>, Access)>) -> bool {
+    let allowed = reach.map(|(directory, access)| {
+        let rights = match access {
+            Access::Look => AccessFs::from_read(ABI::V5),
+            Access::Fill => AccessFs::from_all(ABI::V5),
+        };
+        PathBeneath::new(directory, rights)
+    });
     let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI::V5))
         .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(ABI::V5)))
         .and_then(|ruleset| ruleset.scope(Scope::from_all(ABI::V6)))
         .and_then(Ruleset::create)
+        .and_then(|ruleset| ruleset.add_rules(allowed.map(Ok::<_, RulesetError>)))
         .and_then(landlock::RulesetCreated::restrict_self);
     ruleset.is_ok_and(|status| status.ruleset != RulesetStatus::NotEnforced)
 }

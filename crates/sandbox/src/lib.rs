@@ -7,6 +7,10 @@
 //! are the files it was handed as descriptors, and its pipes. A group of processes
 //! (a build) is held to its memory, CPU and number by a [`Cgroup`].
 //!
+//! Two variations: a worker that keeps one directory in reach, for users of its own
+//! ([`confine_to`]), and a keeper, which is not confined itself but with which all ends that it
+//! has started and mounted ([`Sandbox::spawn_keeper`]).
+//!
 //! What a host cannot give is told by name ([`Wall`]), never passed over in silence:
 //! who starts the child decides what it can do without.
 //!
@@ -22,16 +26,18 @@
 mod cgroup;
 mod confine;
 mod limits;
+mod loopback;
 mod outcome;
 mod seccomp;
 mod spawn;
 mod wall;
 
 pub use cgroup::{Cgroup, CgroupLimits, CgroupRoot, CgroupUsage};
-pub use confine::confine;
+pub use confine::{Access, confine, confine_to};
 pub use limits::SandboxPolicy;
+pub use loopback::LoopDevice;
 pub use outcome::Outcome;
-pub use spawn::{Pipes, Sandbox, can_isolate, take_files};
+pub use spawn::{Pipes, Sandbox, Users, can_isolate, take_files};
 pub use wall::Wall;
 
 /// Why there is no sandbox.

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use crate::confine::Access;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -65,18 +66,51 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_newfstatat,
 ];
 
+/// Looks at what lies in a directory that was handed over.
+const LOOKING: &[libc::c_long] = &[
+    libc::SYS_fchdir,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_getdents64,
+    libc::SYS_lgetxattr,
+    libc::SYS_llistxattr,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_readlinkat,
+];
+
+/// Fills a directory that was handed over.
+const FILLING: &[libc::c_long] = &[
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fsetxattr,
+    libc::SYS_linkat,
+    libc::SYS_lsetxattr,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_utimensat,
+];
+
 /// Sets the filters for this thread and those it starts.
-pub(crate) fn apply() -> io::Result<()> {
+pub(crate) fn apply(access: Option<Access>) -> io::Result<()> {
+    let more: &[&[libc::c_long]] = match access {
+        None => &[],
+        Some(Access::Look) => &[LOOKING],
+        Some(Access::Fill) => &[LOOKING, FILLING],
+    };
     // In this order: the list does not let another filter be set. Of two words the stricter counts.
-    for filter in [no_clone3()?, allow_list()?] {
+    for filter in [no_clone3()?, allow_list(more)?] {
         seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
     }
     Ok(())
 }
 
-fn allow_list() -> io::Result<BpfProgram> {
+fn allow_list(more: &[&[libc::c_long]]) -> io::Result<BpfProgram> {
+    let calls = ALLOWED.iter().chain(more.iter().copied().flatten());
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        ALLOWED.iter().map(|&call| (call, Vec::new())).collect();
+        calls.map(|&call| (call, Vec::new())).collect();
     // Threads of this process, and nothing else.
     let thread = u64::from(libc::CLONE_THREAD.unsigned_abs());
     rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);

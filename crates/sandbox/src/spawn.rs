@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
+use serde::{Deserialize, Serialize};
 
 use crate::{Outcome, SandboxError, Wall};
 
@@ -61,6 +62,34 @@ const NAMESPACES: u64 = (libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS)
     .unsigned_abs() as u64;
 
+/// The namespaces of a keeper: what it mounts and whom it starts ends with it.
+const KEEPER_NAMESPACES: u64 =
+    (libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC).unsigned_abs() as u64;
+
+/// Users of a process, outside: inside they are 0 and those that follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Users {
+    /// The first, which is root inside.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl Users {
+    /// So many has each of those that get a range.
+    pub const COUNT: u32 = 1 << 20;
+    /// Behind the last of those that have a single user.
+    const START: u32 = 0x6500_0000;
+    const RANGES: u32 = 1 << 10;
+
+    /// A range for what the process `pid` starts: no other process of today has it, unless more
+    /// than a thousand start such things at once.
+    #[must_use]
+    pub fn of(pid: u32) -> Self {
+        Self { first: Self::START + pid % Self::RANGES * Self::COUNT, count: Self::COUNT }
+    }
+}
+
 impl Sandbox {
     /// Starts `program` with `arguments` (the first is its own name) and an empty environment, in
     /// namespaces of its own where the host allows. The process has its standard streams as
@@ -73,22 +102,63 @@ impl Sandbox {
         arguments: &[&CStr],
         files: &[BorrowedFd<'_>],
     ) -> Result<(Self, Pipes), SandboxError> {
+        let flags = if can_isolate() { NAMESPACES } else { 0 };
+        Self::spawn_in(flags, None, program, arguments, files)
+    }
+
+    /// As [`Self::spawn`], but root inside is the first of `users`, and may give files to the
+    /// others. Never without namespaces; needs root.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the process could not be started.
+    pub fn spawn_as(
+        users: Users,
+        program: &File,
+        arguments: &[&CStr],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Self, Pipes), SandboxError> {
+        Self::spawn_in(NAMESPACES, Some(users), program, arguments, files)
+    }
+
+    /// Starts one that keeps others: with the rights of this process, but with mounts of its own
+    /// and as the first process of a PID namespace. When it ends, however it ends, every process
+    /// below it is ended by the kernel and every mount is gone. Until it makes them private, its
+    /// mounts may still go to whom the host shares its own with. Needs root.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the process could not be started.
+    pub fn spawn_keeper(
+        program: &File,
+        arguments: &[&CStr],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Self, Pipes), SandboxError> {
+        Self::spawn_in(KEEPER_NAMESPACES, None, program, arguments, files)
+    }
+
+    fn spawn_in(
+        flags: u64,
+        users: Option<Users>,
+        program: &File,
+        arguments: &[&CStr],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Self, Pipes), SandboxError> {
         let failed = |source: io::Error| SandboxError::new("start a confined process", source);
         let (theirs_in, stdin) = io::pipe().map_err(failed)?;
         let (stdout, theirs_out) = io::pipe().map_err(failed)?;
         let (stderr, theirs_err) = io::pipe().map_err(failed)?;
         let mut all = vec![theirs_in.as_fd(), theirs_out.as_fd(), theirs_err.as_fd()];
         all.extend_from_slice(files);
-        let is_isolated = can_isolate();
+        let is_isolated = has_own_user(flags);
         let (failure, mut error) = io::pipe().map(|(read, write)| (write, read)).map_err(failed)?;
         let image = Image::new(program, arguments, &all, &failure).map_err(failed)?;
-        let flags = if is_isolated { NAMESPACES } else { 0 };
         let (mut sandbox, mut release) = start(flags, &image).map_err(failed)?;
         sandbox.is_isolated = is_isolated;
         // Our copies of its ends, or no pipe would ever end.
         drop((image, failure, theirs_in, theirs_out, theirs_err));
-        if is_isolated {
-            map_users(sandbox.pid).map_err(failed)?;
+        match users {
+            Some(users) => map_range(sandbox.pid, users).map_err(failed)?,
+            None if is_isolated => map_users(sandbox.pid).map_err(failed)?,
+            None => {}
         }
         release.write_all(&[1]).map_err(failed)?;
         // Empty when the program has taken over: exec closes the pipe.
@@ -166,6 +236,17 @@ fn map_users(pid: u32) -> io::Result<()> {
     write("uid_map", format!("0 {} 1", uid.as_raw()))
 }
 
+/// Gives the process many users. Only root can.
+fn map_range(pid: u32, users: Users) -> io::Result<()> {
+    let map = format!("0 {} {}", users.first, users.count);
+    std::fs::write(format!("/proc/{pid}/gid_map"), &map)?;
+    std::fs::write(format!("/proc/{pid}/uid_map"), &map)
+}
+
+fn has_own_user(flags: u64) -> bool {
+    flags & u64::from(libc::CLONE_NEWUSER.unsigned_abs()) != 0
+}
+
 /// All that the child needs between clone3(2) and execveat(2), where it must not allocate.
 struct Image {
     program: Option<OwnedFd>,
@@ -215,7 +296,7 @@ fn start(flags: u64, image: &Image) -> io::Result<(Sandbox, PipeWriter)> {
     let arguments: Vec<*const libc::c_char> =
         image.arguments.iter().map(|a| a.as_ptr()).chain([std::ptr::null()]).collect();
     let environment: [*const libc::c_char; 1] = [std::ptr::null()];
-    let has_own_user = flags != 0;
+    let has_own_user = has_own_user(flags);
     let mut pidfd: RawFd = -1;
     // SAFETY: all zeroes is a valid clone_args: no flags, no stack, no set of ids.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };

@@ -8,7 +8,8 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::FromRawFd as _;
 
-use sandbox::SandboxPolicy;
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use sandbox::{Access, SandboxPolicy};
 
 fn main() {
     let attack = std::env::args().nth(1).unwrap_or_default();
@@ -18,6 +19,11 @@ fn main() {
         files_max: 32,
         threads_max: 8,
     };
+    match attack.as_str() {
+        "look" => return reach(&policy, Access::Look),
+        "fill" => return reach(&policy, Access::Fill),
+        _ => {}
+    }
     let walls = sandbox::confine(&policy).unwrap();
     match attack.as_str() {
         "walls" => println!("{}", walls.iter().map(|w| w.as_str()).collect::<Vec<_>>().join(" ")),
@@ -28,6 +34,35 @@ fn main() {
         "disk" => disk(),
         "files" => files(),
         other => println!("{}", answer(other)),
+    }
+}
+
+/// What can be done with the directory that was handed over, and what beside it.
+fn reach(policy: &SandboxPolicy, access: Access) {
+    // SAFETY: the test hands a directory over as descriptor 3, which nobody else uses.
+    let directory = unsafe { File::from_raw_fd(3) };
+    sandbox::confine_to(policy, std::os::fd::AsFd::as_fd(&directory), access).unwrap();
+    let (at, mode) = (&directory, Mode::RWXU);
+    let open = |name: &str| rustix::fs::openat(at, name, OFlags::RDONLY, Mode::empty()).map(drop);
+    let give = |name: &str| {
+        let (uid, gid) = (Some(Uid::from_raw(5)), Some(Gid::from_raw(6)));
+        rustix::fs::chownat(at, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+    };
+    let device = rustix::fs::makedev(1, 3);
+    let create = OFlags::WRONLY | OFlags::CREATE;
+    for (name, result) in [
+        ("read", open("private")),
+        ("make", rustix::fs::mkdirat(at, "made", mode)),
+        ("give", give("made")),
+        ("write", rustix::fs::openat(at, "written", create, mode).map(drop)),
+        ("out", open("out")),
+        ("up", open("..")),
+        ("root", open("/")),
+        ("device", rustix::fs::mknodat(at, "null", FileType::CharacterDevice, mode, device)),
+        ("remove", rustix::fs::unlinkat(at, "private", AtFlags::empty())),
+        ("rename", rustix::fs::renameat(at, "private", at, "public")),
+    ] {
+        println!("{name} {}", if result.is_ok() { "done" } else { "refused" });
     }
 }
 

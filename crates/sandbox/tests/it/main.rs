@@ -5,4 +5,5 @@
 
 mod attacks;
 mod cgroups;
+mod reach;
 mod support;

@@ -1,0 +1,283 @@
+//! The keeper: makes the scratch file system, lets the tree be unpacked into it, starts the
+//! runtime for each command, and lets what changed be read.
+//!
+//! It is the first process of its PID namespace and has mounts of its own, so nothing it makes
+//! outlives it. It runs with root's rights and reads nothing that a stranger has written but the
+//! output of commands, which it passes on by lines.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use sandbox::{LoopDevice, Outcome, Sandbox};
+use serde::Serialize;
+
+use crate::order::{
+    self, Event, KeeperOrder, LINE_BYTES_MAX, LayerOrder, Line, Trouble, UnpackOrder,
+};
+use crate::{ARGUMENT, bundle, host, layer, output, unpack};
+
+pub(crate) const ROLE: &str = "keeper";
+/// Any directory that is there can carry what the keeper mounts; its programs are not there.
+const PLACES: [&str; 3] = ["/mnt", "/run", "/tmp"];
+
+/// The whole life of the process: its files are that of the scratch file system, where the layer
+/// goes, and those of the packs.
+pub(crate) fn main() -> io::Result<()> {
+    // A file that is handed to a confined process must be the program, whatever /proc is then.
+    let program = File::open("/proc/self/exe")?;
+    let order: KeeperOrder = order::receive(io::stdin().lock())?;
+    let count = order.order.packs.iter().map(|pack| pack.file + 1).max().unwrap_or(0);
+    let mut files = order::take(2 + count)?;
+    let packs = files.split_off(2);
+    let (Some(layer), Some(scratch)) = (files.pop(), files.pop()) else {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    };
+    let result = Keeper::new(order, program).and_then(|keeper| keeper.run(scratch, layer, &packs));
+    order::say_end(result)
+}
+
+struct Keeper {
+    order: KeeperOrder,
+    program: File,
+    base: PathBuf,
+}
+
+impl Keeper {
+    /// Takes mounts of its own, and a place for more.
+    fn new(order: KeeperOrder, program: File) -> Result<Self, Trouble> {
+        let failed = |error: rustix::io::Errno| Trouble::of("arrange mounts", error);
+        let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+        rustix::mount::mount_change("/", private).map_err(failed)?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        // That of the parent names other processes.
+        rustix::mount::mount("proc", "/proc", "proc", flags, None).map_err(failed)?;
+        let base = PLACES.into_iter().find(|path| Path::new(path).is_dir());
+        let base = base.ok_or_else(|| Trouble::ours("there is no /mnt, /run or /tmp"))?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        rustix::mount::mount("tmpfs", base, "tmpfs", flags, Some(c"size=64m,mode=0755"))
+            .map_err(failed)?;
+        Ok(Self { order, program, base: base.into() })
+    }
+
+    fn run(&self, scratch: File, layer: File, packs: &[File]) -> Result<Vec<String>, Trouble> {
+        self.make_scratch(&scratch)?;
+        drop(scratch);
+        let mut warnings = self.unpack(packs)?;
+        tell(Event::Unpacked)?;
+        let merged = self.mount_overlay()?;
+        let mut room = output::OUTPUT_BYTES_MAX;
+        for index in 0..self.order.order.commands.len() {
+            self.command(index, &merged, &mut room)?;
+        }
+        let failed = |error: rustix::io::Errno| Trouble::of("take the overlay apart", error);
+        rustix::mount::unmount(&merged, UnmountFlags::empty()).map_err(failed)?;
+        warnings.extend(self.read(&layer)?);
+        Ok(warnings)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.base.join(name)
+    }
+
+    /// The file system of this build alone: it ends at its size, and its devices are none.
+    fn make_scratch(&self, file: &File) -> Result<(), Trouble> {
+        let mkfs = host::find(host::MKFS).map_err(|error| Trouble::ours(error.to_string()))?;
+        let made = host::command(&mkfs)
+            .args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E"])
+            .arg("lazy_itable_init=1,nodiscard")
+            .arg(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|error| Trouble::of("start mkfs.ext4", error))?;
+        if !made.status.success() {
+            let said = String::from_utf8_lossy(&made.stderr);
+            return Err(Trouble::ours(format!("mkfs.ext4 failed: {}", said.trim())));
+        }
+        let device = LoopDevice::attach(file)
+            .map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
+        let failed = |error: rustix::io::Errno| Trouble::of("mount the scratch file system", error);
+        let scratch = self.at("scratch");
+        make_directory(&scratch, 0o755)?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
+        rustix::mount::mount(device.path(), &scratch, "ext4", flags, Some(c"noinit_itable"))
+            .map_err(failed)?;
+        // The mount keeps it from here on.
+        drop(device);
+        let tree = scratch.join("tree");
+        make_directory(&scratch, 0o755)?;
+        make_directory(&tree, 0o755)?;
+        make_directory(&scratch.join("work"), 0o700)?;
+        let root = self.order.users.first;
+        rustix::fs::chown(&tree, Some(Uid::from_raw(root)), Some(Gid::from_raw(root)))
+            .map_err(|error| Trouble::of("give the tree to its users", error))
+    }
+
+    fn unpack(&self, packs: &[File]) -> Result<Vec<String>, Trouble> {
+        let tree = open(&self.at("scratch/tree"))?;
+        let order = UnpackOrder {
+            packs: self.order.order.packs.clone(),
+            files: packs.len(),
+            tree_limits: self.order.order.tree_limits.clone(),
+        };
+        let mut files = vec![tree.as_fd()];
+        files.extend(packs.iter().map(|pack| pack.as_fd()));
+        self.confined(unpack::ROLE, &order, &files)
+    }
+
+    /// Names go up and down, files are copied when they are first changed. `userxattr`: what marks
+    /// a directory is written where confined processes can read it.
+    fn mount_overlay(&self) -> Result<PathBuf, Trouble> {
+        let merged = self.at("merged");
+        make_directory(&merged, 0o755)?;
+        let tree = self.at("scratch/tree");
+        let data = format!(
+            "lowerdir={},upperdir={},workdir={},userxattr",
+            tree.join(unpack::LOWER).display(),
+            tree.join(unpack::UPPER).display(),
+            self.at("scratch/work").display()
+        );
+        let data =
+            std::ffi::CString::new(data).map_err(|error| Trouble::ours(error.to_string()))?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        rustix::mount::mount("overlay", &merged, "overlay", flags, Some(&*data))
+            .map_err(|error| Trouble::of("mount the overlay", error))?;
+        Ok(merged)
+    }
+
+    fn command(&self, index: usize, merged: &Path, room: &mut usize) -> Result<(), Trouble> {
+        let order = &self.order.order;
+        let command = &order.commands[index];
+        let name = format!("{}-{index}", self.order.group);
+        let bundle = self.at(&name);
+        make_directory(&bundle, 0o700)?;
+        let group = format!("{}/{name}", self.order.place);
+        let config = bundle::config(order, command, merged, self.order.users, &group);
+        let text = serde_json::to_vec(&config).map_err(|error| Trouble::ours(error.to_string()))?;
+        fs::write(bundle.join("config.json"), text)
+            .map_err(|error| Trouble::of("write the container's configuration", error))?;
+        tell(Event::Started { index })?;
+        let (code, complaint) = self.contain(index, &name, &bundle, room)?;
+        order::say(&Line::Ended { index, code, complaint }).map_err(parent_gone)?;
+        // The parent has counted, and removed the group.
+        let mut answer = [0];
+        io::stdin().lock().read_exact(&mut answer).map_err(parent_gone)?;
+        let deleted = self.runtime().args(["delete", "--force", &name]).output();
+        deleted.map_err(|error| Trouble::of("remove the container", error))?;
+        Ok(())
+    }
+
+    fn runtime(&self) -> std::process::Command {
+        let mut command = host::command(&self.order.order.runtime);
+        command.arg("--root").arg(self.at("runtime")).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a container to its end; its exit code, and what the runtime itself has to say.
+    fn contain(
+        &self,
+        index: usize,
+        name: &str,
+        bundle: &Path,
+        room: &mut usize,
+    ) -> Result<(i32, Option<String>), Trouble> {
+        let failed = |error: io::Error| Trouble::of("start the OCI runtime", error);
+        let log = bundle.join("log");
+        let (said, theirs) = io::pipe().map_err(failed)?;
+        let errors: PipeWriter = theirs.try_clone().map_err(failed)?;
+        let mut command = self.runtime();
+        // The options of the program come before the word for what it is to do.
+        command.arg("--log").arg(&log).args(["--log-format", "json", "run", "--keep", "--bundle"]);
+        let mut running =
+            command.arg(bundle).arg(name).stdout(theirs).stderr(errors).spawn().map_err(failed)?;
+        // It holds our copies of the pipe's end.
+        drop(command);
+        output::lines(said, room, |line| order::say(&Line::Event(Event::Output { index, line })))
+            .map_err(parent_gone)?;
+        let status = running.wait().map_err(failed)?;
+        let code = status.code().unwrap_or_else(|| {
+            128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0)
+        });
+        Ok((code, complaint(&log)))
+    }
+
+    fn read(&self, layer: &File) -> Result<Vec<String>, Trouble> {
+        let upper = open(&self.at("scratch/tree").join(unpack::UPPER))?;
+        let order = LayerOrder { bytes_max: self.order.order.layer_bytes_max };
+        self.confined(layer::ROLE, &order, &[upper.as_fd(), layer.as_fd()])
+    }
+
+    /// Starts a confined process of this program and waits for its last word.
+    fn confined(
+        &self,
+        role: &str,
+        order: &impl Serialize,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<String>, Trouble> {
+        let failed = |error: &dyn std::fmt::Display| {
+            Trouble::ours(format!("cannot start a confined process: {error}"))
+        };
+        let word = |text: &str| std::ffi::CString::new(text).map_err(|error| failed(&error));
+        let arguments = [word("builderd")?, word(ARGUMENT)?, word(role)?];
+        let arguments: Vec<&std::ffi::CStr> = arguments.iter().map(|word| &**word).collect();
+        let (mut sandbox, pipes) =
+            Sandbox::spawn_as(self.order.users, &self.program, &arguments, files)
+                .map_err(|error| failed(&format!("{error}: {}", error.source)))?;
+        // One that has ended already says so by its end.
+        let _ = order::send(pipes.stdin, order);
+        let mut line = String::new();
+        let _ = BufReader::new(pipes.stdout).take(LINE_BYTES_MAX).read_line(&mut line);
+        let mut complaint = String::new();
+        let _ = pipes.stderr.take(4096).read_to_string(&mut complaint);
+        let outcome = sandbox.wait().map_err(|error| failed(&error))?;
+        match serde_json::from_str(&line) {
+            Ok(Line::Done { warnings }) if outcome == Outcome::Exited(0) => Ok(warnings),
+            Ok(Line::Failed { text, is_theirs }) => Err(Trouble { text, is_theirs }),
+            _ => Err(Trouble::ours(format!(
+                "the confined process {role:?} ended without a result ({outcome}): {}",
+                complaint.trim()
+            ))),
+        }
+    }
+}
+
+/// What the runtime wrote to its log as an error: that the command was never started.
+fn complaint(log: &Path) -> Option<String> {
+    let text = fs::read_to_string(log).ok()?;
+    let mut errors = text.lines().rev().filter_map(|line| {
+        let entry: serde_json::Value = serde_json::from_str(line).ok()?;
+        matches!(entry["level"].as_str(), Some("error" | "fatal"))
+            .then(|| entry["msg"].as_str().unwrap_or_default().chars().take(500).collect())
+    });
+    errors.next()
+}
+
+fn tell(event: Event) -> Result<(), Trouble> {
+    order::say(&Line::Event(event)).map_err(parent_gone)
+}
+
+/// Nobody will read why.
+fn parent_gone(error: io::Error) -> Trouble {
+    Trouble::of("speak with the build", error)
+}
+
+fn open(directory: &Path) -> Result<File, Trouble> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(directory, flags, Mode::empty())
+        .map(File::from)
+        .map_err(|error| Trouble::of("open a directory of the scratch file system", error))
+}
+
+fn make_directory(path: &Path, mode: u32) -> Result<(), Trouble> {
+    let failed = |error: io::Error| Trouble::of("make a directory", error);
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+        _ => {}
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)
+}

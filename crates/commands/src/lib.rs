@@ -1,0 +1,48 @@
+//! Commands run in an image's own file system, as its root, by an OCI runtime; what they changed
+//! becomes one more layer.
+//!
+//! Three kinds of process do it, each this program started again ([`main`]):
+//!
+//! 1. The **keeper** has the host's root rights, but mounts of its own, and is the first process
+//!    of a PID namespace: when it ends, however it ends, the kernel ends every process below it,
+//!    undoes every mount and frees the loop device. It looks at nothing foreign.
+//! 2. The **unpacker** writes the image's tree into a directory of a file system made for this
+//!    build alone; the **reader** turns what the commands have changed into a layer's tar. Each
+//!    is confined to its one directory, with users of the build's own.
+//! 3. The **runtime** (runc) starts each command on an overlay above that tree.
+//!
+//! The parent ([`run`]) hands out open files, listens, and holds the commands to their limits.
+//! This crate does not know registries, tenants, builds or where a layer goes.
+
+mod bundle;
+mod error;
+mod host;
+mod keeper;
+mod layer;
+mod order;
+mod output;
+mod run;
+mod syscalls;
+mod tar;
+mod unpack;
+
+pub use error::{CommandEnd, CommandsError, Unable};
+pub use host::{Runtime, accepted_names, check};
+pub use order::{CommandLimits, Event, Order, PackPart};
+pub use run::run;
+
+/// The word by which a program is started again as one of the processes: its first argument.
+pub const ARGUMENT: &str = "commands-process";
+
+/// What such a process does with its life; `role` is the second argument.
+///
+/// # Errors
+/// When its pipes are of no use; what goes wrong with its work is told to its parent.
+pub fn main(role: &str) -> std::io::Result<()> {
+    match role {
+        keeper::ROLE => keeper::main(),
+        unpack::ROLE => unpack::main(),
+        layer::ROLE => layer::main(),
+        _ => Err(std::io::Error::other(format!("no process of commands is called {role:?}"))),
+    }
+}

@@ -1,0 +1,101 @@
+//! A file as a block device: loop(4).
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+
+use crate::SandboxError;
+
+const CONTROL: &str = "/dev/loop-control";
+/// linux/loop.h.
+const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+/// Others look for a free device at the same time.
+const TRIES: u32 = 64;
+
+/// `struct loop_info64`.
+#[repr(C)]
+struct LoopInfo {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    size_limit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+/// `struct loop_config`.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo,
+    reserved: [u64; 8],
+}
+
+/// A block device over a file. It is taken apart by the kernel once neither this value nor a mount
+/// holds it, so nothing is left of it however its users end.
+#[derive(Debug)]
+pub struct LoopDevice {
+    _device: File,
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Makes `file` a block device. Needs root.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the host has no loop devices, or none is free.
+    pub fn attach(file: &File) -> Result<Self, SandboxError> {
+        attach(file).map_err(|source| SandboxError::new("use a loop device", source))
+    }
+
+    /// Whether this host has loop devices that this process may use.
+    #[must_use]
+    pub fn is_there() -> bool {
+        OpenOptions::new().read(true).write(true).open(CONTROL).is_ok()
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn attach(file: &File) -> io::Result<LoopDevice> {
+    let control = OpenOptions::new().read(true).write(true).open(CONTROL)?;
+    let mut last = io::Error::from(io::ErrorKind::ResourceBusy);
+    for _ in 0..TRIES {
+        // SAFETY: this request takes no argument.
+        let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+        if number < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let device = OpenOptions::new().read(true).write(true).open(&path)?;
+        // SAFETY: all zeroes is a valid configuration: no offset, no limit, no encryption.
+        let mut config: LoopConfig = unsafe { std::mem::zeroed() };
+        config.fd = file.as_raw_fd().unsigned_abs();
+        config.info.flags = LO_FLAGS_AUTOCLEAR;
+        // SAFETY: the kernel reads a `struct loop_config`, which lives across the call.
+        let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
+        if done == 0 {
+            return Ok(LoopDevice { _device: device, path });
+        }
+        last = io::Error::last_os_error();
+        if last.raw_os_error() != Some(libc::EBUSY) {
+            break;
+        }
+    }
+    Err(last)
+}

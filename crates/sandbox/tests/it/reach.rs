@@ -1,0 +1,118 @@
+//! A process that keeps one directory, and one that keeps others.
+
+use std::fs::{self, File, Permissions};
+use std::io::Write as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use sandbox::{LoopDevice, Outcome, Sandbox, Users};
+
+use crate::support::run_as;
+
+fn is_root() -> bool {
+    let is_root = rustix::process::geteuid().is_root() && sandbox::can_isolate();
+    if !is_root {
+        println!("skipped: this needs root and namespaces");
+    }
+    is_root
+}
+
+/// Done and refused of what was tried in a directory of `users`.
+fn tried(users: Users, access: &str) -> (Vec<String>, Vec<String>, tempfile::TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path();
+    let owner = (Some(users.first), Some(users.first));
+    fs::write(place.join("private"), b"x").unwrap();
+    fs::set_permissions(place.join("private"), Permissions::from_mode(0o000)).unwrap();
+    std::os::unix::fs::symlink("/etc/hostname", place.join("out")).unwrap();
+    for path in [place.to_owned(), place.join("private")] {
+        std::os::unix::fs::chown(path, owner.0, owner.1).unwrap();
+    }
+    let told = run_as(users, access, &File::open(place).unwrap());
+    assert_eq!(told.outcome, Outcome::Exited(0), "{}", told.complained);
+    let lines = told.said.lines().map(|line| line.split_once(' ').unwrap());
+    let (done, refused): (Vec<_>, Vec<_>) = lines.partition(|(_, end)| *end == "done");
+    let names = |lines: Vec<(&str, &str)>| lines.iter().map(|(name, _)| (*name).into()).collect();
+    (names(done), names(refused), directory)
+}
+
+#[test]
+fn who_looks_reads_what_is_in_its_directory_and_nothing_else() {
+    if !is_root() {
+        return;
+    }
+    let (done, refused, _) = tried(Users::of(7), "look");
+    assert_eq!(done, ["read"]);
+    assert_eq!(refused.len(), 9, "{refused:?}");
+}
+
+#[test]
+fn who_fills_makes_and_gives_away_and_reaches_nothing_else() {
+    if !is_root() {
+        return;
+    }
+    let users = Users::of(7);
+    let (done, refused, directory) = tried(users, "fill");
+    assert_eq!(done, ["read", "make", "give", "write"]);
+    assert_eq!(refused, ["out", "up", "root", "device", "remove", "rename"]);
+    let made = directory.path().join("made").metadata().unwrap();
+    assert_eq!((made.uid(), made.gid()), (users.first + 5, users.first + 6));
+}
+
+#[test]
+fn ranges_of_users_lie_above_all_others_and_apart() {
+    let (first, next) = (Users::of(1), Users::of(2));
+    assert_eq!(first.first + first.count, next.first);
+    assert!(first.first > 0x6440_0000, "behind those that have one user");
+    assert!(u64::from(Users::of(1023).first) + u64::from(Users::COUNT) < u64::from(u32::MAX));
+}
+
+#[test]
+fn with_a_keeper_ends_all_that_it_started_and_mounted() {
+    if !is_root() {
+        return;
+    }
+    let mark = format!("9{}", std::process::id());
+    let script = format!(
+        "mount --make-rprivate / && mount -t tmpfs {mark} /mnt && setsid sleep {mark} & sleep {mark}"
+    );
+    let shell = File::open("/bin/sh").unwrap();
+    let script = std::ffi::CString::new(format!("PATH=/bin:/sbin:/usr/bin; {script}")).unwrap();
+    let arguments = [c"sh", c"-c", script.as_c_str()];
+    let (keeper, mut pipes) = Sandbox::spawn_keeper(&shell, &arguments, &[]).unwrap();
+    pipes.stdin.write_all(b"").unwrap();
+    let running = || {
+        let found = Command::new("pgrep").args(["-f", &format!("^sleep {mark}$")]).output();
+        found.unwrap().stdout.iter().filter(|byte| **byte == b'\n').count()
+    };
+    let patience = Instant::now() + Duration::from_secs(20);
+    while running() < 2 {
+        assert!(Instant::now() < patience, "they never ran");
+        std::thread::yield_now();
+    }
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(&mark), "its mounts are its own");
+    drop(keeper);
+    assert_eq!(running(), 0);
+}
+
+#[test]
+fn a_loop_device_goes_with_its_last_user() {
+    if !is_root() || !LoopDevice::is_there() {
+        return;
+    }
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let device = LoopDevice::attach(&file).unwrap();
+    let name = device.path().file_name().unwrap().to_owned();
+    let size = std::path::Path::new("/sys/block").join(&name).join("size");
+    assert_eq!(fs::read_to_string(&size).unwrap().trim(), "2048");
+    drop(device);
+    let patience = Instant::now() + Duration::from_secs(20);
+    // Somebody else may have it by then, but not with this file's size.
+    while fs::read_to_string(&size).is_ok_and(|size| size.trim() == "2048") {
+        assert!(Instant::now() < patience, "it is still there");
+        std::thread::yield_now();
+    }
+}
