@@ -14,7 +14,7 @@ use crate::workspace;
 
 /// All of them; a test compares with `fuzz/fuzz_targets`.
 pub(crate) const TARGETS: &[&str] =
-    &["reference", "manifest", "tar", "whiteout_path", "pack", "ext4_reader"];
+    &["reference", "manifest", "tar", "whiteout_path", "pack", "ext4_reader", "sealed_file"];
 
 /// How long each target runs unless the caller says.
 const SECONDS_DEFAULT: u64 = 60;

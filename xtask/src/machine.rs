@@ -29,6 +29,8 @@ pub(crate) const STORIES: &[Need] = &[
     ("time", "time"),
     ("zstd", "zstd"),
     ("gzip", "gzip"),
+    ("strip", "binutils"),
+    ("debugfs", "e2fsprogs"),
     ("mkfs.xfs", "xfsprogs"),
     ("mkfs.btrfs", "btrfs-progs"),
 ];

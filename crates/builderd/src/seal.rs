@@ -1,17 +1,19 @@
-//! Secrets of builds that wait: AES-256-GCM under the master key, bound to tenant and build.
+//! What the master key seals: credentials of builds that wait, and the keys of tenants.
 //!
 //! A sealed secret is a version byte, the nonce (12 bytes, random) and the ciphertext with its
-//! tag (NIST SP 800-38D). Tenant and build are its associated data: a row copied to another
-//! build does not open.
+//! tag (AES-256-GCM, NIST SP 800-38D). Whose it is, is its associated data: tenant and build of
+//! credentials, tenant and id of a key. A row copied to another place does not open.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use async_trait::async_trait;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use aws_lc_rs::hmac;
-use secrecy::{ExposeSecret as _, SecretString};
+use sealed::KeyId;
+use secrecy::{ExposeSecret as _, SecretBox, SecretString};
 use serde::{Deserialize, Serialize};
 
 use crate::build::record::BuildId;
@@ -48,6 +50,47 @@ pub enum SealError {
          the master key was changed, or the database is damaged"
     )]
     Open,
+    /// A tenant's key was wrapped by another key, for another tenant, or is damaged.
+    #[error(
+        "a key of tenant {tenant} cannot be opened: the master key was changed, or the database \
+         is damaged"
+    )]
+    TenantKey {
+        /// Whose.
+        tenant: TenantId,
+    },
+}
+
+/// A key of a tenant, in the open.
+pub(crate) type DataKey = SecretBox<[u8; KEY_BYTES]>;
+
+/// What wraps tenants' keys: the master key of this process, or a service that keeps one and never
+/// gives it away (a KMS).
+#[async_trait]
+pub(crate) trait KeyWrapper: Send + Sync {
+    /// The name of the key that wraps now; not secret.
+    fn id(&self) -> &str;
+    /// Wraps a tenant's key; what comes out opens for the same tenant and id alone.
+    async fn wrap(&self, tenant: &TenantId, id: KeyId, key: &DataKey)
+    -> Result<Vec<u8>, SealError>;
+    /// Opens what [`Self::wrap`] made.
+    async fn open(
+        &self,
+        tenant: &TenantId,
+        id: KeyId,
+        wrapped: &[u8],
+    ) -> Result<DataKey, SealError>;
+}
+
+/// A new key.
+///
+/// # Errors
+/// [`SealError::Cipher`] if there are no random numbers.
+pub(crate) fn new_data_key() -> Result<DataKey, SealError> {
+    let mut key = DataKey::new(Box::new([0; KEY_BYTES]));
+    aws_lc_rs::rand::fill(secrecy::ExposeSecretMut::expose_secret_mut(&mut key))
+        .map_err(|_| SealError::Cipher)?;
+    Ok(key)
 }
 
 /// The key that everything at rest hangs on.
@@ -98,6 +141,15 @@ impl MasterKey {
         }
     }
 
+    /// Reads a key that somebody else keeps for us (systemd's credentials): never made, and a
+    /// group may be said to read it, which is how an access list of ours shows.
+    ///
+    /// # Errors
+    /// [`SealError::KeyFile`]
+    pub(crate) fn load_credential(path: &Path) -> Result<Self, SealError> {
+        Self::new(path, &read_key_of(path, File::open(path), 0o037)?)
+    }
+
     fn new(path: &Path, bytes: &[u8; KEY_BYTES]) -> Result<Self, SealError> {
         let cipher = RandomizedNonceKey::new(&AES_256_GCM, bytes)
             .map_err(|_| unusable(path, "it is no AES-256 key".into()))?;
@@ -142,14 +194,30 @@ impl MasterKey {
             username: credentials.username.clone(),
             secret: credentials.secret.expose_secret().to_owned(),
         };
-        let mut bytes = serde_json::to_vec(&plain).map_err(|_| SealError::Cipher)?;
-        let context = context(tenant, build);
+        let bytes = serde_json::to_vec(&plain).map_err(|_| SealError::Cipher)?;
+        self.seal_bytes(&context(tenant, build), bytes)
+    }
+
+    fn seal_bytes(&self, context: &str, mut bytes: Vec<u8>) -> Result<Vec<u8>, SealError> {
         let nonce = self.cipher.seal_in_place_append_tag(Aad::from(context.as_bytes()), &mut bytes);
         let nonce = nonce.map_err(|_| SealError::Cipher)?;
         let mut sealed = vec![VERSION];
         sealed.extend_from_slice(nonce.as_ref());
         sealed.append(&mut bytes);
         Ok(sealed)
+    }
+
+    /// The plain bytes of what was sealed with the same context; none if it does not open.
+    fn open_bytes(&self, context: &str, sealed: &[u8]) -> Option<Vec<u8>> {
+        let (head, body) = sealed.split_at_checked(1 + NONCE_LEN)?;
+        if head[0] != VERSION {
+            return None;
+        }
+        let nonce = Nonce::try_assume_unique_for_key(&head[1..]).ok()?;
+        let (mut bytes, aad) = (body.to_vec(), Aad::from(context.as_bytes()));
+        let plain = self.cipher.open_in_place(nonce, aad, &mut bytes).ok()?.len();
+        bytes.truncate(plain);
+        Some(bytes)
     }
 
     /// Opens what [`Self::seal`] made for the same build.
@@ -162,22 +230,46 @@ impl MasterKey {
         build: &BuildId,
         sealed: &[u8],
     ) -> Result<RegistryCredentials, SealError> {
-        let (head, body) = sealed.split_at_checked(1 + NONCE_LEN).ok_or(SealError::Open)?;
-        if head[0] != VERSION {
-            return Err(SealError::Open);
-        }
-        let nonce = Nonce::try_assume_unique_for_key(&head[1..]).map_err(|_| SealError::Open)?;
-        let (context, mut bytes) = (context(tenant, build), body.to_vec());
-        let aad = Aad::from(context.as_bytes());
-        let plain =
-            self.cipher.open_in_place(nonce, aad, &mut bytes).map_err(|_| SealError::Open)?;
-        let plain: Plain = serde_json::from_slice(plain).map_err(|_| SealError::Open)?;
+        let plain = self.open_bytes(&context(tenant, build), sealed).ok_or(SealError::Open)?;
+        let plain: Plain = serde_json::from_slice(&plain).map_err(|_| SealError::Open)?;
         Ok(RegistryCredentials {
             registry: plain.registry,
             username: plain.username,
             secret: SecretString::from(plain.secret),
         })
     }
+}
+
+#[async_trait]
+impl KeyWrapper for MasterKey {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    async fn wrap(
+        &self,
+        tenant: &TenantId,
+        id: KeyId,
+        key: &DataKey,
+    ) -> Result<Vec<u8>, SealError> {
+        self.seal_bytes(&key_context(tenant, id), key.expose_secret().to_vec())
+    }
+
+    async fn open(
+        &self,
+        tenant: &TenantId,
+        id: KeyId,
+        wrapped: &[u8],
+    ) -> Result<DataKey, SealError> {
+        let key = self.open_bytes(&key_context(tenant, id), wrapped);
+        let key = key.and_then(|key| <Box<[u8; KEY_BYTES]>>::try_from(key).ok());
+        key.map(DataKey::new).ok_or_else(|| SealError::TenantKey { tenant: tenant.clone() })
+    }
+}
+
+/// What a tenant's key is bound to.
+fn key_context(tenant: &TenantId, id: KeyId) -> String {
+    format!("tenant-key/{tenant}/{id}")
 }
 
 /// What a seal is bound to.
@@ -190,10 +282,19 @@ fn unusable(path: &Path, problem: String) -> SealError {
 }
 
 fn read_key(path: &Path, file: io::Result<File>) -> Result<[u8; KEY_BYTES], SealError> {
+    read_key_of(path, file, 0o077)
+}
+
+/// Refuses a file whose mode has one of the bits of `others`.
+fn read_key_of(
+    path: &Path,
+    file: io::Result<File>,
+    others: u32,
+) -> Result<[u8; KEY_BYTES], SealError> {
     let failed = |error: io::Error| unusable(path, error.to_string());
     let mut file = file.map_err(failed)?;
     let mode = file.metadata().map_err(failed)?.permissions().mode();
-    if mode & 0o077 != 0 {
+    if mode & others != 0 {
         let problem = format!("its mode is {:o}, others may read it: chmod 600", mode & 0o777);
         return Err(unusable(path, problem));
     }
@@ -279,7 +380,33 @@ mod tests {
         assert!(MasterKey::load_or_create(&path).is_err());
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert!(MasterKey::load_or_create(&path).is_ok());
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o440)).unwrap();
+        assert!(MasterKey::load_or_create(&path).is_err());
+        assert!(MasterKey::load_credential(&path).is_ok(), "an access list shows like that");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
+        assert!(MasterKey::load_credential(&path).is_err());
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         std::fs::write(&path, [7; 31]).unwrap();
         assert!(MasterKey::load_or_create(&path).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_tenants_key_opens_for_its_tenant_and_id_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = ["key", "other"].map(|name| directory.path().join(name));
+        let [master, stranger] = paths.map(|path| MasterKey::load_or_create(&path).unwrap());
+        let (tenant, other): (TenantId, TenantId) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let (id, another) = (KeyId([1; 16]), KeyId([2; 16]));
+        let key = new_data_key().unwrap();
+        let wrapped = master.wrap(&tenant, id, &key).await.unwrap();
+        let opened = KeyWrapper::open(&master, &tenant, id, &wrapped).await.unwrap();
+        assert_eq!(opened.expose_secret(), key.expose_secret());
+        assert!(!wrapped.windows(KEY_BYTES).any(|window| window == key.expose_secret()));
+        assert!(KeyWrapper::open(&master, &other, id, &wrapped).await.is_err());
+        assert!(KeyWrapper::open(&master, &tenant, another, &wrapped).await.is_err());
+        assert!(KeyWrapper::open(&master, &tenant, id, &wrapped[1..]).await.is_err());
+        let error = KeyWrapper::open(&stranger, &tenant, id, &wrapped).await.unwrap_err();
+        assert!(error.to_string().contains("tenant a"), "{error}");
+        assert_ne!(new_data_key().unwrap().expose_secret(), key.expose_secret());
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use commands::Runtime;
 use futures_util::FutureExt as _;
 use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
@@ -16,19 +17,23 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::api::{self, ApiRules, Meters, Mode};
-use crate::artifact::{ArtifactStore, LocalArtifacts, MeteredArtifacts, ObjectArtifacts};
+use crate::artifact::{
+    ArtifactStore, LocalArtifacts, MeteredArtifacts, ObjectArtifacts, SealedArtifacts,
+};
 use crate::build::child::RegistrySpec;
 use crate::build::host::Host;
 use crate::build::janitor::{Janitor, JanitorRules};
 use crate::build::service::{BuildService, STOP_WAIT, ServiceRules};
 use crate::build::worker::{ATTEMPTS_MAX, WorkerRules, Workers, clear_leftovers};
 use crate::clock::{Clock, WallClock};
-use crate::config::{Config, DatabaseConfig, StorageBackend};
+use crate::config::{Config, DatabaseConfig, KeyPlace, StorageBackend};
+use crate::keys::TenantKeys;
 use crate::packs::{CacheError, PackCache};
 use crate::parts::{PartError, Parts};
-use crate::seal::{MasterKey, SealError};
+use crate::seal::{KeyWrapper, MasterKey, SealError};
 use crate::store::{Leases, Store, StoreError};
 use crate::telemetry::{self, TelemetryError};
+use crate::tls::{self, Keeper, Tls, TlsError};
 
 /// Why the service did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +69,9 @@ pub(crate) enum ServeError {
     /// The object store's settings.
     #[error("the object store cannot be used")]
     Objects(#[source] object_store::Error),
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Logs, metrics or traces.
     #[error(transparent)]
     Telemetry(#[from] TelemetryError),
@@ -95,18 +103,23 @@ pub(crate) fn run(config: Config) -> Result<(), ServeError> {
         let telemetry = telemetry::start(&config)?;
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(stop_on_signals(stop));
+        let tls = match &config.tls {
+            Some(settings) => Some(tls::start(settings, telemetry.metrics()).await?),
+            None => None,
+        };
         let address = config.listen.to_string();
         let listener = TcpListener::bind(config.listen)
             .await
             .map_err(|source| ServeError::Listen { address, source })?;
         let listening = |source| ServeError::Listen { address: "/metrics".into(), source };
         if let Some(port) = telemetry::bind_metrics(&config.telemetry).await.map_err(listening)? {
-            let mut stopped = stopped.clone();
-            let until = async move { drop(stopped.wait_for(|stopping| *stopping).await) };
-            tokio::spawn(telemetry::serve_metrics(port, telemetry.metrics(), until));
+            let wanted = config.tls.as_ref().is_some_and(|settings| settings.for_metrics);
+            let tls = tls.as_ref().filter(|_| wanted).map(|(tls, _)| tls.clone());
+            let page = telemetry::metrics_router(telemetry.metrics());
+            tokio::spawn(api::serve(port, tls, page, stopped.clone(), config.shutdown_timeout));
         }
         tell_of_walls(&host);
-        let served = serve(config, host, listener, telemetry.metrics(), stopped).await;
+        let served = serve(config, host, (listener, tls), telemetry.metrics(), stopped).await;
         telemetry.finish().await;
         served
     })
@@ -133,11 +146,14 @@ async fn stop_on_signals(stop: watch::Sender<bool>) {
     std::process::exit(130);
 }
 
+/// Where clients come in, and what keeps it secure.
+type Entry = (TcpListener, Option<(Tls, Keeper)>);
+
 /// The wiring; tests give a listener on port 0 and their own `stopped`.
 pub(crate) async fn serve(
     config: Config,
     host: Host,
-    listener: TcpListener,
+    (listener, tls): Entry,
     metrics: Arc<telemetry::Metrics>,
     stopped: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
@@ -148,24 +164,23 @@ pub(crate) async fn serve(
     let host = Arc::new(host);
     host.sweep();
     let store = open_store(&config).await?;
-    let key = Arc::new(master_key(&config.master_key_file, &store).await?);
-    let artifacts = metered(open_artifacts(&config)?, &config, &metrics);
+    let key = Arc::new(master_key(&config.master_key, &store).await?);
+    let artifacts = sealed(metered(open_artifacts(&config)?, &config, &metrics), &store, &key);
     clear_leftovers(artifacts.staging())
         .map_err(|source| ServeError::Path { path: artifacts.staging().to_owned(), source })?;
     if matches!(config.database, DatabaseConfig::Sqlite) {
         // Its lock says that no other server lives: nobody has to wait for the leases of the last.
         store.system().reap(Leases::All, ATTEMPTS_MAX, clock.now()).await?;
     }
-    let packs = match config.storage.cache_enabled {
-        true => Some(PackCache::open(&config.storage.cache_dir)?),
-        false => None,
-    };
+    let caches = config.storage.cache_enabled;
+    let packs = caches.then(|| PackCache::open(&config.storage.cache_dir)).transpose()?;
+    let (service_rules, worker_rules) = rules(&config, &host)?;
     let service = Arc::new(BuildService::new(
         store.clone(),
         Arc::clone(&artifacts),
         Arc::clone(&key),
         Arc::clone(&clock),
-        service_rules(&config),
+        service_rules,
         Arc::clone(&metrics),
     ));
     let workers = Arc::new(Workers::new(
@@ -174,7 +189,7 @@ pub(crate) async fn serve(
         key,
         Arc::clone(&clock),
         Arc::clone(&metrics),
-        worker_rules(&config, Arc::clone(&host))?,
+        worker_rules,
     ));
     let janitor = Janitor::new(
         store.clone(),
@@ -187,11 +202,19 @@ pub(crate) async fn serve(
     let mut parts = Parts::new();
     let stopping = parts.stopping();
     let state = api::ApiState::new(service, store, clock, meters, rules, stopping.clone());
+    let (tls, keeper) = tls.unzip();
+    let state = match &tls {
+        Some(tls) => state.knowing(tls.clients()),
+        None => state,
+    };
     let address = listener.local_addr().map_err(ServeError::Runtime)?;
-    tracing::info!(%address, dev = config.dev, "listening");
+    tracing::info!(%address, dev = config.dev, tls = tls.is_some(), "listening");
     let router = api::router(state, config.cors_allowed_origins);
-    let answer = api::serve(listener, router, stopping.clone(), config.shutdown_timeout);
+    let answer = api::serve(listener, tls, router, stopping.clone(), config.shutdown_timeout);
     parts.start("the API", answer);
+    if let Some(keeper) = keeper {
+        parts.start("the keeper of certificates", keeper.run(stopping.clone()));
+    }
     let (work, tidy) = (workers.run(stopping.clone()), janitor.run(stopping));
     parts.start("the workers", work.map(Ok));
     parts.start("the janitor", tidy.map(Ok));
@@ -214,6 +237,27 @@ fn open_host(config: &Config) -> Result<Host, ServeError> {
     }
 }
 
+/// What runs the commands of builds, or why there is nothing that does.
+fn open_runtime(config: &Config, host: &Host) -> Result<Runtime, String> {
+    let groups = host.missing().iter().find(|(wall, _)| *wall == Wall::Cgroup);
+    let found = match groups {
+        Some((_, why)) => Err(format!("commands cannot be held to their limits: {why}")),
+        None => commands::check(&config.oci_runtime, &config.accept_vulnerable)
+            .map_err(|unable| unable.to_string()),
+    };
+    match &found {
+        Ok(Runtime { version, accepted, .. }) if accepted.is_empty() => {
+            tracing::info!(version, "builds may run commands");
+        }
+        Ok(Runtime { version, accepted, .. }) => {
+            let holes = accepted.join(", ");
+            tracing::warn!(version, holes, "builds may run commands; their runtime has holes");
+        }
+        Err(reason) => tracing::info!(reason, "builds run no commands"),
+    }
+    found
+}
+
 fn tell_of_walls(host: &Host) {
     for (wall, why) in host.missing() {
         tracing::warn!(%wall, why, "builds run without a wall that this host cannot give");
@@ -221,14 +265,15 @@ fn tell_of_walls(host: &Host) {
 }
 
 /// The key of every server on this database: the first one makes it.
-async fn master_key(path: &Path, store: &Store) -> Result<MasterKey, ServeError> {
+pub(crate) async fn master_key(place: &KeyPlace, store: &Store) -> Result<MasterKey, ServeError> {
     let system = store.system();
-    let key = match system.master_key().await? {
-        Some(_) => MasterKey::load(path)?,
-        None => MasterKey::load_or_create(path)?,
+    let key = match (place, system.master_key().await?) {
+        (KeyPlace::Credential(path), _) => MasterKey::load_credential(path)?,
+        (KeyPlace::File(path), Some(_)) => MasterKey::load(path)?,
+        (KeyPlace::File(path), None) => MasterKey::load_or_create(path)?,
     };
     let held = system.claim_master_key(key.id()).await?;
-    Ok(key.must_be(&held, path)?)
+    Ok(key.must_be(&held, place.path())?)
 }
 
 fn make_directory(path: &Path) -> Result<(), ServeError> {
@@ -323,6 +368,16 @@ fn metered(
     Arc::new(MeteredArtifacts::new(artifacts, backend, Arc::clone(metrics)))
 }
 
+/// The store, with what must be encrypted sealed under the tenants' keys.
+fn sealed(
+    artifacts: Arc<dyn ArtifactStore>,
+    store: &Store,
+    key: &Arc<MasterKey>,
+) -> Arc<dyn ArtifactStore> {
+    let wrapper = Arc::clone(key) as Arc<dyn KeyWrapper>;
+    Arc::new(SealedArtifacts::new(artifacts, Arc::new(TenantKeys::new(store.clone(), wrapper))))
+}
+
 fn api_rules(config: &Config) -> ApiRules {
     ApiRules {
         mode: if config.dev { Mode::Development } else { Mode::Tokens },
@@ -334,11 +389,13 @@ fn api_rules(config: &Config) -> ApiRules {
 
 fn meters(metrics: &Arc<telemetry::Metrics>, host: &Host) -> Meters {
     let (shown, told, counted) = (Arc::clone(metrics), Arc::clone(metrics), Arc::clone(metrics));
+    let counting = Arc::clone(metrics);
     let missing = host.missing().iter().map(|(wall, why)| json!({"wall": wall, "reason": why}));
     let walls = json!({"standing": host.stand(), "missing": missing.collect::<Vec<_>>()});
     Meters {
         render: Box::new(move || shown.render()),
         walls,
+        left_out: Arc::new(move |count| counting.audit_left_out(count)),
         observe: Arc::new(move |method, code, time| match code {
             api::PANICKED => told.rpc_panicked(method),
             code => told.rpc(method, code, time.as_secs_f64()),
@@ -347,12 +404,37 @@ fn meters(metrics: &Arc<telemetry::Metrics>, host: &Host) -> Meters {
     }
 }
 
+fn registries(config: &Config) -> RegistrySpec {
+    let docker = &config.docker;
+    RegistrySpec {
+        mirrors: docker.mirrors.clone(),
+        insecure: docker.insecure_registries.clone(),
+        allowed_private: docker.egress_allowed_private.clone(),
+        blocked_domains: docker.blocked_domains.clone(),
+        image_bytes_max: docker.image_bytes_max,
+        credentials: None,
+    }
+}
+
+/// Those of doors and of workers, which agree whether builds run commands.
+fn rules(config: &Config, host: &Arc<Host>) -> Result<(ServiceRules, WorkerRules), ServeError> {
+    let runtime = open_runtime(config, host);
+    let no_commands = runtime.as_ref().err().cloned();
+    let runtime = runtime.ok().map(|runtime| runtime.program);
+    Ok((
+        ServiceRules { no_commands, ..service_rules(config) },
+        WorkerRules { runtime, ..worker_rules(config, Arc::clone(host))? },
+    ))
+}
+
 fn service_rules(config: &Config) -> ServiceRules {
     ServiceRules {
         limits: config.tenants.limits.clone(),
         registry_auth: config.docker.registry_auth,
         allowed_registries: config.docker.allowed_registries.clone(),
+        registries: registries(config).client_options(),
         build_secs_max: config.build_timeout.as_secs(),
+        no_commands: None,
         stop_wait: STOP_WAIT,
     }
 }
@@ -363,17 +445,14 @@ fn worker_rules(config: &Config, host: Arc<Host>) -> Result<WorkerRules, ServeEr
     let storage = &config.storage;
     Ok(WorkerRules {
         concurrent_max: config.max_concurrent_builds,
-        registry: RegistrySpec {
-            mirrors: config.docker.mirrors.clone(),
-            insecure: config.docker.insecure_registries.clone(),
-            image_bytes_max: config.docker.image_bytes_max,
-            credentials: None,
-        },
+        registry: registries(config),
         pull_timeout: config.docker.pull_timeout,
+        encrypts_all: storage.encrypts_all,
         packs: storage.cache_enabled.then(|| (storage.cache_dir.clone(), storage.cache_max_bytes)),
         cache_enabled: storage.cache_enabled,
         host,
         program,
+        runtime: None,
         shutdown_timeout: config.shutdown_timeout,
     })
 }
@@ -383,6 +462,7 @@ fn janitor_rules(config: &Config, packs: Option<PackCache>) -> JanitorRules {
     JanitorRules {
         sweep_every: config.cleanup_interval,
         retention_secs: u64::from(storage.retention_days) * 86_400,
+        audit_retention_secs: u64::from(config.audit_retention_days) * 86_400,
         storage_bytes_max: storage.max_bytes,
         packs: packs.map(|packs| (packs, storage.cache_max_bytes)),
         tenants: service_rules(config),

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::SocketAddr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -100,6 +101,11 @@ impl Tier {
             Self::Enterprise => 10,
             Self::Dedicated => 50,
         }
+    }
+
+    /// Whether artifacts of tenants of this tier are encrypted whatever the settings say.
+    pub fn requires_encryption(self) -> bool {
+        matches!(self, Self::Enterprise | Self::Dedicated)
     }
 
     /// The tier table.
@@ -231,9 +237,19 @@ impl FromStr for Right {
     }
 }
 
+/// Where a request came from, for the audit log. Decides nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The address at the other end, as the socket has it.
+    pub peer: Option<SocketAddr>,
+    /// The trace that the request belongs to, 32 hex digits.
+    pub request: String,
+}
+
 /// Who asks, as a checked credential says. Made by `api::auth` alone.
 #[derive(Clone, Debug)]
 pub struct Principal {
+    origin: Origin,
     tenant: TenantId,
     customer: Option<String>,
     credential: Option<String>,
@@ -251,7 +267,18 @@ impl Principal {
         tier: Tier,
         rights: BTreeSet<Right>,
     ) -> Self {
-        Self { tenant, customer, credential, tier, rights }
+        let origin = Origin::default();
+        Self { origin, tenant, customer, credential, tier, rights }
+    }
+
+    /// The same, asking from `origin`.
+    pub(crate) fn asking_from(self, origin: Origin) -> Self {
+        Self { origin, ..self }
+    }
+
+    /// Where the request came from.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// The tenant.
@@ -264,7 +291,7 @@ impl Principal {
         self.customer.as_deref()
     }
 
-    /// The id of the token that was checked; none where nobody is asked for one.
+    /// The id of the token, or in the certificate, that was checked; none where nobody is asked for one.
     pub fn credential(&self) -> Option<&str> {
         self.credential.as_deref()
     }

@@ -50,7 +50,7 @@ fn installed(
     Ok(dir)
 }
 
-/// A virtual environment with grpcio and moto.
+/// A virtual environment with grpcio, moto and py-spiffe.
 pub(crate) fn python() -> Result<PathBuf> {
     let requirements = source("python/requirements.txt");
     installed("python", &read(&requirements)?, |dir| {
@@ -65,6 +65,13 @@ pub(crate) fn python() -> Result<PathBuf> {
 /// A stand-in for Google Cloud Storage, not yet told where to be.
 pub(crate) fn google() -> Result<Program> {
     let program = Program::new(python()?.join("bin/python")).arg(source("python/google.py"));
+    Ok(program.env("PYTHONDONTWRITEBYTECODE", "1"))
+}
+
+/// An agent that gives out SPIFFE identities, and clients that have theirs from it; not yet told
+/// where to be.
+pub(crate) fn spiffe() -> Result<Program> {
+    let program = Program::new(python()?.join("bin/python")).arg(source("spiffe/agent.py"));
     Ok(program.env("PYTHONDONTWRITEBYTECODE", "1"))
 }
 

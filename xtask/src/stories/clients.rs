@@ -116,6 +116,35 @@ pub(super) fn python_grpcio_lives_a_builds_life(lab: &Lab) -> Result<Verdict> {
     })
 }
 
+pub(super) fn py_spiffe_and_the_service_believe_one_agent(lab: &Lab) -> Result<Verdict> {
+    const STEPS: usize = 4;
+    const SECS_MAX: Duration = Duration::from_secs(120);
+    let corner = lab.corner()?;
+    let (dir, log) = (corner.path("agent"), corner.path("agent.log"));
+    std::fs::create_dir_all(&dir)?;
+    let setpriv = Program::new("setpriv").args(["--pdeathsig", "KILL"]);
+    let mut agent = clients::spiffe()?.arg(&dir).under(setpriv).background(&log)?;
+    let said = || std::fs::read_to_string(&log).unwrap_or_default();
+    let socket = dir.join("server.sock");
+    until("the agent's socket", SECS_MAX, || Ok(socket.exists().then_some(())))
+        .with_context(said)?;
+    let known = corner.path("clients.toml");
+    std::fs::write(&known, "[[client]]\nid = \"spiffe://example.org/client\"\n")?;
+    let place = place(lab, &corner)?
+        .set("TLS_MODE", "spiffe")
+        .set("SPIFFE_SOCKET", &socket.display().to_string())
+        .set("TLS_CLIENTS_FILE", &known.display().to_string());
+    let server = place.start()?;
+    let address = dir.join("address.part");
+    std::fs::write(&address, server.address())?;
+    std::fs::rename(&address, dir.join("address"))?;
+    let status = agent.wait_for(SECS_MAX)?.context("the clients do not end").with_context(said)?;
+    if !status.success() || passed(&said()) != STEPS {
+        bail!("the clients said:\n{}\n{}", said(), last_lines(&server.said()));
+    }
+    Ok(Verdict::Passed)
+}
+
 /// A way to call one RPC: method and message in, the answers' JSON out, one on each line.
 type Caller<'a> = dyn Fn(&str, &Value) -> Result<Vec<Value>> + 'a;
 

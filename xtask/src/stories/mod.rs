@@ -110,6 +110,7 @@ fn all() -> Vec<Story> {
         clients::connect_web_in_a_browser_lives_a_builds_life_where_its_origin_may_call,
         clients::python_grpcio_lives_a_builds_life,
         clients::buf_curl_lives_a_builds_life_by_reflection_alone,
+        clients::py_spiffe_and_the_service_believe_one_agent,
         buckets::an_artifact_lives_its_life_in_a_bucket_of_google_cloud_storage,
         crash::builds_survive_a_service_that_is_killed_again_and_again,
         crash::builds_survive_killed_nodes_and_a_crashed_database,

@@ -2,18 +2,22 @@
 //!
 //! Outside development mode a token decides tenant, customer and rights, and the tenant's row
 //! its tier; headers and bodies may only agree. In development mode there are no tokens: the
-//! header, else the body, names the tenant, and the body of a create its tier.
+//! header, else the body, names the tenant, and the body of a create its tier. A request without a
+//! token may come over a connection whose client certificate is known (`tls::Clients`): it then
+//! is the credential, by the same rules as a token.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 
 use flate2::Crc;
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::audit::{Asked, trace_of};
 use super::error::Answer;
 use super::limits::{Rate, RateLimits};
 use super::memory::Memory;
@@ -21,8 +25,10 @@ use super::{ApiRules, Checked};
 use crate::build::hex;
 use crate::build::service::ServiceError;
 use crate::clock::Clock;
+use crate::store::audit::{Author, DEVELOPMENT};
 use crate::store::{Store, StoreError, TenantRow, TokenRow};
 use crate::tenant::{Principal, Right, TenantId, TenantIdError, Tier};
+use crate::tls::{Client, Clients, Whose};
 
 /// Every token's first letters, for scanners of leaked secrets.
 const TOKEN_PREFIX: &str = "bld_";
@@ -45,6 +51,9 @@ pub(crate) enum Refusal {
     /// The same for unknown, expired and revoked tokens.
     #[error("this token is not valid")]
     BadToken,
+    /// The certificate was known, and is not any more.
+    #[error("the client certificate of this connection is no longer known here")]
+    GoneCertificate,
     /// The request names another tenant than the credential.
     #[error("the tenant of this request is not the credential's")]
     OtherTenant,
@@ -79,6 +88,8 @@ impl From<StoreError> for Refusal {
 pub(crate) struct Claim {
     /// The tenant; empty if it names none.
     pub(crate) tenant: String,
+    /// The build that it is about; empty if it is about none.
+    pub(crate) build: String,
     /// The customer; empty if it names none.
     pub(crate) customer: String,
     /// The tier, which development mode believes.
@@ -90,11 +101,17 @@ impl Claim {
     pub(crate) fn tenant(id: &str) -> Self {
         Self { tenant: id.to_owned(), ..Self::default() }
     }
+
+    /// The same, about one build.
+    pub(crate) fn about(self, build: &str) -> Self {
+        Self { build: build.to_owned(), ..self }
+    }
 }
 
 /// Who sent a request, as far as its headers tell. Goes with the request to its handler.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
+    asked: Arc<Asked>,
     credential: Credential,
     customer: String,
     notes: Arc<Notes>,
@@ -104,6 +121,9 @@ pub(crate) struct Caller {
 enum Credential {
     /// A token, by the hash under which it is kept, and whose it was when the request came.
     Token { hash: String, principal: Principal },
+    /// A client certificate, by the id in it, the tenant that the header names, and whose it was
+    /// when the request came.
+    Certificate { id: Arc<str>, tenant: String, principal: Principal },
     /// What the header says, in development mode.
     Believed(Option<TenantId>),
 }
@@ -116,6 +136,29 @@ struct Notes {
 }
 
 impl Caller {
+    /// The same, in the trace that the log's lines about it name.
+    pub(super) fn traced(mut self, traceparent: Option<&str>) -> Self {
+        if let Some(trace) = traceparent.and_then(trace_of) {
+            Arc::make_mut(&mut self.asked).origin.request = trace.to_owned();
+        }
+        self
+    }
+
+    /// What it wants, and from where.
+    pub(super) fn asked(&self) -> &Asked {
+        &self.asked
+    }
+
+    /// The tenant and the credential, as far as the head alone tells.
+    pub(super) fn named(&self) -> (Option<&TenantId>, &str) {
+        match &self.credential {
+            Credential::Token { principal, .. } | Credential::Certificate { principal, .. } => {
+                (Some(principal.tenant()), principal.credential().unwrap_or_default())
+            }
+            Credential::Believed(tenant) => (tenant.as_ref(), DEVELOPMENT),
+        }
+    }
+
     /// What was decided about the rate, once it was.
     pub(crate) fn rate(&self) -> Option<&Rate> {
         self.notes.rate.get()
@@ -150,15 +193,23 @@ pub(crate) struct Auth {
     rules: ApiRules,
     /// Tokens by their hash, with the tenant's tier.
     tokens: Memory<String, (TokenRow, Option<Tier>)>,
-    /// Development mode asks for a tenant's tier alone.
+    /// Development mode and certificates ask for a tenant's tier alone.
     tiers: Memory<TenantId, Option<Tier>>,
+    /// Whose certificates are known; nobody's if none.
+    clients: Option<watch::Receiver<Arc<Clients>>>,
 }
 
 impl Auth {
     /// Checks against `store`.
     pub(crate) fn new(store: Store, clock: Arc<dyn Clock>, rules: ApiRules) -> Self {
         let limits = RateLimits::new(rules.looks_per_sec);
-        Self { store, clock, limits, rules, tokens: Memory::new(), tiers: Memory::new() }
+        let (tokens, tiers) = (Memory::new(), Memory::new());
+        Self { store, clock, limits, rules, tokens, tiers, clients: None }
+    }
+
+    /// Certificates of `clients` are credentials, too.
+    pub(crate) fn know(&mut self, clients: watch::Receiver<Arc<Clients>>) {
+        self.clients = Some(clients);
     }
 
     /// How often things may be asked.
@@ -170,7 +221,8 @@ impl Auth {
     pub(crate) async fn caller(
         &self,
         headers: &HeaderMap,
-        peer: Option<SocketAddr>,
+        asked: &Arc<Asked>,
+        id: Option<&Arc<str>>,
     ) -> Result<Caller, Refusal> {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("");
         let (tenant, customer) = (text(TENANT_HEADER), text(CUSTOMER_HEADER));
@@ -179,14 +231,90 @@ impl Auth {
                 true => None,
                 false => Some(tenant.parse()?),
             }),
+            Mode::Tokens if let Some((id, client)) = self.shown(headers, id) => {
+                let principal = self.by_certificate(id, &client, tenant).await?;
+                agree(&principal, tenant, customer)?;
+                Credential::Certificate { id: Arc::clone(id), tenant: tenant.to_owned(), principal }
+            }
             Mode::Tokens => {
-                let peer = peer.map(|address| address.ip());
+                let peer = asked.origin.peer.map(|address| address.ip());
                 let (hash, principal) = self.by_token(text(AUTHORIZATION.as_str()), peer).await?;
                 agree(&principal, tenant, customer)?;
                 Credential::Token { hash, principal }
             }
         };
-        Ok(Caller { credential, customer: customer.to_owned(), notes: Arc::default() })
+        let (asked, customer) = (Arc::clone(asked), customer.to_owned());
+        Ok(Caller { asked, credential, customer, notes: Arc::default() })
+    }
+
+    /// Whose credential a refused request showed, as far as that is remembered: for the audit
+    /// log, where a token of another tenant's, or one that was revoked just now, has its name.
+    pub(super) fn suspect(
+        &self,
+        headers: &HeaderMap,
+        id: Option<&Arc<str>>,
+    ) -> Option<(Option<TenantId>, String)> {
+        if self.rules.mode == Mode::Development {
+            return Some((None, DEVELOPMENT.to_owned()));
+        }
+        if let Some((id, client)) = self.shown(headers, id) {
+            let tenant = match client.tenant {
+                Whose::One(tenant) => Some(tenant),
+                Whose::Named => None,
+            };
+            return Some((tenant, id.to_string()));
+        }
+        let header = headers.get(AUTHORIZATION)?.to_str().ok()?;
+        let (_, token) = header.split_once(' ')?;
+        let (row, _) = self.tokens.get(&hash(token.trim()), self.clock.now())?;
+        Some((Some(row.tenant), row.id))
+    }
+
+    /// The client that a certificate stands for, where nothing else was shown: a token counts
+    /// alone, so that it never borrows a connection's rights, nor lends it its own.
+    fn shown<'a>(
+        &self,
+        headers: &HeaderMap,
+        id: Option<&'a Arc<str>>,
+    ) -> Option<(&'a Arc<str>, Client)> {
+        let id = id.filter(|_| !headers.contains_key(AUTHORIZATION))?;
+        Some((id, self.client(id)?))
+    }
+
+    fn client(&self, id: &str) -> Option<Client> {
+        self.clients.as_ref()?.borrow().find(id).cloned()
+    }
+
+    /// The principal of a client, by what its file says and, for the tier, what the store does.
+    async fn by_certificate(
+        &self,
+        id: &str,
+        client: &Client,
+        named: &str,
+    ) -> Result<Principal, Refusal> {
+        let tenant = match &client.tenant {
+            Whose::One(tenant) => tenant.clone(),
+            Whose::Named if named.is_empty() => return Err(Refusal::NoTenant),
+            Whose::Named => named.parse()?,
+        };
+        let tier = match self.known_tier(&tenant).await? {
+            Some(tier) => tier,
+            None => client.tier.unwrap_or(self.rules.default_tier),
+        };
+        let (customer, credential) = (client.customer.clone(), Some(id.to_owned()));
+        let rights = client.rights.clone();
+        Ok(Principal::new(Checked(()), tenant, customer, credential, tier, rights))
+    }
+
+    /// The tier of a tenant, remembered for a moment; none if nobody set one.
+    async fn known_tier(&self, tenant: &TenantId) -> Result<Option<Tier>, Refusal> {
+        let now = self.clock.now();
+        if let Some(known) = self.tiers.get(tenant, now) {
+            return Ok(known);
+        }
+        let known = self.store.system().tenant(tenant).await?.map(|row| row.tier);
+        self.tiers.put(tenant.clone(), known, now);
+        Ok(known)
     }
 
     /// The token's hash and its principal.
@@ -242,7 +370,9 @@ impl Auth {
     /// Who the caller is, given what the request itself says, if the rate allows one more.
     pub(crate) async fn admit(&self, caller: &Caller, claim: &Claim) -> Result<Principal, Answer> {
         let principal = match &caller.credential {
-            Credential::Token { principal, .. } => self.agreed(principal, caller, claim),
+            Credential::Token { principal, .. } | Credential::Certificate { principal, .. } => {
+                self.agreed(principal, caller, claim)
+            }
             Credential::Believed(tenant) => self.believed(tenant.as_ref(), caller, claim).await,
         };
         let principal = principal.map_err(|refusal| Answer::refused(&refusal))?;
@@ -250,14 +380,16 @@ impl Auth {
             caller.notes.rate.get_or_init(|| self.limits.check(&principal, self.clock.now()));
         match rate.retry_after_secs {
             Some(_) => Err(Answer::rate_limited(rate)),
-            None => Ok(principal),
+            None => Ok(principal.asking_from(caller.asked.origin.clone())),
         }
     }
 
-    /// Refuses a caller whose token is known and whose rate is used up, before its body is read.
+    /// Refuses a caller whose credential is known and whose rate is used up, before its body is read.
     pub(crate) async fn precheck(&self, caller: &Caller) -> Result<(), Answer> {
         match &caller.credential {
-            Credential::Token { .. } => self.admit(caller, &Claim::default()).await.map(drop),
+            Credential::Token { .. } | Credential::Certificate { .. } => {
+                self.admit(caller, &Claim::default()).await.map(drop)
+            }
             Credential::Believed(_) => Ok(()),
         }
     }
@@ -274,6 +406,13 @@ impl Auth {
                 Ok(Some(principal)) => self.agreed(&principal, caller, claim),
                 Ok(None) => Err(Refusal::BadToken),
                 Err(refusal) => Err(refusal),
+            },
+            Credential::Certificate { id, tenant, .. } => match self.client(id) {
+                Some(client) => match self.by_certificate(id, &client, tenant).await {
+                    Ok(principal) => self.agreed(&principal, caller, claim),
+                    Err(refusal) => Err(refusal),
+                },
+                None => Err(Refusal::GoneCertificate),
             },
             Credential::Believed(tenant) => self.believed(tenant.as_ref(), caller, claim).await,
         };
@@ -312,7 +451,7 @@ impl Auth {
             (Some(_), _) => return Err(Refusal::OtherTenant),
         };
         let customer = named(caller, claim)?;
-        let tier = self.believed_tier(&tenant, claim.tier).await?;
+        let tier = self.believed_tier(&tenant, caller, claim.tier).await?;
         let rights = BTreeSet::from(Right::ALL);
         Ok(Principal::new(Checked(()), tenant, customer, None, tier, rights))
     }
@@ -321,6 +460,7 @@ impl Auth {
     async fn believed_tier(
         &self,
         tenant: &TenantId,
+        caller: &Caller,
         claimed: Option<Tier>,
     ) -> Result<Tier, Refusal> {
         let now = self.clock.now();
@@ -329,7 +469,8 @@ impl Auth {
         {
             return Ok(known.unwrap_or(self.rules.default_tier));
         }
-        let system = self.store.system();
+        let author = Author::believed(&caller.asked.origin);
+        let system = self.store.system_for(&author);
         let row = system.tenant(tenant).await?;
         let mut known = row.as_ref().map(|row| row.tier);
         if let Some(tier) = claimed.filter(|tier| known != Some(*tier)) {

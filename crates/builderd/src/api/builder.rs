@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use api::v1;
 use connectrpc::{
-    ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
+    CodecFormat, ConnectError, RequestContext, Response, ServiceRequest, ServiceResult,
+    ServiceStream,
 };
 
+use super::answers::{Answers, Name, Written};
 use super::auth::{Caller, Claim};
 use super::convert;
 use super::error::Answer;
@@ -28,11 +30,12 @@ const HEARTBEAT_SECS_MIN: u64 = 1;
 /// The service as the generated code calls it.
 pub(super) struct Door {
     state: Arc<ApiState>,
+    answers: Answers,
 }
 
 impl Door {
     pub(super) fn new(state: Arc<ApiState>) -> Self {
-        Self { state }
+        Self { state, answers: Answers::new() }
     }
 
     fn now(&self) -> Micros {
@@ -41,6 +44,27 @@ impl Door {
 
     fn job(&self, build: &Build) -> v1::BuildJob {
         convert::job(&self.state.service, build, Vec::new(), self.now())
+    }
+
+    /// A build as it goes out: as it did before, if it has ended and the database says that
+    /// nothing of it changed since.
+    async fn written(&self, who: &Principal, id: &str, format: CodecFormat) -> Answered<Written> {
+        let service = &self.state.service;
+        let name = Name { tenant: who.tenant().clone(), build: id.to_owned(), format };
+        if let Some((revision, written)) = self.answers.get(&name) {
+            if service.revision_of_ended(who, id).await? == Some(revision) {
+                return Ok(written);
+            }
+            self.answers.forget(&name);
+        }
+        let seen = service.get_with_log(who, id, TAIL_LINES).await?;
+        let job = convert::job(service, &seen.build, seen.log, self.now());
+        let response = v1::GetBuildResponse { build: job.into(), ..Default::default() };
+        let written = Written::of(&response, format)?;
+        if seen.build.state.is_terminal() {
+            self.answers.put(name, seen.revision, &written);
+        }
+        Ok(written)
     }
 
     /// The state of a build that was told to stop, for callers who may not look at it: cancelled
@@ -80,10 +104,16 @@ async fn admitted<T, F: Future<Output = Answered<T>>>(
     let caller = caller(context)?;
     let result = match state.auth.admit(&caller, &claim).await {
         Ok(principal) => {
-            let tenant = principal.tenant().clone();
-            handler(principal).await.map_err(|answer| answer.for_tenant(tenant.as_str()))
+            let who = principal.clone();
+            handler(principal).await.map_err(|answer| {
+                state.refused(&caller, Some(&who), &claim.build, &answer);
+                answer.for_tenant(who.tenant().as_str())
+            })
         }
-        Err(answer) => Err(answer),
+        Err(answer) => {
+            state.refused(&caller, None, &claim.build, &answer);
+            Err(answer)
+        }
     };
     result.map_err(|answer| {
         caller.note(&answer);
@@ -110,6 +140,7 @@ impl v1::BuilderService for Door {
             tenant: tenant.tenant_id.clone(),
             customer: tenant.customer_id.clone(),
             tier: convert::tier(tenant.tier),
+            ..Claim::default()
         };
         let context = &context;
         let build = admitted(&self.state, context, claim, |who| async move {
@@ -136,16 +167,15 @@ impl v1::BuilderService for Door {
         &self,
         context: RequestContext,
         request: ServiceRequest<'_, v1::GetBuildRequest>,
-    ) -> ServiceResult<v1::GetBuildResponse> {
+    ) -> ServiceResult<Written> {
         let request = request.to_owned_message();
-        let claim = Claim::tenant(&request.tenant_id);
-        let job = admitted(&self.state, &context, claim, |who| async move {
-            let service = &self.state.service;
-            let (build, log) = service.get_with_log(&who, &request.build_id, TAIL_LINES).await?;
-            Ok(convert::job(service, &build, log, self.now()))
+        let claim = Claim::tenant(&request.tenant_id).about(&request.build_id);
+        let format = context.extensions().get::<CodecFormat>().copied();
+        let written = admitted(&self.state, &context, claim, |who| async move {
+            let format = format.ok_or_else(|| Answer::corrupt("a call without a format"))?;
+            self.written(&who, &request.build_id, format).await
         });
-        let build = job.await?.into();
-        Response::ok(v1::GetBuildResponse { build, ..Default::default() })
+        Response::ok(written.await?)
     }
 
     async fn list_builds(
@@ -178,7 +208,7 @@ impl v1::BuilderService for Door {
         request: ServiceRequest<'_, v1::CancelBuildRequest>,
     ) -> ServiceResult<v1::CancelBuildResponse> {
         let request = request.to_owned_message();
-        let claim = Claim::tenant(&request.tenant_id);
+        let claim = Claim::tenant(&request.tenant_id).about(&request.build_id);
         let response = admitted(&self.state, &context, claim, |who| async move {
             let (service, id) = (&self.state.service, &request.build_id);
             let cancel = service.cancel(&who, id, &convert::reason(&request.reason)?).await?;
@@ -208,7 +238,7 @@ impl v1::BuilderService for Door {
         request: ServiceRequest<'_, v1::DeleteBuildRequest>,
     ) -> ServiceResult<v1::DeleteBuildResponse> {
         let request = request.to_owned_message();
-        let claim = Claim::tenant(&request.tenant_id);
+        let claim = Claim::tenant(&request.tenant_id).about(&request.build_id);
         let deleted = admitted(&self.state, &context, claim, |who| async move {
             Ok(self.state.service.delete(&who, &request.build_id, request.force).await?)
         });
@@ -222,7 +252,7 @@ impl v1::BuilderService for Door {
         request: ServiceRequest<'_, v1::StreamBuildLogsRequest>,
     ) -> ServiceResult<ServiceStream<v1::StreamBuildLogsResponse>> {
         let request = request.to_owned_message();
-        let claim = Claim::tenant(&request.tenant_id);
+        let claim = Claim::tenant(&request.tenant_id).about(&request.build_id);
         let caller = caller(&context)?;
         let lines = admitted(&self.state, &context, claim.clone(), |who| async move {
             let silence = u64::try_from(request.heartbeat_secs).unwrap_or(0);

@@ -51,7 +51,15 @@ pub(super) async fn artifact(
         let (result, open) = state.service.artifact(&who, id).await?;
         match is_checksum {
             true => Ok(checksum(&result)),
-            false => image(&result, open, &method, &headers),
+            false => {
+                let response = image(&result, open, &method, &headers)?;
+                let has_bytes =
+                    matches!(response.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT);
+                if has_bytes && method == Method::GET {
+                    state.service.note_download(&who, id).await?;
+                }
+                Ok(response)
+            }
         }
     })
     .await

@@ -75,7 +75,7 @@ impl Answer {
                     quota_message(quota),
                 )
             },
-            E::RegistryDenied { .. } => {
+            E::RegistryDenied { .. } | E::RegistryUnreachable { .. } => {
                 Self::new(Code::PermissionDenied, Http::FORBIDDEN, "NETWORK_DENIED", error)
             }
             E::KeyReused => Self::new(Code::AlreadyExists, Http::CONFLICT, "CONFLICT", error),
@@ -124,7 +124,7 @@ impl Answer {
     /// Who asks is not who may.
     pub(crate) fn refused(refusal: &Refusal) -> Self {
         let (code, status, word) = match refusal {
-            Refusal::NoTenant | Refusal::NoToken | Refusal::BadToken => {
+            Refusal::NoTenant | Refusal::NoToken | Refusal::BadToken | Refusal::GoneCertificate => {
                 (ErrorCode::Unauthenticated, StatusCode::UNAUTHORIZED, "AUTHENTICATION_REQUIRED")
             }
             Refusal::OtherTenant | Refusal::OtherCustomer => {
@@ -257,6 +257,15 @@ impl Answer {
     /// Connect's name of the code, for metrics.
     pub(crate) fn code(&self) -> ErrorCode {
         self.code
+    }
+
+    /// Whether it keeps somebody out: of the service, of what its credential does not allow, or
+    /// of a build that may be another's.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self.code,
+            ErrorCode::Unauthenticated | ErrorCode::PermissionDenied | ErrorCode::NotFound
+        )
     }
 
     /// As Connect and gRPC say it.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::v1;
-use connectrpc::ConnectError;
+use connectrpc::{ConnectError, ErrorCode};
 use futures_util::{Stream, stream};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -96,7 +96,14 @@ pub(super) async fn follow(
         match follower.next().await {
             Ok(Some(message)) => Some((Ok(message), Some(follower))),
             Ok(None) => None,
-            Err(answer) => Some((Err(answer.into_connect()), None)),
+            Err(answer) => {
+                // One that is deleted while it is followed keeps nobody out.
+                if answer.code() != ErrorCode::NotFound {
+                    let (state, reader) = (&follower.state, &follower.reader);
+                    state.refused(&reader.caller, None, &reader.claim.build, &answer);
+                }
+                Some((Err(answer.into_connect()), None))
+            }
         }
     }))
 }

@@ -102,10 +102,12 @@ impl<D: Dispatcher> Dispatcher for Guard<D> {
     fn call_unary(
         &self,
         path: &str,
-        context: RequestContext,
+        mut context: RequestContext,
         request: Payload,
         format: CodecFormat,
     ) -> UnaryResult {
+        // Handlers may ask what the caller reads.
+        context.extensions_mut().insert(format);
         let call: UnaryResult = match misshapen(path, &context, request.bytes(), format) {
             Some(error) => Box::pin(async move { Err(error) }),
             None => self.inner.call_unary(path, context, request, format),

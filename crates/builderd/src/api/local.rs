@@ -18,6 +18,7 @@ use http::uri::Authority;
 use http::{HeaderMap, HeaderValue};
 
 use super::ApiState;
+use super::audit::Asked;
 use super::error::Answer;
 use super::spelling::{self, Form};
 use crate::config::Origins;
@@ -41,6 +42,7 @@ async fn check(
         return next.run(Request::from_parts(head, body)).await;
     };
     let answer = Answer::not_from_here(problem);
+    state.refusals.note(&Asked::of(&head), None, None, &answer);
     (state.meters.observe)("refused", answer.code().as_str(), Duration::ZERO);
     state.refused.swallow(body).await;
     spelling::refuse(answer, Form::of(&head), &head.headers)

@@ -3,6 +3,8 @@
 //! Each door translates between its protocol and [`BuildService`]; what may happen to a build is
 //! not decided here. The gate checks who asks before anything of a body is read.
 
+mod answers;
+mod audit;
 mod auth;
 mod builder;
 mod convert;
@@ -44,10 +46,13 @@ use http::Method;
 use tokio::sync::watch;
 use tower::ServiceExt as _;
 
+use audit::{Asked, Refusals};
 use auth::Auth;
 pub(crate) use auth::{Mode, new_token};
 pub(crate) use guard::{Observe, PANICKED};
 pub(crate) use memory::REMEMBERED_SECS;
+#[cfg(test)]
+pub(crate) use server::PeerId;
 pub(crate) use server::serve;
 pub(crate) use slow::BODY_MAX;
 
@@ -57,6 +62,7 @@ use crate::clock::Clock;
 use crate::config::Origins;
 use crate::store::Store;
 use crate::tenant::Tier;
+use crate::tls::Clients;
 use error::Answer;
 use guard::Guard;
 use health::Heart;
@@ -95,6 +101,8 @@ pub(crate) struct Meters {
     pub(crate) render: Box<dyn Fn() -> String + Send + Sync>,
     /// What stands between builds and the host, as `/stats` shows it.
     pub(crate) walls: serde_json::Value,
+    /// Told how many refusals the audit log leaves out.
+    pub(crate) left_out: Arc<dyn Fn(u64) + Send + Sync>,
     /// Told of each call.
     pub(crate) observe: Observe,
     /// Told when a request comes; it is done when what this gives is dropped.
@@ -112,6 +120,7 @@ pub(crate) struct ApiState {
     started_at: Micros,
     meters: Meters,
     refused: Swallow,
+    refusals: Refusals,
     heart: Arc<Heart>,
     mode: Mode,
     body_max: Duration,
@@ -130,6 +139,8 @@ impl ApiState {
         stopped: watch::Receiver<bool>,
     ) -> Self {
         let started_at = clock.now();
+        let told = Arc::clone(&meters.left_out);
+        let refusals = Refusals::new(store.clone(), Arc::clone(&clock), told);
         let auth = Auth::new(store, Arc::clone(&clock), rules);
         let heart = Heart::new(Arc::clone(&service), Arc::clone(&clock), stopped.clone());
         Self {
@@ -139,11 +150,18 @@ impl ApiState {
             started_at,
             meters,
             refused: Swallow::new(),
+            refusals,
             heart: Arc::new(heart),
             mode: rules.mode,
             body_max: rules.body_max,
             stopped,
         }
+    }
+
+    /// Certificates of `clients` are credentials, too.
+    pub(crate) fn knowing(mut self, clients: watch::Receiver<Arc<Clients>>) -> Self {
+        self.auth.know(clients);
+        self
     }
 
     fn uptime_secs(&self) -> i64 {
@@ -256,15 +274,23 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
         spelling::mend_content_type(&mut head.headers);
     }
     let form = Form::of(&head);
-    let peer = head.extensions.get::<server::Peer>().map(|peer| peer.0);
-    let admitted = match state.auth.caller(&head.headers, peer).await {
-        Ok(caller) => state
-            .auth
-            .precheck(&caller)
-            .await
-            .map(|()| caller.clone())
-            .map_err(|answer| (answer, caller.rate().copied())),
-        Err(refusal) => Err((Answer::refused(&refusal), None)),
+    let asked = Arc::new(Asked::of(&head));
+    let id = head.extensions.get::<server::PeerId>().map(|id| &id.0);
+    let admitted = match state.auth.caller(&head.headers, &asked, id).await {
+        Ok(caller) => match state.auth.precheck(&caller).await {
+            Ok(()) => Ok(caller),
+            Err(answer) => {
+                state.refused(&caller, None, "", &answer);
+                Err((answer, caller.rate().copied()))
+            }
+        },
+        Err(refusal) => {
+            let answer = Answer::refused(&refusal);
+            let suspect = state.auth.suspect(&head.headers, id);
+            let who = suspect.as_ref().map(|(tenant, id)| (tenant.as_ref(), id.as_str()));
+            state.refusals.note(&asked, who, None, &answer);
+            Err((answer, None))
+        }
     };
     let caller = match admitted {
         Ok(caller) => caller,
@@ -284,11 +310,13 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
         route => route,
     };
     let route = route.to_owned();
-    head.extensions.insert(caller.clone());
     let span = {
         let parent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
         crate::telemetry::request_span(&route, parent)
     };
+    let trace = span.in_scope(crate::telemetry::traceparent);
+    let caller = caller.traced(trace.as_deref());
+    head.extensions.insert(caller.clone());
     let _begun = (state.meters.begin)();
     let mut response = next.run(Request::from_parts(head, body)).instrument(span).await;
     if form == Form::Plain {

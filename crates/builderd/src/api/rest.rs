@@ -90,9 +90,18 @@ pub(super) async fn admitted<T, F: Future<Output = Answered<T>>>(
     tenant: &str,
     handler: impl FnOnce(Principal) -> F,
 ) -> Answered<T> {
-    let principal = state.auth.admit(caller, &Claim::tenant(tenant)).await?;
-    let tenant = principal.tenant().clone();
-    handler(principal).await.map_err(|answer| answer.for_tenant(tenant.as_str()))
+    let principal = match state.auth.admit(caller, &Claim::tenant(tenant)).await {
+        Ok(principal) => principal,
+        Err(answer) => {
+            state.refused(caller, None, "", &answer);
+            return Err(answer);
+        }
+    };
+    let who = principal.clone();
+    handler(principal).await.map_err(|answer| {
+        state.refused(caller, Some(&who), "", &answer);
+        answer.for_tenant(who.tenant().as_str())
+    })
 }
 
 /// `GET …/GetBuildStatus/{id}`

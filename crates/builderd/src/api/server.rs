@@ -1,9 +1,11 @@
-//! The accept loop: HTTP/1.1 and HTTP/2 without TLS on one port, each side of a connection held
-//! to a deadline, and an end that lets requests finish.
+//! The accept loop: HTTP/1.1 and HTTP/2 on one port, in TLS or not, each side of a connection held
+//! to a deadline, and an end that lets requests finish. A handshake is part of its connection: who
+//! is slow with it keeps nobody else waiting.
 
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -11,13 +13,15 @@ use axum::body::Body;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep};
 use tower::ServiceExt as _;
+
+use crate::tls::Tls;
 
 /// How long a client may take to send the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,6 +38,11 @@ const PREFACE_BYTES: usize = 24;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
 
+/// The id in the client's certificate, if the connection has TLS and there is one; an extension
+/// of each request.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerId(pub(crate) Arc<str>);
+
 /// Serves until `shutdown` says true, then takes no new connections and gives requests that run
 /// `drain` to end.
 ///
@@ -41,6 +50,7 @@ pub(crate) struct Peer(pub(crate) SocketAddr);
 /// If the listener itself is broken.
 pub(crate) async fn serve(
     listener: TcpListener,
+    tls: Option<Tls>,
     router: axum::Router,
     mut shutdown: watch::Receiver<bool>,
     drain: Duration,
@@ -58,11 +68,16 @@ pub(crate) async fn serve(
         while connections.try_join_next().is_some() {}
         match accepted {
             Ok((stream, peer)) => {
-                let connection = connection(&builder, stream, peer, router.clone());
-                let watched = graceful.watch(connection);
+                let door = Door {
+                    builder: builder.clone(),
+                    tls: tls.clone(),
+                    router: router.clone(),
+                    shutdown: shutdown.clone(),
+                    watcher: graceful.watcher(),
+                };
                 connections.spawn(async move {
-                    if let Err(error) = watched.await {
-                        tracing::debug!(%peer, %error, "a connection ended early");
+                    if let Err(error) = door.converse(stream, peer).await {
+                        tracing::debug!(%peer, error, "a connection ended early");
                     }
                 });
             }
@@ -102,21 +117,49 @@ fn builder() -> auto::Builder<TokioExecutor> {
     builder
 }
 
-fn connection(
-    builder: &auto::Builder<TokioExecutor>,
-    stream: TcpStream,
-    peer: SocketAddr,
+/// What one connection is served with.
+struct Door {
+    builder: auto::Builder<TokioExecutor>,
+    tls: Option<Tls>,
     router: axum::Router,
-) -> impl hyper_util::server::graceful::GracefulConnection<Error: std::fmt::Display> + Send + use<>
-{
-    // Small answers go at once; a socket that refuses that still works.
-    let _ = stream.set_nodelay(true);
-    let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
-        request.extensions_mut().insert(Peer(peer));
-        router.clone().oneshot(request.map(Body::new))
-    });
-    let io = TokioIo::new(PromptIo::new(stream, HEAD_TIMEOUT));
-    builder.serve_connection(io, service).into_owned()
+    shutdown: watch::Receiver<bool>,
+    watcher: Watcher,
+}
+
+impl Door {
+    /// Talks with one client until one of both has enough.
+    async fn converse(mut self, stream: TcpStream, peer: SocketAddr) -> Result<(), String> {
+        // Small answers go at once; a socket that refuses that still works.
+        let _ = stream.set_nodelay(true);
+        let Some(tls) = self.tls.take() else {
+            return self.serve(stream, peer, None).await;
+        };
+        let accepted = tokio::select! {
+            biased;
+            // Nothing was asked yet, so nothing is cut short.
+            _ = self.shutdown.wait_for(|stopping| *stopping) => return Ok(()),
+            accepted = tls.accept(stream) => accepted,
+        };
+        let (stream, id) = accepted.map_err(|error| format!("no TLS handshake: {error}"))?;
+        self.serve(stream, peer, id.map(PeerId)).await
+    }
+
+    async fn serve<S>(self, stream: S, peer: SocketAddr, id: Option<PeerId>) -> Result<(), String>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let router = self.router;
+        let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            if let Some(id) = &id {
+                request.extensions_mut().insert(id.clone());
+            }
+            router.clone().oneshot(request.map(Body::new))
+        });
+        let io = TokioIo::new(PromptIo::new(stream, HEAD_TIMEOUT));
+        let connection = self.builder.serve_connection(io, service).into_owned();
+        self.watcher.watch(connection).await.map_err(|error| error.to_string())
+    }
 }
 
 /// A connection whose first bytes must come in time: hyper's own clock starts only when it knows

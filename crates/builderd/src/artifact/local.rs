@@ -151,8 +151,8 @@ fn now() -> std::time::SystemTime {
 struct LocalReader(Arc<File>);
 
 impl ReadRange for LocalReader {
-    fn read(self: Box<Self>, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
-        let file = self.0;
+    fn read(&self, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
+        let file = Arc::clone(&self.0);
         stream::try_unfold(range.start, move |offset| {
             let file = Arc::clone(&file);
             let length = PIECE_BYTES.min(range.end.saturating_sub(offset));

@@ -102,10 +102,10 @@ struct MeteredReader {
 }
 
 impl ReadRange for MeteredReader {
-    fn read(self: Box<Self>, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
+    fn read(&self, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
         let left_bytes = range.end.saturating_sub(range.start);
         let transfer = Transfer {
-            teller: self.teller,
+            teller: self.teller.clone(),
             started: Instant::now(),
             left_bytes,
             has_failed: false,

@@ -1,5 +1,6 @@
-//! Where finished images lie. Keys name content: `<domain>/<sha256>`; who may read which key
-//! is the database's business, never decided here.
+//! Where finished images lie. Keys name content: `<domain>/<sha256>`, and with `.sealed-<key>`
+//! behind it content that lies encrypted; who may read which key is the database's business, never
+//! decided here.
 //!
 //! A file becomes visible whole or not at all. The database row is what makes it count: a file
 //! that no row names is removed by the janitor after a grace time.
@@ -7,6 +8,7 @@
 mod local;
 mod metered;
 mod object;
+mod sealed;
 mod upload;
 
 use std::io;
@@ -17,6 +19,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 
+pub(crate) use self::sealed::{ArtifactKeys, SealedArtifacts, sealed_name};
 pub(crate) use local::LocalArtifacts;
 pub(crate) use metered::MeteredArtifacts;
 pub(crate) use object::ObjectArtifacts;
@@ -30,7 +33,7 @@ pub struct OpenArtifact {
 
 impl OpenArtifact {
     /// The bytes of `range`, in pieces.
-    pub fn read(self, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
+    pub fn read(&self, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
         self.reader.read(range)
     }
 }
@@ -43,7 +46,7 @@ impl std::fmt::Debug for OpenArtifact {
 
 /// What an open artifact can do.
 trait ReadRange: Send {
-    fn read(self: Box<Self>, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>>;
+    fn read(&self, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>>;
 }
 
 /// One stored file that may be removed.

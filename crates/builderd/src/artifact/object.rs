@@ -126,10 +126,11 @@ struct ObjectReader {
 }
 
 impl ReadRange for ObjectReader {
-    fn read(self: Box<Self>, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
+    fn read(&self, range: Range<u64>) -> BoxStream<'static, io::Result<Bytes>> {
         let options = GetOptions { range: Some(range.into()), ..GetOptions::default() };
+        let (store, key) = (Arc::clone(&self.store), self.key.clone());
         stream::once(async move {
-            let found = self.store.get_opts(&self.key, options).await.map_err(failed)?;
+            let found = store.get_opts(&key, options).await.map_err(failed)?;
             Ok::<_, io::Error>(found.into_stream().map_err(failed))
         })
         .try_flatten()

@@ -21,8 +21,8 @@ use super::process::status_bytes;
 use super::record::Failure;
 use super::service::RegistryCredentials;
 use super::{
-    Blame, BuildEvent, BuildSpec, Checksum, Compression, ImageOptions, Observer, PackStorage,
-    Phase, SumBy,
+    Blame, BuildEvent, BuildSpec, Checksum, CommandsSpec, Compression, ImageOptions, Observer,
+    PackStorage, Phase, SumBy,
 };
 use crate::packs::{PackCache, SharingDomain};
 
@@ -36,6 +36,12 @@ pub(crate) struct RegistrySpec {
     pub(crate) mirrors: Vec<String>,
     /// Reached over plain HTTP.
     pub(crate) insecure: Vec<String>,
+    /// Places that are not public and may be reached, besides those above.
+    #[serde(default)]
+    pub(crate) allowed_private: Vec<String>,
+    /// Domains that nothing is fetched from.
+    #[serde(default)]
+    pub(crate) blocked_domains: Vec<String>,
     /// Largest image, compressed.
     pub(crate) image_bytes_max: u64,
     /// For the build's own registry.
@@ -73,13 +79,17 @@ impl SentCredentials {
 }
 
 impl RegistrySpec {
-    /// The same for the client. No file and no environment of the service's user takes part.
+    /// The same for the client. No file and no environment of the service's user takes part, and
+    /// nobody but the operator leads to a place that is not public.
     pub(crate) fn client_options(&self) -> ClientOptions {
         let mut options = ClientOptions { system_proxy: false, ..ClientOptions::default() };
         options.limits.image_bytes_max = self.image_bytes_max;
         options.limits.layer_bytes_max = self.image_bytes_max;
         options.plain_http.extend(self.insecure.iter().cloned());
         self.mirrors.iter().for_each(|mirror| options.add_mirror(mirror));
+        // What an older program cannot read allows nothing.
+        let allowed = self.allowed_private.iter().filter_map(|place| place.parse().ok()).collect();
+        options.close_egress(allowed, self.blocked_domains.clone());
         if let Some(sent) = &self.credentials {
             let secret = SecretString::from(sent.secret.clone());
             let credentials = match sent.username.is_empty() {
@@ -115,6 +125,9 @@ pub(crate) struct ChildSpec {
     pub(crate) compression: String,
     /// Nameless files beside the output when there is no cache.
     pub(crate) packs: Option<PackSpec>,
+    /// What is run in the image.
+    #[serde(default)]
+    pub(crate) commands: Option<CommandsSpec>,
     pub(crate) jobs: usize,
     /// Largest uncompressed image.
     pub(crate) image_bytes_max: Option<u64>,
@@ -237,6 +250,7 @@ fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
         },
         checksum: Checksum::Sha256,
         packs,
+        commands: spec.commands.clone(),
         jobs: spec.jobs,
         layer_limits: layer_limits(spec.disk_bytes),
         tree_limits: rootfs::TreeLimits::default(),
@@ -319,6 +333,26 @@ mod tests {
         let failure = failure.failure(Phase::Layers);
         assert_eq!(failure.code, crate::build::record::FailureCode::QuotaExceeded, "{failure:?}");
         assert_eq!(layer_limits(u64::MAX), rootfs::Limits::default());
+    }
+
+    #[test]
+    fn a_builds_client_reaches_what_is_public_and_what_the_operator_names() {
+        let spec = RegistrySpec {
+            mirrors: vec!["quay.io=10.0.0.7:5000/quay".into()],
+            insecure: vec!["10.0.0.8:5000".into()],
+            allowed_private: vec!["10.9.0.0/16".into(), "of a later version".into()],
+            blocked_domains: vec!["evil.example".into()],
+            ..RegistrySpec::default()
+        };
+        let options = spec.client_options();
+        let reaches = |image: &str| options.check_registry(&image.parse().unwrap()).is_ok();
+        for image in ["nginx", "10.0.0.7:5000/x", "10.0.0.8:5000/x", "10.9.1.1/x"] {
+            assert!(reaches(image), "{image}");
+        }
+        for image in ["10.0.0.7/x", "10.0.0.8/x", "127.0.0.1:5000/x", "evil.example/x"] {
+            assert!(!reaches(image), "{image}");
+        }
+        assert!(!RegistrySpec::default().client_options().egress.is_open());
     }
 
     #[test]

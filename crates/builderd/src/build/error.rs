@@ -5,15 +5,16 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
+use ::commands::{CommandEnd, CommandsError};
 use ext4::{LayoutError, WriteError};
-use oci::{Digest, PullError, Source};
+use oci::{Digest, EgressDenied, PullError, Source};
 use rootfs::{FileTree, FlattenError, PackError, PackReadError};
 use sandbox::{CgroupUsage, Wall};
 use serde::{Deserialize, Serialize};
 
-use super::Phase;
 use super::confined::ToldError;
 use super::record::{Failure, FailureCode};
+use super::{Phase, commands};
 use crate::packs::CacheError;
 
 /// Whose fault a failure is.
@@ -149,6 +150,9 @@ pub enum BuildError {
     /// What a confined worker could not do, in its words.
     #[error(transparent)]
     Told(ToldError),
+    /// The commands of the build.
+    #[error(transparent)]
+    Commands(#[from] CommandsError),
     /// A confined worker needs more memory than the build may have.
     #[error("the {} step needs more memory than the build may have", phase.as_str())]
     OutOfMemory {
@@ -215,6 +219,8 @@ impl BuildError {
         match self {
             Self::Pull { blame, .. } => *blame,
             Self::Told(told) => told.blame,
+            Self::Commands(error) if error.is_theirs() => Blame::Yours,
+            Self::Commands(_) => Blame::Ours,
             Self::Pack { source: PackError::Write { .. }, .. } => Blame::Ours,
             Self::Pack { .. }
             | Self::OutputName { .. }
@@ -245,8 +251,9 @@ impl BuildError {
             );
         }
         match self {
-            Self::Pull { source, .. } => source.hint(),
+            Self::Pull { source, .. } => pull_hint(source),
             Self::Told(told) => told.hint.clone(),
+            Self::Commands(error) => commands::hint(error),
             Self::OutOfMemory { .. } => {
                 Some("use a smaller image, or allow a build more memory".to_owned())
             }
@@ -312,6 +319,11 @@ impl BuildError {
         match self {
             Self::Pull { source, .. } => pull_code(source),
             Self::Told(told) => told.code,
+            Self::Commands(CommandsError::Failed { end: CommandEnd::OutOfMemory, .. }) => {
+                FailureCode::QuotaExceeded
+            }
+            Self::Commands(error) if error.is_theirs() => FailureCode::InvalidSource,
+            Self::Commands(_) => FailureCode::TemporaryResourceError,
             Self::OutOfMemory { .. } => FailureCode::QuotaExceeded,
             Self::Pack { source: PackError::Write { .. }, .. }
             | Self::Cache(_)
@@ -405,8 +417,26 @@ pub(super) fn explained(failure: Failure, usage: &CgroupUsage, memory_bytes: u64
     }
 }
 
+/// As the library has it, but for what the operator of the service does by a name of ours.
+fn pull_hint(error: &PullError) -> Option<String> {
+    if let PullError::EgressDenied { source, .. } = error {
+        return egress_hint(source);
+    }
+    error.hint()
+}
+
+/// What to do about a place that may not be reached, where there is something to do.
+pub(super) fn egress_hint(denied: &EgressDenied) -> Option<String> {
+    let hint = "use a registry on a public address, or ask the operator to allow this one \
+                (UNKEY_BUILDERD_EGRESS_ALLOWED_PRIVATE)";
+    denied.can_be_allowed().then(|| hint.to_owned())
+}
+
 /// What may pass by itself is told apart from what will not.
 fn pull_code(error: &PullError) -> FailureCode {
+    if matches!(error, PullError::EgressDenied { .. }) {
+        return FailureCode::NetworkDenied;
+    }
     if matches!(error, PullError::Unauthorized { .. } | PullError::Credentials { .. }) {
         return FailureCode::AuthenticationFailed;
     }

@@ -14,6 +14,8 @@ pub enum Phase {
     Resolve,
     /// Layer blobs to layer packs.
     Layers,
+    /// Commands in the image, and their changes to one more pack.
+    Commands,
     /// Layer packs to one tree.
     Flatten,
     /// Tree to positions on disk.
@@ -33,6 +35,7 @@ impl Phase {
         match self {
             Self::Resolve => "resolve",
             Self::Layers => "layers",
+            Self::Commands => "commands",
             Self::Flatten => "flatten",
             Self::Layout => "layout",
             Self::Write => "write",
@@ -112,6 +115,20 @@ pub enum BuildEvent {
         digest: String,
         /// Where the pack came from.
         origin: LayerOrigin,
+    },
+    /// A command begins.
+    CommandStarted {
+        /// Its place, from 0.
+        command: usize,
+        /// What is run.
+        text: String,
+    },
+    /// A line that a command has written.
+    CommandOutput {
+        /// Its place, from 0.
+        command: usize,
+        /// The line, without control characters.
+        line: String,
     },
     /// So much of the image has been written.
     WriteProgress {

@@ -122,6 +122,8 @@ fn flatten(task: &ImageTask, packs: &[OpenPack]) -> Result<FileTree, BuildError>
 struct Provenance<'a> {
     engine: &'a str,
     image: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    changes: Option<&'a str>,
     size: Option<u64>,
     free_space: Option<u64>,
     journal: bool,
@@ -137,6 +139,7 @@ fn filesystem_options(task: &ImageTask) -> ext4::Options {
     let provenance = Provenance {
         engine: ENGINE,
         image: task.manifest_digest.clone(),
+        changes: task.changes.as_deref(),
         size,
         free_space,
         journal: options.journal,

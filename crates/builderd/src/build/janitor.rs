@@ -23,6 +23,9 @@ const REAP_EVERY: Duration = Duration::from_secs(2);
 /// A stored file that nothing names is left alone while it is younger: the build that made it
 /// may be about to name it.
 const GRACE_SECS: u64 = 3600;
+/// A tenant's key that was retired is kept for so long though no artifact needs it: a build may have
+/// asked for it before, and not yet said what it seals.
+const KEY_GRACE_SECS: u64 = 24 * 3600;
 /// How long removing a stored file may take: less than its removal is respected.
 const REMOVE_MAX: Duration = Duration::from_secs(60);
 /// How often it is looked what tenants use, if anybody wants to know.
@@ -37,6 +40,8 @@ pub(crate) struct JanitorRules {
     pub(crate) sweep_every: Duration,
     /// Artifacts of builds that ended earlier are removed.
     pub(crate) retention_secs: u64,
+    /// What the audit log tells of longer ago is forgotten.
+    pub(crate) audit_retention_secs: u64,
     /// What all artifacts together may take.
     pub(crate) storage_bytes_max: u64,
     /// The pack cache and its limit.
@@ -127,10 +132,14 @@ impl Janitor {
     /// Forgets what is too old or too much, then removes the files that nothing names.
     pub(crate) async fn sweep(&mut self) -> io::Result<()> {
         let system = self.store.system();
-        let age = i64::try_from(self.rules.retention_secs).unwrap_or(i64::MAX);
-        let older_than =
-            Micros(self.clock.now().0.saturating_sub(age.saturating_mul(Micros::SECOND)));
+        let older_than = self.before(self.rules.retention_secs);
         system.expire(older_than).await.map_err(io::Error::other)?;
+        let forgotten = system.forget_audit(self.before(self.rules.audit_retention_secs)).await;
+        let forgotten = forgotten.map_err(io::Error::other)?;
+        if forgotten > 0 {
+            tracing::info!(forgotten, "rows of the audit log were kept long enough");
+        }
+        system.prune_tenant_keys(self.before(KEY_GRACE_SECS)).await.map_err(io::Error::other)?;
         system.evict(self.rules.storage_bytes_max).await.map_err(io::Error::other)?;
         let mut unnamed = HashSet::new();
         let mut stored_bytes = 0;
@@ -161,6 +170,12 @@ impl Janitor {
 }
 
 impl Janitor {
+    /// The moment so long ago.
+    fn before(&self, secs: u64) -> Micros {
+        let age = i64::try_from(secs).unwrap_or(i64::MAX).saturating_mul(Micros::SECOND);
+        Micros(self.clock.now().0.saturating_sub(age))
+    }
+
     /// Removes a stored file unless a build has it or is about to store it again: whoever wants
     /// to, waits until this is over. Returns whether it is gone.
     async fn remove(&self, key: &str) -> io::Result<bool> {

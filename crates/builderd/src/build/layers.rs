@@ -131,7 +131,7 @@ fn by_blob(image: &Image) -> Vec<Mentions> {
 }
 
 /// The same file, for several who keep it open with one descriptor.
-fn shared(file: &File) -> Result<Arc<File>, BuildError> {
+pub(super) fn shared(file: &File) -> Result<Arc<File>, BuildError> {
     file.try_clone().map(Arc::new).map_err(reopening)
 }
 
@@ -140,7 +140,7 @@ fn slab_bytes(image: &Image) -> u64 {
     SLABS_BYTES / image.layers.len().max(1) as u64 / BLOCK_SIZE * BLOCK_SIZE
 }
 
-fn stage(spec: &BuildSpec) -> Result<Staged, BuildError> {
+pub(super) fn stage(spec: &BuildSpec) -> Result<Staged, BuildError> {
     let directory = spec.output_directory();
     Staged::create_in(directory).map_err(|source| BuildError::Output {
         action: "create a temporary file in",

@@ -151,6 +151,8 @@ impl Meter {
             BuildEvent::Resolved { .. }
             | BuildEvent::LayerWaiting { .. }
             | BuildEvent::LayerStarted { .. }
+            | BuildEvent::CommandStarted { .. }
+            | BuildEvent::CommandOutput { .. }
             | BuildEvent::WriteProgress { .. }
             | BuildEvent::Warning { .. } => {}
         }
@@ -222,7 +224,7 @@ impl Seen {
             millis(ended.map(|(_, took)| *took).sum::<Duration>() + running.unwrap_or_default())
         };
         let extract_ms = took(&[Phase::Layers]);
-        let build_ms = took(&[Phase::Flatten, Phase::Layout, Phase::Write]);
+        let build_ms = took(&[Phase::Commands, Phase::Flatten, Phase::Layout, Phase::Write]);
         let optimize_ms = took(&[Phase::Compress]);
         let so_far = &mut self.usage.so_far;
         (so_far.extract_ms, so_far.build_ms) = (extract_ms, build_ms);
@@ -246,6 +248,7 @@ fn step(phase: Phase) -> &'static str {
     match phase {
         Phase::Resolve => "resolve",
         Phase::Layers => "layers",
+        Phase::Commands => "commands",
         Phase::Flatten | Phase::Layout | Phase::Write => "build",
         Phase::Compress => "compress",
         Phase::Publish => "publish",

@@ -7,6 +7,7 @@
 
 mod admission;
 pub(crate) mod child;
+mod commands;
 pub(crate) mod confined;
 mod disk;
 mod error;
@@ -34,6 +35,7 @@ use rootfs::{Limits, TreeLimits};
 use sandbox::Wall;
 use serde::{Deserialize, Serialize};
 
+pub use commands::CommandsSpec;
 pub use confined::ToldError;
 pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
@@ -151,6 +153,8 @@ pub struct BuildSpec {
     pub sum_by: SumBy,
     /// Where layer packs are kept.
     pub packs: PackStorage,
+    /// What is run in the image before it is laid out.
+    pub commands: Option<CommandsSpec>,
     /// Worker threads, at least 1.
     pub jobs: usize,
     /// What a layer may contain.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use oci::{Fetcher, Image};
 use tokio::runtime::Runtime;
 
+use super::commands;
 use super::confined::{self, ImageMade, ImageTask, LayerPart, Taken};
 use super::disk::{Disk, lock};
 use super::layers::{self, LayerPacks};
@@ -23,6 +24,7 @@ use super::{
     BuildError, BuildEvent, BuildReport, BuildSpec, Checksum, Compression, Observer, PackStorage,
     Phase, SumBy,
 };
+use crate::packs::OpenPack;
 use crate::staged::Staged;
 
 /// How often the fetcher is asked what went wrong meanwhile.
@@ -40,8 +42,14 @@ pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, Bui
     check_names(spec)?;
     let mut phases = Phases { observer, secs: Vec::new() };
     let disk = Arc::new(Disk::default());
-    let (image, packs) = pull(spec, &disk, &mut phases)?;
-    let written = write(spec, &image, packs, &disk, &mut phases)?;
+    let (image, mut packs) = pull(spec, &disk, &mut phases)?;
+    let changes = match &spec.commands {
+        None => None,
+        Some(wanted) => Some(phases.time(Phase::Commands, || {
+            commands::run(spec, wanted, &image, &mut packs, &disk, observer)
+        })?),
+    };
+    let written = write(spec, &image, (packs, changes), &disk, &mut phases)?;
     let metadata = describe(spec, &image, &written);
     // Not part of the phase: whoever interrupts a build that waits here has got no output.
     let turns = take_turns(&[spec.output_directory(), directory_of(&spec.metadata_file)], observer);
@@ -169,7 +177,7 @@ struct Written {
 fn write(
     spec: &BuildSpec,
     image: &Image,
-    mut packs: LayerPacks,
+    (mut packs, changes): (LayerPacks, Option<String>),
     disk: &Disk,
     phases: &mut Phases<'_>,
 ) -> Result<Written, BuildError> {
@@ -193,25 +201,13 @@ fn write(
         staged.len() - 1
     });
     let mut files: Vec<&File> = staged.iter().map(Staged::file).collect();
-    let mut known: Vec<&Arc<File>> = Vec::new();
-    let mut layers = Vec::with_capacity(packs.packs.len());
-    for (open, layer) in packs.packs.iter().zip(&image.layers) {
-        let file = match known.iter().position(|file| Arc::ptr_eq(file, &open.file)) {
-            Some(place) => staged.len() + place,
-            None => {
-                files.push(&open.file);
-                known.push(&open.file);
-                files.len() - 1
-            }
-        };
-        let (digest, base, length) = (layer.digest, open.base, open.length());
-        layers.push(LayerPart { digest, file, base, length });
-    }
+    let layers = layer_parts(&packs.packs, image, &mut files);
     let task = ImageTask {
         layers,
         tree_limits: spec.tree_limits.clone(),
         options: spec.image.clone(),
         manifest_digest: image.manifest_digest.to_string(),
+        changes,
         created_secs: created_secs(image),
         hash: spec.checksum == Checksum::Sha256 && spec.sum_by == SumBy::Worker,
         compression: spec.compression,
@@ -244,6 +240,31 @@ fn write(
         fetched_bytes: packs.fetched_bytes,
         workers: taken_together(&packs.taken, spec.jobs),
     })
+}
+
+/// Where the packs lie among `files`, to which their own are added, each once.
+fn layer_parts<'a>(
+    packs: &'a [OpenPack],
+    image: &Image,
+    files: &mut Vec<&'a File>,
+) -> Vec<LayerPart> {
+    let others = files.len();
+    let mut known: Vec<&Arc<File>> = Vec::new();
+    // The changes of commands have no layer of the image; messages about them name it.
+    let digests = image.layers.iter().map(|layer| layer.digest);
+    let digests = digests.chain(std::iter::repeat(image.manifest_digest));
+    let parts = packs.iter().zip(digests).map(|(open, digest)| {
+        let file = match known.iter().position(|file| Arc::ptr_eq(file, &open.file)) {
+            Some(place) => others + place,
+            None => {
+                files.push(&open.file);
+                known.push(&open.file);
+                files.len() - 1
+            }
+        };
+        LayerPart { digest, file, base: open.base, length: open.length() }
+    });
+    parts.collect()
 }
 
 /// The sums of what a worker has made, from the files themselves, and their sizes.

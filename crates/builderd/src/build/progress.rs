@@ -24,6 +24,9 @@ impl Progress {
                 Phase::Layers => {
                     journal.enter(BuildState::Downloading, 5, "Extracting image layers").await;
                 }
+                Phase::Commands => {
+                    journal.enter(BuildState::Building, 68, "Running commands").await;
+                }
                 Phase::Flatten => journal.enter(BuildState::Building, 70, "Merging layers").await,
                 Phase::Layout => {
                     journal.enter(BuildState::Building, 73, "Laying out the file system").await;
@@ -70,6 +73,12 @@ impl Progress {
                     .enter(BuildState::Downloading, self.percent(), "Extracting image layers")
                     .await;
             }
+            Event::CommandStarted { command, text } => {
+                let line = format!("command {}: {text}", command + 1);
+                journal.say("info", "commands", line);
+                journal.enter(BuildState::Building, 69, "Running commands").await;
+            }
+            Event::CommandOutput { line, .. } => journal.say("info", "commands", line.clone()),
             Event::WriteProgress { bytes, total_bytes } => {
                 let part = 17 * bytes / (*total_bytes).max(1);
                 let percent = 75 + u32::try_from(part).unwrap_or(0);
@@ -96,6 +105,7 @@ fn component(phase: Phase) -> &'static str {
     match phase {
         Phase::Resolve => "puller",
         Phase::Layers => "extractor",
+        Phase::Commands => "commands",
         Phase::Flatten | Phase::Layout | Phase::Write => "builder",
         Phase::Compress | Phase::Publish => "packager",
     }

@@ -104,6 +104,9 @@ pub struct BuildRequest {
     pub compression: String,
     /// The uncompressed image may not be larger.
     pub size_limit_bytes: Option<u64>,
+    /// Run in the image, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub commands: Vec<String>,
     /// What the caller calls the build.
     pub name: String,
     /// The caller's labels.

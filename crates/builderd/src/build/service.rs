@@ -11,6 +11,7 @@ use secrecy::SecretString;
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
+use super::error::egress_hint;
 use super::hex;
 use super::record::{Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage};
 use super::state::BuildState;
@@ -18,8 +19,8 @@ use crate::artifact::{ArtifactStore, OpenArtifact};
 use crate::clock::Clock;
 use crate::seal::{MasterKey, SealError};
 use crate::store::{
-    Accepted, Cancel, Changes, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Store,
-    StoreError,
+    Accepted, Cancel, Changes, Delete, Depth, Filter, NewBuild, Page, QuotaExceeded, Revision,
+    Seen, Store, StoreError,
 };
 use crate::telemetry::Metrics;
 use crate::tenant::{Denied, Principal, Right, TenantLimits, Tier};
@@ -68,6 +69,14 @@ pub enum ServiceError {
         /// Where images may come from.
         allowed: String,
     },
+    /// The registry is a place that nobody's builds may reach.
+    #[error("{registry} may not be reached from here: {rule}{}", and_then(rule))]
+    RegistryUnreachable {
+        /// Where the image is.
+        registry: String,
+        /// Why not.
+        rule: oci::EgressDenied,
+    },
     /// The idempotency key belongs to another request, or to that of a caller whose builds this
     /// one may not see.
     #[error(
@@ -107,6 +116,10 @@ pub enum ServiceError {
     /// Credentials could not be sealed.
     #[error(transparent)]
     Seal(#[from] SealError),
+}
+
+fn and_then(rule: &oci::EgressDenied) -> String {
+    egress_hint(rule).map(|hint| format!("; {hint}")).unwrap_or_default()
 }
 
 /// Registry credentials of one build.
@@ -190,8 +203,12 @@ pub(crate) struct ServiceRules {
     pub(crate) registry_auth: bool,
     /// Registries images may come from, for every tenant; all when empty.
     pub(crate) allowed_registries: Vec<String>,
+    /// How builds reach registries, and which they can never.
+    pub(crate) registries: oci::ClientOptions,
     /// The longest any build may take, in seconds.
     pub(crate) build_secs_max: u64,
+    /// Why builds run no commands here, if they run none.
+    pub(crate) no_commands: Option<String>,
     /// How long a forced delete waits for a build to stop: [`STOP_WAIT`], but in tests.
     pub(crate) stop_wait: Duration,
 }
@@ -295,6 +312,16 @@ impl BuildService {
                 return Err(ServiceError::RegistryDenied { registry, allowed: allowed.join(", ") });
             }
         }
+        let reachable = self.rules.registries.check_registry(&reference);
+        reachable.map_err(|rule| ServiceError::RegistryUnreachable { registry, rule })?;
+        if let Some(reason) = &self.rules.no_commands
+            && !order.request.commands.is_empty()
+        {
+            return Err(ServiceError::Invalid {
+                field: "config.strategy.docker_strategy.custom_commands".into(),
+                problem: format!("builds run no commands here: {reason}"),
+            });
+        }
         if order.credentials.is_some() && !self.rules.registry_auth {
             return Err(ServiceError::Invalid {
                 field: "config.source.docker_image.auth".into(),
@@ -339,10 +366,23 @@ impl BuildService {
         who: &Principal,
         id: &str,
         lines: u32,
-    ) -> Result<(Build, Vec<String>), ServiceError> {
+    ) -> Result<Seen, ServiceError> {
         let permit = who.permit(Right::BuildRead)?;
         let found = self.store.tenant(&permit).get_with_log(&known(id)?, lines).await?;
         found.ok_or_else(|| ServiceError::NotFound(id.to_owned()))
+    }
+
+    /// How often a build was changed after its end; none if it has not ended or is not there.
+    ///
+    /// # Errors
+    /// [`ServiceError`]
+    pub async fn revision_of_ended(
+        &self,
+        who: &Principal,
+        id: &str,
+    ) -> Result<Option<Revision>, ServiceError> {
+        let permit = who.permit(Right::BuildRead)?;
+        Ok(self.store.tenant(&permit).revision_of_ended(&known(id)?).await?)
     }
 
     /// The tenant's builds, newest first.
@@ -384,7 +424,7 @@ impl BuildService {
         let (wait, mut changes) = (self.rules.stop_wait, self.changes());
         let mut told_at = None;
         loop {
-            let state = match store.delete(&build).await? {
+            let state = match store.delete(&build, self.clock.now()).await? {
                 None => return Err(ServiceError::NotFound(id.to_owned())),
                 Some(Delete::Done) => return Ok(()),
                 Some(Delete::Running(state)) => state,
@@ -497,6 +537,19 @@ impl BuildService {
             Ok(None) => Err(ServiceError::ArtifactGone),
             Err(source) => Err(ServiceError::Artifact(source)),
         }
+    }
+
+    /// Writes down that bytes of a build's artifact are handed out, before they are.
+    ///
+    /// # Errors
+    /// [`ServiceError`]
+    pub(crate) async fn note_download(
+        &self,
+        who: &Principal,
+        id: &str,
+    ) -> Result<(), ServiceError> {
+        let permit = who.permit(Right::ArtifactRead)?;
+        Ok(self.store.tenant(&permit).note(id, self.clock.now()).await?)
     }
 
     /// Where an artifact lies, for `rootfs_path`.

@@ -37,7 +37,8 @@ use super::record::{Build, BuildResult, Failure, FailureCode, Micros};
 use super::state::BuildState;
 use crate::artifact::ArtifactStore;
 use crate::clock::Clock;
-use crate::seal::MasterKey;
+use crate::keys::TenantKeys;
+use crate::seal::{KeyWrapper, MasterKey};
 use crate::store::{ArtifactName, Claimed, Fenced, Lease, Outcome, Store, StoreError};
 use crate::telemetry::{self, Metrics};
 use running::{End, Running};
@@ -66,10 +67,14 @@ pub(crate) struct WorkerRules {
     pub(crate) packs: Option<(PathBuf, u64)>,
     /// Whether a known artifact may be handed out again.
     pub(crate) cache_enabled: bool,
+    /// Whether artifacts of every tenant are encrypted, and not only those whose tier requires it.
+    pub(crate) encrypts_all: bool,
     /// What this host gives builds.
     pub(crate) host: Arc<Host>,
     /// This program.
     pub(crate) program: PathBuf,
+    /// The OCI runtime, where builds may run commands.
+    pub(crate) runtime: Option<PathBuf>,
     /// How long a shutdown waits for running builds.
     pub(crate) shutdown_timeout: Duration,
 }
@@ -79,6 +84,7 @@ pub(crate) struct Workers {
     store: Store,
     artifacts: Arc<dyn ArtifactStore>,
     key: Arc<MasterKey>,
+    keys: TenantKeys,
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
     rules: WorkerRules,
@@ -99,6 +105,7 @@ impl Workers {
         metrics: Arc<Metrics>,
         rules: WorkerRules,
     ) -> Self {
+        let keys = TenantKeys::new(store.clone(), Arc::clone(&key) as Arc<dyn KeyWrapper>);
         let name = format!(
             "{}-{}",
             rustix::system::uname().nodename().to_string_lossy(),
@@ -107,7 +114,7 @@ impl Workers {
         let mut directories = vec![artifacts.staging().to_owned()];
         directories.extend(rules.packs.iter().map(|(directory, _)| directory.clone()));
         let (admission, flights) = (Admission::new(directories), Mutex::default());
-        Self { store, artifacts, key, clock, metrics, rules, name, flights, admission }
+        Self { store, artifacts, key, keys, clock, metrics, rules, name, flights, admission }
     }
 
     /// Works until `stop` is set; then takes nothing more, waits for what runs as long as the
@@ -269,6 +276,16 @@ impl Workers {
             }
             tokio::time::sleep(HEARTBEAT).await;
         }
+    }
+
+    /// Whether nothing that a build makes may lie in the open, nor be shared with another tenant.
+    fn protects(&self, build: &Build) -> bool {
+        self.rules.encrypts_all || build.tier.requires_encryption()
+    }
+
+    /// Where layer packs of a build are kept, and how many bytes of them.
+    fn packs(&self, build: &Build) -> Option<&(PathBuf, u64)> {
+        self.rules.packs.as_ref().filter(|_| !self.protects(build))
     }
 
     /// Where a try makes its files.

@@ -7,9 +7,11 @@ use secrecy::ExposeSecret as _;
 
 use super::service_args::{AdminArgs, AdminCommand};
 use super::{Failure, text};
+use crate::clock::{Clock as _, WallClock};
 use crate::config::{Config, DatabaseConfig};
-use crate::store::Store;
 use crate::store::admin::{AdminError, backup, check, migrate_store, restore};
+use crate::store::audit::{Action, Author};
+use crate::store::{Store, StoreError};
 
 impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
@@ -28,17 +30,37 @@ pub(super) fn run(args: &AdminArgs) -> Result<(), Failure> {
     super::builds::block_on(async {
         match &args.command {
             AdminCommand::Check => check_all(&config).await,
+            AdminCommand::Audit(command) => {
+                let store = attach(&config).await?;
+                let done = super::audit::run(&store, command).await;
+                store.close().await;
+                done
+            }
             AdminCommand::Backup { file } => {
                 backup(sqlite(&config)?, file).await?;
+                noted(&config, Action::Backup, file).await;
                 put!("{} written; keep the master key beside it", file.display());
                 Ok(())
             }
             AdminCommand::Restore { file } => {
                 restore(file, sqlite(&config)?).await?;
+                noted(&config, Action::Restore, file).await;
                 put!("restored to {}", config.data_dir.display());
                 Ok(())
             }
             AdminCommand::ForgetKey => forget_key(&config).await,
+            AdminCommand::RotateKey { tenant } => {
+                let store = attach(&config).await?;
+                let done = super::keys::rotate(&store, &config, tenant).await;
+                store.close().await;
+                done
+            }
+            AdminCommand::DestroyKeys { tenant } => {
+                let store = attach(&config).await?;
+                let done = super::keys::destroy(&store, tenant).await;
+                store.close().await;
+                done
+            }
             AdminCommand::MigrateStore { from, to } => migrate(from, to.expose_secret()).await,
         }
     })
@@ -55,11 +77,29 @@ fn sqlite(config: &Config) -> Result<&Path, Failure> {
     }
 }
 
-async fn check_all(config: &Config) -> Result<(), Failure> {
-    let store = match &config.database {
-        DatabaseConfig::Sqlite => Store::attach_sqlite(&config.data_dir).await?,
-        DatabaseConfig::Postgres { url, .. } => Store::attach_postgres(url.expose_secret()).await?,
+async fn attach(config: &Config) -> Result<Store, StoreError> {
+    match &config.database {
+        DatabaseConfig::Sqlite => Store::attach_sqlite(&config.data_dir).await,
+        DatabaseConfig::Postgres { url, .. } => Store::attach_postgres(url.expose_secret()).await,
+    }
+}
+
+/// Writes down what was done with a file; it stays done also where that cannot be written, as
+/// on a full disk.
+async fn noted(config: &Config, action: Action, file: &Path) {
+    let note = async {
+        let store = attach(config).await?;
+        let noted = super::audit::note(&store, action, &file.to_string_lossy()).await;
+        store.close().await;
+        noted
     };
+    if let Err(failure) = note.await {
+        tell!("warning: this is not in the audit log: {}", failure.error);
+    }
+}
+
+async fn check_all(config: &Config) -> Result<(), Failure> {
+    let store = attach(config).await?;
     let violations = check(&store).await;
     store.close().await;
     let violations = violations?;
@@ -85,13 +125,22 @@ async fn forget_key(config: &Config) -> Result<(), Failure> {
         DatabaseConfig::Sqlite => Store::open_sqlite(&config.data_dir).await?,
         DatabaseConfig::Postgres { url, .. } => Store::attach_postgres(url.expose_secret()).await?,
     };
-    let sealed = store.system().forget_master_key().await;
+    let author = Author::command();
+    let system = store.system_for(&author);
+    let forgotten = async {
+        let keys = system.retire_tenant_keys(WallClock.now()).await?;
+        system.forget_master_key().await.map(|sealed| (keys, sealed))
+    };
+    let forgotten = forgotten.await;
     store.close().await;
-    let sealed = sealed?;
+    let (keys, sealed) = forgotten?;
     put!("the key of the next server to start is the one of this database");
     match sealed {
         0 => put!("no build waits with credentials that the old key sealed"),
         sealed => put!("{sealed} builds wait with credentials of the old key, and will fail"),
+    }
+    if keys > 0 {
+        put!("{keys} keys of tenants were wrapped by the old key: what they encrypted is lost");
     }
     Ok(())
 }
@@ -101,10 +150,17 @@ async fn migrate(from: &Path, to: &str) -> Result<(), Failure> {
     let source = Store::open_sqlite(from).await?;
     let target = Store::attach_postgres(to).await?;
     let copied = migrate_store(&source, &target).await;
+    let noted = match &copied {
+        Ok(_) => {
+            let object = from.to_string_lossy();
+            super::audit::note(&target, Action::MigrateStore, &object).await
+        }
+        Err(_) => Ok(()),
+    };
     source.close().await;
     target.close().await;
     for table in copied? {
         put!("{:>9} rows of {}", table.rows, table.table);
     }
-    Ok(())
+    noted
 }

@@ -66,6 +66,12 @@ pub(super) enum Command {
     /// Work on foreign bytes, in a process that can reach nothing
     #[command(hide = true)]
     Confined,
+    /// Keep, unpack or read what commands of a build work on
+    #[command(hide = true)]
+    CommandsProcess {
+        /// Which of them
+        role: String,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell

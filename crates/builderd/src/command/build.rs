@@ -89,6 +89,7 @@ fn spec(args: &BuildArgs, environment: &Environment) -> Result<BuildSpec, Failur
             ChecksumArg::None => Checksum::None,
         },
         packs,
+        commands: None,
         jobs: args.jobs.map_or_else(
             || std::thread::available_parallelism().map_or(1, NonZero::get),
             usize::from,

@@ -11,8 +11,8 @@ use reqwest::{RequestBuilder, Response, StatusCode};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::Value;
 
-use super::Failure;
 use super::service_args::ServerArgs;
+use super::{Failure, client_tls};
 use crate::config::{PREFIX, Settings};
 
 const SERVICE: &str = "builder.v1.BuilderService";
@@ -104,6 +104,9 @@ pub(super) fn settings(args: &ServerArgs) -> Result<Settings, Failure> {
         ("--token", "TOKEN", &args.token),
         ("--tenant", "TENANT_ID", &args.tenant),
         ("--customer", "CUSTOMER_ID", &args.customer),
+        ("--ca-file", "SERVER_CA_FILE", &args.ca_file),
+        ("--cert-file", "CLIENT_CERT_FILE", &args.cert_file),
+        ("--key-file", "CLIENT_KEY_FILE", &args.key_file),
     ];
     let flags = flags
         .into_iter()
@@ -137,7 +140,7 @@ impl Client {
                 headers.insert(header, value);
             }
         }
-        let http = reqwest::Client::builder()
+        let http = client_tls::secured(reqwest::Client::builder(), &settings, &base)?
             .user_agent(concat!("builderd/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())

@@ -64,7 +64,12 @@ fn read(
             Some((path, text))
         }
     };
-    resolved(Settings::resolve(&Sources { flags, environment, file }))
+    resolved(Settings::resolve(&Sources {
+        flags,
+        environment,
+        file,
+        credentials: config::credentials(),
+    }))
 }
 
 /// Every problem on a line of its own.

@@ -30,6 +30,7 @@ fn words(stage: Stage) -> &'static str {
         Stage::At(
             Phase::Resolve
             | Phase::Layers
+            | Phase::Commands
             | Phase::Flatten
             | Phase::Layout
             | Phase::Write
@@ -60,6 +61,8 @@ impl Watch {
             | BuildEvent::LayerStarted { .. }
             | BuildEvent::LayerProgress { .. }
             | BuildEvent::LayerReady { .. }
+            | BuildEvent::CommandStarted { .. }
+            | BuildEvent::CommandOutput { .. }
             | BuildEvent::WriteProgress { .. }
             | BuildEvent::Warning { .. } => return,
         };

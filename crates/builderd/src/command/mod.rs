@@ -5,14 +5,17 @@ mod text;
 
 mod admin;
 mod args;
+mod audit;
 mod build;
 mod builds;
 mod cache;
 mod client;
+mod client_tls;
 mod config;
 mod download;
 mod inspect;
 mod interrupt;
+mod keys;
 mod progress;
 mod quotas;
 mod serve;
@@ -80,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Admin(args) => admin::run(&args),
         Command::Tenant(args) => token::tenants(&args),
         Command::BuildChild => crate::build::child::main().map_err(Failure::ours),
+        Command::CommandsProcess { role } => ::commands::main(&role).map_err(Failure::ours),
         Command::Confined => crate::build::confined::main().map_err(Failure::ours),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -113,6 +113,10 @@ fn plain_line(event: &BuildEvent) -> Option<String> {
         BuildEvent::LayerReady { layer, digest, origin } => {
             format!("layer {:>2} {} {}", layer + 1, short(digest), origin_word(*origin))
         }
+        BuildEvent::CommandStarted { command, text } => {
+            format!("command {:>2} {}", command + 1, text::printable(text))
+        }
+        BuildEvent::CommandOutput { line, .. } => text::printable(line).to_string(),
         BuildEvent::Warning { message } => format!("warning: {}", text::printable(message)),
         BuildEvent::PhaseStarted { .. }
         | BuildEvent::LayerProgress { .. }
@@ -182,6 +186,8 @@ impl Bars {
             }
             BuildEvent::Resolved { .. }
             | BuildEvent::LayerWaiting { .. }
+            | BuildEvent::CommandStarted { .. }
+            | BuildEvent::CommandOutput { .. }
             | BuildEvent::Warning { .. } => {
                 if let Some(line) = plain_line(event) {
                     // Without a terminal there is nowhere to print above the bars.

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use super::args::CompressionArg;
+use crate::build::record::Micros;
 use crate::config::parse_duration;
 use crate::tenant::{Right, TenantId, Tier};
 
@@ -92,6 +93,19 @@ pub(super) struct ServerArgs {
     /// The customer within the tenant [env: UNKEY_BUILDERD_CUSTOMER_ID]
     #[arg(long, value_name = "CUSTOMER", global = true)]
     pub(super) customer: Option<String>,
+
+    /// Who signs the server's certificate, in PEM, instead of those that the system trusts
+    /// [env: UNKEY_BUILDERD_SERVER_CA_FILE]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(super) ca_file: Option<String>,
+
+    /// The client's certificate, in PEM [env: UNKEY_BUILDERD_CLIENT_CERT_FILE]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(super) cert_file: Option<String>,
+
+    /// Its key, in PEM [env: UNKEY_BUILDERD_CLIENT_KEY_FILE]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(super) key_file: Option<String>,
 }
 
 /// How an answer is printed.
@@ -316,8 +330,21 @@ pub(super) enum AdminCommand {
         /// What `backup` wrote
         file: PathBuf,
     },
+    /// Read the audit log: who did what, and who was refused
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Let the next server bring a new master key, because the old one is lost; no server may run
     ForgetKey,
+    /// Give a tenant a new key: its artifacts are encrypted with it from now on
+    RotateKey {
+        /// Whose key
+        tenant: TenantId,
+    },
+    /// Destroy a tenant's keys and forget its encrypted artifacts: nobody can read them again
+    DestroyKeys {
+        /// Whose keys
+        tenant: TenantId,
+    },
     /// Copy everything from SQLite to an empty PostgreSQL database
     MigrateStore {
         /// The data directory with the SQLite database; its server must not run
@@ -327,6 +354,36 @@ pub(super) enum AdminCommand {
         #[arg(long, value_name = "URL")]
         to: SecretString,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum AuditCommand {
+    /// Print rows in the order of time, one JSON object on each line
+    Export(AuditExportArgs),
+    /// Check that no row is missing or was changed
+    Verify,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct AuditExportArgs {
+    /// Only rows from then on: 2026-01-31T00:00:00Z, or 30d ago
+    #[arg(long, value_name = "MOMENT", value_parser = super::audit::parse_moment)]
+    pub(super) since: Option<Micros>,
+    /// Only rows before then
+    #[arg(long, value_name = "MOMENT", value_parser = super::audit::parse_moment)]
+    pub(super) until: Option<Micros>,
+    /// Only a tenant's rows
+    #[arg(long)]
+    pub(super) tenant: Option<TenantId>,
+    /// How the rows are printed
+    #[arg(short = 'o', long = "format", value_enum, default_value_t = AuditFormat::Jsonl)]
+    pub(super) format: AuditFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum AuditFormat {
+    /// One JSON object on each line
+    Jsonl,
 }
 
 #[derive(Debug, Parser)]

@@ -18,6 +18,7 @@ use crate::api::REMEMBERED_SECS;
 use crate::build::record::Micros;
 use crate::clock::{Clock as _, WallClock};
 use crate::config::{Config, DatabaseConfig};
+use crate::store::audit::Author;
 use crate::store::{Store, StoreError, TenantRow, TokenRow};
 use crate::tenant::{Right, TenantId, TenantLimits, Tier};
 
@@ -59,7 +60,7 @@ pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
                 expires_at: expires.map(|life| now.plus_secs(life.as_secs())),
                 revoked_at: None,
             };
-            store.system().add_token(&token).await?;
+            store.system_for(&Author::command()).add_token(&token).await?;
             created(&secret, &token, tier, format);
             Ok(())
         }
@@ -68,7 +69,7 @@ pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
             Ok(())
         }
         TokenCommand::Revoke { id } => {
-            match store.system().revoke_token(id, WallClock.now()).await? {
+            match store.system_for(&Author::command()).revoke_token(id, WallClock.now()).await? {
                 true => {
                     in_force().await;
                     put!("{} revoked", text::printable(id));
@@ -89,7 +90,7 @@ pub(super) fn tenants(args: &TenantArgs) -> Result<(), Failure> {
         TenantCommand::Set(args) => {
             let old = store.system().tenant(&args.tenant).await?;
             let row = changed(args, old, &config);
-            store.system().put_tenant(&row).await?;
+            store.system_for(&Author::command()).put_tenant(&row).await?;
             in_force().await;
             list_tenants(&[row], &config, false);
             Ok(())
@@ -145,14 +146,14 @@ async fn put_tier(
     match (old, tier) {
         (Some(old), None) => Ok(old.tier),
         (Some(old), Some(tier)) => {
-            store.system().put_tenant(&TenantRow { tier, ..old }).await?;
+            store.system_for(&Author::command()).put_tenant(&TenantRow { tier, ..old }).await?;
             in_force().await;
             Ok(tier)
         }
         (None, tier) => {
             let tier = tier.unwrap_or(config.tenants.default_tier);
             let row = TenantRow { id: tenant.clone(), tier, limits: None };
-            store.system().put_tenant(&row).await?;
+            store.system_for(&Author::command()).put_tenant(&row).await?;
             Ok(tier)
         }
     }

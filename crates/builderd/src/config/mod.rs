@@ -11,6 +11,7 @@ mod page;
 mod promised;
 mod settings;
 mod table;
+mod tls;
 mod value;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -27,6 +28,7 @@ pub(crate) use origins::Origins;
 pub(crate) use page::{document, effective, explain};
 pub(crate) use settings::{ConfigError, Settings, Sources};
 pub(crate) use table::PREFIX;
+pub(crate) use tls::{ClientAuth, TlsConfig, TlsSource};
 pub(crate) use value::{parse_duration, parse_host, parse_mirror, parse_registry, parse_size};
 
 /// The environment as the engine uses it.
@@ -67,11 +69,48 @@ pub(crate) fn variables() -> Vec<(String, String)> {
         .collect()
 }
 
+/// Where systemd puts this service's credentials (systemd.exec(5)).
+#[expect(clippy::disallowed_methods, reason = "this is the one place that reads it")]
+pub(crate) fn credentials() -> Option<PathBuf> {
+    std::env::var_os("CREDENTIALS_DIRECTORY").filter(|v| !v.is_empty()).map(PathBuf::from)
+}
+
+/// Where the master key is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum KeyPlace {
+    /// A file of ours, made if there is none.
+    File(PathBuf),
+    /// A credential of systemd's.
+    Credential(PathBuf),
+}
+
+impl KeyPlace {
+    /// The credential's name.
+    const CREDENTIAL: &str = "builderd-master-key";
+
+    fn of(settings: &Settings, data_dir: &Path) -> Self {
+        match (settings.path("MASTER_KEY_FILE"), settings.credential(Self::CREDENTIAL)) {
+            (Some(file), _) => Self::File(file),
+            (None, Some(credential)) => Self::Credential(credential),
+            (None, None) => Self::File(data_dir.join("master.key")),
+        }
+    }
+
+    /// The file.
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::File(path) | Self::Credential(path) => path,
+        }
+    }
+}
+
 /// Everything the service is told.
 #[derive(Debug)]
 pub(crate) struct Config {
     /// Where the API is.
     pub(crate) listen: SocketAddr,
+    /// TLS of the doors; plain text if none.
+    pub(crate) tls: Option<TlsConfig>,
     /// Whether headers and bodies are believed without a credential.
     pub(crate) dev: bool,
     /// How long a stop may take.
@@ -82,6 +121,10 @@ pub(crate) struct Config {
     pub(crate) cors_allowed_origins: Origins,
     /// Walls around builds that the host may lack.
     pub(crate) accept_missing_walls: Vec<Wall>,
+    /// The program that runs the commands of builds.
+    pub(crate) oci_runtime: String,
+    /// Holes that it may have.
+    pub(crate) accept_vulnerable: Vec<String>,
     /// Builds that run at once.
     pub(crate) max_concurrent_builds: usize,
     /// The longest any build may take.
@@ -93,6 +136,8 @@ pub(crate) struct Config {
     pub(crate) rootfs_output_dir: PathBuf,
     /// How often what is no longer needed is removed.
     pub(crate) cleanup_interval: Duration,
+    /// Days after which a row of the audit log goes.
+    pub(crate) audit_retention_days: u32,
     /// Artifacts and layers.
     pub(crate) storage: StorageConfig,
     /// Where images come from.
@@ -102,7 +147,7 @@ pub(crate) struct Config {
     /// What outlives the process.
     pub(crate) database: DatabaseConfig,
     /// The key over everything that is sealed.
-    pub(crate) master_key_file: PathBuf,
+    pub(crate) master_key: KeyPlace,
     /// Traces and metrics.
     pub(crate) telemetry: TelemetryConfig,
     /// The log.
@@ -118,6 +163,8 @@ pub(crate) struct StorageConfig {
     pub(crate) retention_days: u32,
     /// All artifacts together.
     pub(crate) max_bytes: u64,
+    /// Whether artifacts of every tenant are encrypted.
+    pub(crate) encrypts_all: bool,
     /// Whether layers and artifacts serve later builds.
     pub(crate) cache_enabled: bool,
     /// All layers together.
@@ -174,6 +221,10 @@ pub(crate) struct DockerConfig {
     pub(crate) mirrors: Vec<String>,
     /// Registries over plain HTTP.
     pub(crate) insecure_registries: Vec<String>,
+    /// Places that are not public and may be fetched from.
+    pub(crate) egress_allowed_private: Vec<String>,
+    /// Domains that are never fetched from.
+    pub(crate) blocked_domains: Vec<String>,
 }
 
 /// What tenants may use.
@@ -243,11 +294,14 @@ impl Config {
         let data_dir = path("DATABASE_DATA_DIR");
         let config = Self {
             listen: listen(settings, &mut problems),
+            tls: tls::tls(settings, &mut problems),
             dev: settings.flag("DEV"),
             shutdown_timeout: settings.duration("SHUTDOWN_TIMEOUT"),
             health_rate_per_sec: settings.number("RATE_LIMIT").unwrap_or_default(),
             cors_allowed_origins: origins(settings, &mut problems),
             accept_missing_walls: walls(settings, &mut problems),
+            oci_runtime: settings.text("OCI_RUNTIME").unwrap_or_default(),
+            accept_vulnerable: holes(settings, &mut problems),
             max_concurrent_builds: settings
                 .number("MAX_CONCURRENT_BUILDS")
                 .and_then(|count| usize::try_from(count).ok())
@@ -258,13 +312,12 @@ impl Config {
                 _ => path("ROOTFS_OUTPUT_DIR"),
             },
             cleanup_interval: settings.duration("CLEANUP_INTERVAL"),
+            audit_retention_days: settings.number("AUDIT_RETENTION_DAYS").unwrap_or_default(),
             storage: storage(settings, &mut problems),
             docker: docker(settings, &mut problems),
             tenants: tenants(settings),
             database: database(settings, &data_dir, &mut problems),
-            master_key_file: settings
-                .path("MASTER_KEY_FILE")
-                .unwrap_or_else(|| data_dir.join("master.key")),
+            master_key: KeyPlace::of(settings, &data_dir),
             telemetry: telemetry(settings, &mut problems),
             log: LogConfig {
                 level: settings.text("LOG_LEVEL").unwrap_or_default(),
@@ -325,6 +378,16 @@ fn walls(settings: &Settings, problems: &mut Vec<String>) -> Vec<Wall> {
     walls
 }
 
+fn holes(settings: &Settings, problems: &mut Vec<String>) -> Vec<String> {
+    const NAME: &str = "OCI_RUNTIME_ACCEPT_VULNERABLE";
+    let (names, known) = (settings.names(NAME), commands::accepted_names());
+    for name in names.iter().filter(|name| !known.contains(&name.as_str())) {
+        let (written, known) = (settings.written(NAME), known.join(", "));
+        problems.push(format!("{written} is wrong: {name:?} is none of {known}"));
+    }
+    names
+}
+
 fn storage(settings: &Settings, problems: &mut Vec<String>) -> StorageConfig {
     let workspace = settings.path("WORKSPACE_DIR").unwrap_or_default();
     StorageConfig {
@@ -339,6 +402,7 @@ fn storage(settings: &Settings, problems: &mut Vec<String>) -> StorageConfig {
         },
         retention_days: settings.number("STORAGE_RETENTION_DAYS").unwrap_or_default(),
         max_bytes: settings.size("STORAGE_MAX_SIZE_GB").unwrap_or_default(),
+        encrypts_all: settings.flag("ENABLE_ENCRYPTION"),
         cache_enabled: settings.flag("STORAGE_CACHE_ENABLED"),
         cache_max_bytes: settings.size("STORAGE_CACHE_MAX_SIZE_GB").unwrap_or_default(),
         cache_dir: settings.path("CACHE_DIR").unwrap_or_else(|| workspace.join("cache")),
@@ -398,6 +462,8 @@ fn docker(settings: &Settings, problems: &mut Vec<String>) -> DockerConfig {
         pull_timeout: settings.duration("DOCKER_PULL_TIMEOUT"),
         mirrors: mirrors(settings, &insecure_registries, problems),
         insecure_registries,
+        egress_allowed_private: settings.names("EGRESS_ALLOWED_PRIVATE"),
+        blocked_domains: settings.names("BLOCKED_DOMAINS"),
     }
 }
 
@@ -606,7 +672,7 @@ mod tests {
         assert_eq!(config.health_rate_per_sec, 100);
         assert_eq!((config.max_concurrent_builds, config.build_timeout.as_secs()), (5, 900));
         assert_eq!(config.data_dir, Path::new("/opt/builderd/data"));
-        assert_eq!(config.master_key_file, Path::new("/opt/builderd/data/master.key"));
+        assert_eq!(config.master_key, KeyPlace::File("/opt/builderd/data/master.key".into()));
         assert_eq!(config.storage.cache_dir, Path::new("/opt/builderd/workspace/cache"));
         assert_eq!((config.storage.max_bytes, config.storage.retention_days), (100 << 30, 30));
         assert_eq!(config.storage.cache_max_bytes, 50 << 30);
@@ -631,12 +697,56 @@ mod tests {
     }
 
     #[test]
+    fn the_audit_log_is_always_written_and_kept_for_a_year() {
+        assert_eq!(read(&[]).unwrap().audit_retention_days, 365);
+        let kept = read(&[("ENABLE_AUDIT_LOGGING", "true"), ("AUDIT_RETENTION_DAYS", "30")]);
+        assert_eq!(kept.unwrap().audit_retention_days, 30);
+        refused(&[("ENABLE_AUDIT_LOGGING", "false")], "always written");
+        refused(&[("AUDIT_LOG_FILE", "/var/log/audit")], "admin audit export");
+        refused(&[("AUDIT_RETENTION_DAYS", "0")], "AUDIT_RETENTION_DAYS");
+    }
+
+    #[test]
     fn missing_walls_are_accepted_by_name_alone() {
         const NAME: &str = "ACCEPT_MISSING_WALLS";
         assert_eq!(read(&[]).unwrap().accept_missing_walls, []);
         let two = read(&[(NAME, "cgroup, landlock")]).unwrap().accept_missing_walls;
         assert_eq!(two, [Wall::Cgroup, Wall::Landlock]);
         refused(&[(NAME, "cgroup,moat")], "\"moat\" is none of user-namespace, ");
+    }
+
+    #[test]
+    fn holes_of_the_runtime_are_accepted_by_name_alone() {
+        const NAME: &str = "OCI_RUNTIME_ACCEPT_VULNERABLE";
+        assert_eq!(read(&[]).unwrap().oci_runtime, "runc");
+        let one = read(&[(NAME, "CVE-2025-31133")]).unwrap().accept_vulnerable;
+        assert_eq!(one, ["CVE-2025-31133"]);
+        refused(&[(NAME, "all")], "\"all\" is none of CVE-2025-31133, ");
+    }
+
+    #[test]
+    fn the_master_key_is_a_named_file_or_a_credential_or_our_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = |file: &str| {
+            let name = format!("{PREFIX}MASTER_KEY_FILE");
+            let credentials = Some(directory.path().to_owned());
+            let environment = vec![(name, file.to_owned())];
+            let sources = Sources { environment, credentials, ..Sources::default() };
+            Config::new(&Settings::resolve(&sources).unwrap()).unwrap().master_key
+        };
+        assert_eq!(place(""), KeyPlace::File("/opt/builderd/data/master.key".into()));
+        let credential = directory.path().join("builderd-master-key");
+        std::fs::write(&credential, [7; 32]).unwrap();
+        assert_eq!(place(""), KeyPlace::Credential(credential));
+        assert_eq!(place("/etc/key"), KeyPlace::File("/etc/key".into()));
+    }
+
+    #[test]
+    fn encryption_is_for_some_tiers_or_for_all() {
+        assert!(!read(&[]).unwrap().storage.encrypts_all);
+        assert!(read(&[("ENABLE_ENCRYPTION", "true")]).unwrap().storage.encrypts_all);
+        let required = Tier::ALL.map(Tier::requires_encryption);
+        assert_eq!(required, [false, false, true, true]);
     }
 
     #[test]

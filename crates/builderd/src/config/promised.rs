@@ -70,8 +70,8 @@ OTEL_ENDPOINT=localhost:4318
 OTEL_SAMPLING_RATE=1.0
 OTEL_PROMETHEUS_ENABLED=true
 OTEL_PROMETHEUS_PORT=9466
-TLS_MODE=spiffe unimplemented
-SPIFFE_SOCKET=/run/spire/sockets/agent.sock unimplemented";
+TLS_MODE=spiffe
+SPIFFE_SOCKET=/run/spire/sockets/agent.sock";
 
 #[test]
 fn every_promised_name_is_in_the_table() {

@@ -24,6 +24,8 @@ pub(crate) struct Sources {
     pub(crate) environment: Vec<(String, String)>,
     /// A TOML file: where it is, what is in it.
     pub(crate) file: Option<(PathBuf, String)>,
+    /// Where systemd puts the credentials of this service, if it has any.
+    pub(crate) credentials: Option<PathBuf>,
 }
 
 /// Where a value comes from.
@@ -84,6 +86,7 @@ pub(crate) struct Chosen {
 #[derive(Debug)]
 pub(crate) struct Settings {
     chosen: BTreeMap<&'static str, Chosen>,
+    credentials: Option<PathBuf>,
     /// Names that somebody asked for, so that a test finds those nobody does.
     read: RefCell<BTreeSet<&'static str>>,
 }
@@ -118,7 +121,10 @@ impl Settings {
             }
         }
         match problems.is_empty() {
-            true => Ok(Self { chosen, read: RefCell::default() }),
+            true => {
+                let credentials = sources.credentials.clone();
+                Ok(Self { chosen, credentials, read: RefCell::default() })
+            }
             false => Err(ConfigError { problems }),
         }
     }
@@ -134,7 +140,7 @@ impl Settings {
             setting.is_some_and(|setting| setting.reader == Reader::Client)
         };
         let environment = super::variables().into_iter().filter(is_ours).collect();
-        Self::resolve(&Sources { flags, environment, file: None })
+        Self::resolve(&Sources { flags, environment, ..Sources::default() })
     }
 
     /// What holds for a setting, and who said so.
@@ -190,6 +196,11 @@ impl Settings {
             Some(Value::Path(path)) => Some(path.clone()),
             _ => None,
         }
+    }
+
+    /// The file of a credential, if the service has it.
+    pub(crate) fn credential(&self, name: &str) -> Option<PathBuf> {
+        self.credentials.as_ref().map(|directory| directory.join(name)).filter(|file| file.exists())
     }
 
     /// Yes or no.
@@ -536,12 +547,7 @@ mod tests {
     #[test]
     fn what_does_not_exist_yet_is_refused_by_name() {
         for (name, text) in [
-            ("TLS_MODE", "spiffe"),
-            ("TLS_MODE", "file"),
-            ("TLS_CERT_FILE", "/x"),
-            ("SPIFFE_SOCKET", "/run/spire/sockets/agent.sock"),
             ("ASSETMANAGER_ENABLED", "true"),
-            ("ENABLE_ENCRYPTION", "true"),
             ("ENABLE_SECCOMP", "1"),
             ("APPARMOR_PROFILE", "p"),
             ("NETWORK_MODE", "isolated"),

@@ -48,6 +48,10 @@ pub(crate) enum Kind {
     Hosts,
     /// Registries as images are told apart by them, or `*`, several with commas.
     Registries,
+    /// Hosts and networks that are not public, each with a port perhaps, several with commas.
+    Places,
+    /// Domains, several with commas.
+    Domains,
     /// An IP address, or `localhost`.
     Ip,
     /// Of a part that does not exist yet: anything but these values is refused.
@@ -78,7 +82,9 @@ impl Kind {
             Self::Ratio => "0.0 to 1.0".into(),
             Self::Duration => "duration".into(),
             Self::Size => "size".into(),
-            Self::Names | Self::Hosts | Self::Registries => "list".into(),
+            Self::Names | Self::Hosts | Self::Registries | Self::Places | Self::Domains => {
+                "list".into()
+            }
             Self::OneOf(words) | Self::Choice { words, .. } => words.join(", "),
             Self::Ip => "address".into(),
             Self::Later { accepts, .. } if !accepts.is_empty() => accepts.join(", "),
@@ -191,6 +197,7 @@ const SOME: Kind = Kind::Number { min: 1, max: u32::MAX };
 const PORT: Kind = Kind::Number { min: 1, max: 65_535 };
 const TIERS: Kind = Kind::OneOf(&["free", "pro", "enterprise", "dedicated"]);
 const LEVELS: Kind = Kind::OneOf(&["trace", "debug", "info", "warn", "error"]);
+const TLS_MODES: Kind = Kind::OneOf(&["disabled", "file", "spiffe"]);
 const BACKENDS: Kind = Kind::Choice {
     words: &["local", "filesystem", "s3", "minio", "gcs"],
     later: &["nfs", "iscsi", "azure", "ceph", "distributed"],
@@ -203,6 +210,7 @@ const SSL_MODES: Kind =
 /// Settings in groups, in the order in which they are shown.
 pub(crate) const GROUPS: &[(&str, &[Setting])] = &[
     ("Server", SERVER),
+    ("TLS", TLS),
     ("Builds", BUILDS),
     ("Storage", STORAGE),
     ("Registries", REGISTRIES),
@@ -246,8 +254,9 @@ const SERVER: &[Setting] = &[
         Kind::Path,
         "",
         "ours",
-        "The key under which secrets of waiting builds are sealed; made at the first \
-         start. `master.key` in DATABASE_DATA_DIR when empty. All nodes on one database \
+        "The key under which secrets of waiting builds and the keys of tenants are sealed. When \
+         empty: systemd's credential `builderd-master-key` if the service has it, else \
+         `master.key` in DATABASE_DATA_DIR, made at the first start. All nodes on one database \
          need the same key: one with another does not start.",
     ),
     setting(
@@ -277,6 +286,24 @@ const SERVER: &[Setting] = &[
          images are held back by less. Development mode accepts all.",
     ),
     setting(
+        "OCI_RUNTIME",
+        Kind::Text,
+        "runc",
+        "ours",
+        "The program that runs the commands of builds (`custom_commands`): a path, or a name in the \
+         usual places. It must have runc's command line. Commands need root, loop devices, the \
+         file system overlay and `mkfs.ext4` as well; what is missing is named in the log at the \
+         start and to whoever asks for commands.",
+    ),
+    setting(
+        "OCI_RUNTIME_ACCEPT_VULNERABLE",
+        Kind::Names,
+        "",
+        "ours",
+        "Known holes that the runtime may have, each by its name, as `CVE-2025-31133`; without \
+         them a runc before 1.2.8, 1.3.3 or 1.4.0 runs no commands.",
+    ),
+    setting(
         "CORS_ALLOWED_ORIGINS",
         Kind::Names,
         "",
@@ -293,6 +320,60 @@ const SERVER: &[Setting] = &[
         "json",
         "guide",
         "One JSON object for each line, or text for people.",
+    ),
+];
+
+const TLS: &[Setting] = &[
+    setting(
+        "TLS_MODE",
+        TLS_MODES,
+        "disabled",
+        "README",
+        "`file`: certificates from files. `spiffe`: from SPIFFE's Workload API. `disabled`: plain \
+         HTTP. A mode that cannot be had stops the start. Certificates that change are taken \
+         without a restart.",
+    ),
+    setting("TLS_ENABLED", Kind::Flag, "", "guide", "`true` is TLS_MODE=file, `false` disabled."),
+    setting(
+        "TLS_CERT_FILE",
+        Kind::Path,
+        "",
+        "code",
+        "With `file`: the server's certificate and those between it and the root, in PEM. This \
+         file and the next ones are read at SIGHUP and every 30 s; bad ones are not used.",
+    ),
+    setting("TLS_KEY_FILE", Kind::Path, "", "code", "With `file`: its private key, in PEM."),
+    setting(
+        "TLS_CA_FILE",
+        Kind::Path,
+        "",
+        "code",
+        "With `file`: who signs clients' certificates, in PEM; clients are not asked for one when \
+         empty.",
+    ),
+    setting(
+        "TLS_CLIENT_AUTH",
+        Kind::OneOf(&["none", "optional", "required"]),
+        "",
+        "ours",
+        "Whether clients show a certificate. When empty: `required` with TLS_CA_FILE and with \
+         `spiffe`, else `none`.",
+    ),
+    setting(
+        "TLS_CLIENTS_FILE",
+        Kind::Path,
+        "",
+        "ours",
+        "A TOML file that says which tenant each client certificate acts for, by the exact URI \
+         in it (docs/operations.md); without it every client needs a token. With `spiffe` only \
+         ids in it may connect, and without it every id of the trust domain.",
+    ),
+    setting(
+        "SPIFFE_SOCKET",
+        Kind::Path,
+        "/run/spire/sockets/agent.sock",
+        "README",
+        "With `spiffe`: the agent's socket.",
     ),
 ];
 
@@ -345,6 +426,13 @@ const BUILDS: &[Setting] = &[
         "code",
         "How often artifacts that are too old, too many or nobody's are removed.",
     ),
+    setting(
+        "AUDIT_RETENTION_DAYS",
+        Kind::Number { min: 1, max: 36_500 },
+        "365",
+        "ours",
+        "Days after which a row of the audit log is removed.",
+    ),
 ];
 
 const STORAGE: &[Setting] = &[
@@ -356,6 +444,15 @@ const STORAGE: &[Setting] = &[
         "Where artifacts are kept; `filesystem` is `local`, `minio` is `s3`. `nfs`, \
          `iscsi`, `azure`, `ceph` and `distributed` are unimplemented: mount a file \
          system and use `local`, or an S3-compatible server.",
+    ),
+    setting(
+        "ENABLE_ENCRYPTION",
+        Kind::Flag,
+        "false",
+        "guide",
+        "Whether artifacts of every tenant are encrypted where they lie (AES-256-GCM, each tenant \
+         with keys of its own). Those of the tiers enterprise and dedicated always are. What is \
+         encrypted is shared with nobody, and its layers are not kept for later builds.",
     ),
     setting(
         "STORAGE_RETENTION_DAYS",
@@ -476,6 +573,23 @@ const REGISTRIES: &[Setting] = &[
         "code",
         "`HOST[:PORT]` of registries that are reached over plain HTTP; no other is. \
          `builderd build` reads it, too.",
+    ),
+    setting(
+        "EGRESS_ALLOWED_PRIVATE",
+        Kind::Places,
+        "",
+        "ours",
+        "Places that are not public and that builds may fetch from all the same, each `HOST`, \
+         `HOST:PORT`, `10.0.0.0/8` or `10.0.0.0/8:PORT`. Mirrors and DOCKER_INSECURE_REGISTRIES \
+         need not be named again; metadata services cannot be allowed.",
+    ),
+    setting(
+        "BLOCKED_DOMAINS",
+        Kind::Domains,
+        "",
+        "guide",
+        "Domains that builds never fetch from, with all below them: neither as a registry nor by \
+         a redirect or as a token server.",
     ),
     setting(
         "DOCKER_PULL_POLICY",
@@ -651,6 +765,13 @@ const TELEMETRY: &[Setting] = &[
         "The address it listens on.",
     ),
     setting(
+        "OTEL_PROMETHEUS_TLS",
+        Kind::Flag,
+        "true",
+        "ours",
+        "Whether that port has TLS when the API has, with the same certificates and demands.",
+    ),
+    setting(
         "OTEL_HIGH_CARDINALITY_ENABLED",
         Kind::Flag,
         "false",
@@ -674,21 +795,28 @@ const CLIENT: &[Setting] = &[
     setting("CUSTOMER_ID", Kind::Text, "", "ours", "Sent as `X-Customer-ID`, for `--customer`.")
         .also(&["USER_ID"])
         .read_by(Reader::Client),
+    setting(
+        "SERVER_CA_FILE",
+        Kind::Path,
+        "",
+        "ours",
+        "Who signs the server's certificate, in PEM, for `--ca-file`; those that the system \
+         trusts when empty.",
+    )
+    .read_by(Reader::Client),
+    setting(
+        "CLIENT_CERT_FILE",
+        Kind::Path,
+        "",
+        "ours",
+        "The client's certificate, in PEM, for `--cert-file`.",
+    )
+    .read_by(Reader::Client),
+    setting("CLIENT_KEY_FILE", Kind::Path, "", "ours", "Its key, in PEM, for `--key-file`.")
+        .read_by(Reader::Client),
 ];
 
 const LATER: &[Setting] = &[
-    later(
-        "TLS_MODE",
-        &["disabled"],
-        "README",
-        "`file` and `spiffe` do not exist yet: put a proxy that speaks TLS in front, and \
-         set `disabled`",
-    ),
-    later("TLS_ENABLED", &["false"], "guide", "see TLS_MODE"),
-    later("TLS_CERT_FILE", &[], "code", "see TLS_MODE"),
-    later("TLS_KEY_FILE", &[], "code", "see TLS_MODE"),
-    later("TLS_CA_FILE", &[], "code", "see TLS_MODE"),
-    later("SPIFFE_*", &[], "README", "SPIFFE does not exist yet; see TLS_MODE"),
     later(
         "STORAGE_TLS_*",
         &[],
@@ -702,13 +830,6 @@ const LATER: &[Setting] = &[
         "artifacts are not registered with assetmanagerd yet: download them, and set `false`",
     ),
     later("ASSETMANAGER_ENDPOINT", &[], "README", "see ASSETMANAGER_ENABLED"),
-    later(
-        "ENABLE_ENCRYPTION",
-        &["false"],
-        "guide",
-        "artifacts are not encrypted yet (registry credentials always are): use an \
-         encrypted file system or bucket, and set `false`",
-    ),
     later("S3_ENCRYPTION", &[], "guide", "set the encryption of the bucket itself"),
     later(
         "ENABLE_SECCOMP",
@@ -743,18 +864,17 @@ const LATER: &[Setting] = &[
         "no program of an image is run yet, so none reaches the network",
     ),
     later(
-        "BLOCKED_DOMAINS",
-        &[],
+        "ENABLE_AUDIT_LOGGING",
+        &["true"],
         "guide",
-        "name what is allowed instead: DOCKER_ALLOWED_REGISTRIES",
+        "the audit log is always written, and kept for AUDIT_RETENTION_DAYS",
     ),
     later(
-        "ENABLE_AUDIT_LOGGING",
-        &["false"],
+        "AUDIT_LOG_FILE",
+        &[],
         "guide",
-        "there is no audit log yet; the log has tenant and build of every request",
+        "the audit log is in the database: `builderd admin audit export` writes it to a file",
     ),
-    later("AUDIT_LOG_FILE", &[], "guide", "see ENABLE_AUDIT_LOGGING"),
     later("ISCSI_*", &[], "guide", "mount the volume and use STORAGE_BACKEND=local"),
     later("AZURE_*", &[], "guide", "Azure's store does not exist yet: use `s3` or `gcs`"),
     later("CEPH_*", &[], "guide", "use Ceph's S3 gateway with STORAGE_BACKEND=s3"),

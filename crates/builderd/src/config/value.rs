@@ -85,16 +85,10 @@ impl Kind {
             },
             Self::Size => size(text, name.ends_with("_GB")),
             Self::Names => Ok(Value::Names(names(text))),
-            Self::Hosts => names(text)
-                .iter()
-                .map(|name| host(name))
-                .collect::<Result<_, _>>()
-                .map(Value::Names),
-            Self::Registries => names(text)
-                .iter()
-                .map(|name| registry(name))
-                .collect::<Result<_, _>>()
-                .map(Value::Names),
+            Self::Hosts => each(text, host),
+            Self::Registries => each(text, registry),
+            Self::Places => each(text, place),
+            Self::Domains => each(text, domain),
             Self::OneOf(words) => one_of(text, words),
             Self::Choice { words, later, why } => match one_of(text, later) {
                 Ok(_) => Err(format!("unimplemented: {why}")),
@@ -161,6 +155,11 @@ fn names(text: &str) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
+/// Words that are all of one sort.
+fn each(text: &str, read: fn(&str) -> Result<String, String>) -> Result<Value, String> {
+    names(text).iter().map(|name| read(name)).collect::<Result<_, _>>().map(Value::Names)
+}
+
 /// A registry as it is named without a scheme; a URL would never be the same as one.
 fn host(text: &str) -> Result<String, String> {
     match (oci::check_registry(text), oci::registry_named(text)) {
@@ -175,6 +174,29 @@ fn registry(text: &str) -> Result<String, String> {
     match text {
         "*" => Ok(text.to_owned()),
         name => host(name).map(|host| oci::registry_named(&host).unwrap_or(host)),
+    }
+}
+
+/// A place that is not public, as the guard of builds takes it.
+fn place(text: &str) -> Result<String, String> {
+    let read = text.parse::<oci::AllowedPlace>();
+    read.map(|place| place.to_string()).map_err(|problem| match problem {
+        oci::PlaceError::Shape => {
+            let expected = "`HOST[:PORT]` or `NETWORK/BITS[:PORT]`, such as `10.0.0.0/8:5000`";
+            format!("{expected}, without a scheme")
+        }
+        problem @ (oci::PlaceError::Bits(..) | oci::PlaceError::Never(_)) => {
+            format!("a place that can be allowed: {problem}")
+        }
+    })
+}
+
+/// A domain, which stands for all below it; `*.` says the same.
+fn domain(text: &str) -> Result<String, String> {
+    let name = text.strip_prefix("*.").unwrap_or(text).trim_end_matches('.');
+    match oci::check_registry(name) {
+        Ok(()) if !name.contains(':') => Ok(name.to_ascii_lowercase()),
+        _ => Err("domains, such as `example.com`".into()),
     }
 }
 
@@ -389,6 +411,22 @@ mod tests {
         }
         for bad in ["=a.b", "ghcr.io=", "a.b/../x", "a.b/UPPER", "a.b//x", "a/b=c.d", "a.b?x=y"] {
             assert!(parse_mirror(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn places_and_domains_that_mean_nothing_are_refused_with_what_to_write() {
+        let places = |text| Kind::Places.read("EGRESS_ALLOWED_PRIVATE", text);
+        let shown = |text| places(text).unwrap().to_string();
+        let all = "Hub.internal:5000, 10.0.0.0/8,[fd00::/8]:443";
+        assert_eq!(shown(all), "hub.internal:5000,10.0.0.0/8,[fd00::/8]:443");
+        assert!(places("http://hub.internal").unwrap_err().contains("without a scheme"));
+        assert!(places("10.0.0.5/8").unwrap_err().contains("write `10.0.0.0/8`"));
+        assert!(places("169.254.169.254").unwrap_err().contains("cannot be allowed"));
+        let domains = |text| Kind::Domains.read("BLOCKED_DOMAINS", text);
+        assert_eq!(domains("*.Evil.example,a.b").unwrap().to_string(), "evil.example,a.b");
+        for bad in ["https://evil.example", "a.b:80", "a b", "*", "[::1]"] {
+            assert!(domains(bad).unwrap_err().contains("example.com"), "{bad}");
         }
     }
 

@@ -35,8 +35,13 @@ async fn a_server_whose_door_is_broken_ends() {
     let directory = tempfile::tempdir().unwrap();
     let (_stop, stopped) = watch::channel(false);
     let metrics = telemetry::Metrics::unread();
-    let serve =
-        serve(config(directory.path()), Host::default(), broken_listener(), metrics, stopped);
+    let serve = serve(
+        config(directory.path()),
+        Host::default(),
+        (broken_listener(), None),
+        metrics,
+        stopped,
+    );
     let ended = tokio::time::timeout(Duration::from_secs(30), serve).await.expect("it ends");
     let ServeError::Part(error) = ended.unwrap_err() else { panic!("another error") };
     assert_eq!(error.to_string(), "the API failed");
@@ -54,20 +59,21 @@ async fn a_server_with_another_key_does_not_start() {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open_sqlite(&directory.path().join("data")).await.unwrap();
     let paths = ["one", "two", "three"].map(|name| directory.path().join(name));
-    let first = master_key(&paths[0], &store).await.unwrap();
-    let again = master_key(&paths[0], &store).await.unwrap();
+    let places = paths.each_ref().map(|path| KeyPlace::File(path.clone()));
+    let first = master_key(&places[0], &store).await.unwrap();
+    let again = master_key(&places[0], &store).await.unwrap();
     assert_eq!(first.id(), again.id());
     let problem = |result: Result<MasterKey, ServeError>| match result {
         Err(ServeError::Seal(SealError::KeyFile { problem, .. })) => problem,
         other => panic!("{:?}", other.map(|key| key.id().to_owned())),
     };
     MasterKey::load_or_create(&paths[1]).unwrap();
-    let other = problem(master_key(&paths[1], &store).await);
+    let other = problem(master_key(&places[1], &store).await);
     assert!(other.contains(first.id()) && other.contains("copy the key file"), "{other}");
-    let none = problem(master_key(&paths[2], &store).await);
+    let none = problem(master_key(&places[2], &store).await);
     assert!(none.contains("there is none"), "{none}");
     assert!(!paths[2].exists(), "a key that is of no use is not made");
     store.system().forget_master_key().await.unwrap();
-    master_key(&paths[1], &store).await.unwrap();
-    assert!(master_key(&paths[0], &store).await.is_err());
+    master_key(&places[1], &store).await.unwrap();
+    assert!(master_key(&places[0], &store).await.is_err());
 }

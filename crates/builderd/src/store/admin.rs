@@ -188,6 +188,7 @@ const TABLES: &[Table] = &[
             ("live_usage", Text),
             ("unread_tries", Int),
             ("created_by", Text),
+            ("revision", Int),
         ],
     },
     Table {
@@ -234,11 +235,50 @@ const TABLES: &[Table] = &[
     },
     Table { name: "master_key", keys: 1, columns: &[("id", Text), ("place", Int)] },
     Table {
+        name: "tenant_key",
+        keys: 2,
+        columns: &[
+            ("tenant_id", Text),
+            ("id", Text),
+            ("wrapped", Bytes),
+            ("wrapped_by", Text),
+            ("created_at", Int),
+            ("retired_at", Int),
+        ],
+    },
+    Table {
         name: "artifact_removal",
         keys: 1,
         columns: &[("artifact_key", Text), ("expires_at", Int)],
     },
     Table { name: "heartbeat", keys: 1, columns: &[("place", Int), ("beats", Int)] },
+    Table {
+        name: "audit_stream",
+        keys: 1,
+        columns: &[
+            ("tenant_id", Text),
+            ("first_number", Int),
+            ("base_hash", Text),
+            ("last_number", Int),
+            ("last_hash", Text),
+        ],
+    },
+    Table {
+        name: "audit",
+        keys: 2,
+        columns: &[
+            ("tenant_id", Text),
+            ("number", Int),
+            ("happened_at", Int),
+            ("subject", Text),
+            ("action", Text),
+            ("object", Text),
+            ("outcome", Text),
+            ("peer", Text),
+            ("request", Text),
+            ("hash", Text),
+        ],
+    },
 ];
 
 /// `$first, ...`, so many.
@@ -429,6 +469,13 @@ const RULES: &[(&str, &str)] = &[
          WHERE NOT EXISTS (SELECT b.id FROM build b WHERE b.artifact_key = a.artifact_key)",
     ),
     (
+        "a sealed artifact has its key",
+        "SELECT b.tenant_id, b.id AS subject FROM build b \
+         WHERE b.state = 'completed' AND b.artifact_key LIKE '%/%.sealed-%' \
+         AND NOT EXISTS (SELECT k.id FROM tenant_key k WHERE k.tenant_id = b.tenant_id \
+         AND b.artifact_key LIKE '%.sealed-' || k.id)",
+    ),
+    (
         "a day's counter is the number of builds accepted on it",
         "SELECT d.tenant_id, d.tenant_id AS subject FROM tenant_day d WHERE \
          d.created - d.deleted <> (SELECT COUNT(*) FROM build b \
@@ -441,6 +488,20 @@ const RULES: &[(&str, &str)] = &[
          (SELECT tenant_id, build_id, COUNT(*) AS found, MAX(line) AS last FROM build_log \
           GROUP BY tenant_id, build_id) l ON l.tenant_id = b.tenant_id AND l.build_id = b.id \
          WHERE b.log_lines <> COALESCE(l.found, 0) OR b.log_lines <> COALESCE(l.last + 1, 0)",
+    ),
+    (
+        "a stream of the audit log has every row from its first to its last",
+        "SELECT s.tenant_id, 'the audit log' AS subject FROM audit_stream s LEFT JOIN \
+         (SELECT tenant_id, COUNT(*) AS found, MIN(number) AS first, MAX(number) AS last \
+          FROM audit GROUP BY tenant_id) a ON a.tenant_id = s.tenant_id \
+         WHERE s.last_number - s.first_number + 1 <> COALESCE(a.found, 0) \
+         OR s.first_number <> COALESCE(a.first, s.first_number) \
+         OR s.last_number <> COALESCE(a.last, s.last_number)",
+    ),
+    (
+        "a row of the audit log has a stream",
+        "SELECT DISTINCT tenant_id, 'the audit log' AS subject FROM audit a WHERE NOT EXISTS \
+         (SELECT s.tenant_id FROM audit_stream s WHERE s.tenant_id = a.tenant_id)",
     ),
 ];
 
@@ -552,7 +613,9 @@ pub async fn backup(data_dir: &Path, file: &Path) -> Result<(), AdminError> {
     let erased = async {
         let options = sqlite_options(&partial).journal_mode(SqliteJournalMode::Delete);
         let mut copy = options.connect().await?;
-        sqlx::query("UPDATE build SET sealed_credentials = NULL").execute(&mut copy).await?;
+        let erase = "UPDATE build SET sealed_credentials = NULL \
+             WHERE sealed_credentials IS NOT NULL";
+        sqlx::query(erase).execute(&mut copy).await?;
         // What was erased must not lie in pages that nobody uses.
         sqlx::query("VACUUM").execute(&mut copy).await?;
         copy.close().await

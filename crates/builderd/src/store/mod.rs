@@ -9,8 +9,10 @@
 //! It does not know doors, the engine, or where artifacts lie.
 
 pub mod admin;
+pub(crate) mod audit;
 mod changes;
 mod engine;
+mod keys;
 mod open;
 mod sql;
 #[cfg(test)]
@@ -20,13 +22,17 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use audit::{Action, AuditEntry, AuditFilter, AuditRow, AuditVerdict, Author};
 pub use changes::Changes;
+pub(crate) use keys::SEALED;
+pub use keys::{Destroyed, TenantKeyRow};
 pub(crate) use sql::Rows;
 
 use crate::build::record::{
     Build, BuildId, BuildRequest, BuildResult, Failure, LiveUsage, LogLine, Micros, Stats, Usage,
 };
 use crate::build::state::{BuildState, IllegalTransition};
+use crate::clock::{Clock as _, WallClock};
 use crate::tenant::{Permit, TenantId, TenantLimits, Tier};
 
 /// Why the store did not do it.
@@ -164,6 +170,22 @@ pub struct Page {
     pub total: u64,
     /// Whether more follow.
     pub has_more: bool,
+}
+
+/// How often the row of an ended build was changed: as long as this is the same, what was read of
+/// the build is still true.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revision(pub(crate) i64);
+
+/// A build as it was at one moment, with the end of its log.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Seen {
+    /// The build.
+    pub build: Build,
+    /// The last messages of its log, oldest first.
+    pub log: Vec<String>,
+    /// Counts changes once the build has ended, and says nothing before.
+    pub revision: Revision,
 }
 
 /// What became of a cancel.
@@ -425,7 +447,12 @@ impl Store {
 
     /// What belongs to no tenant.
     pub fn system(&self) -> SystemStore<'_> {
-        SystemStore { rows: &self.rows }
+        SystemStore { rows: &self.rows, author: None }
+    }
+
+    /// The same, for somebody whose changes are told of in the audit log.
+    pub(crate) fn system_for<'a>(&'a self, author: &'a Author) -> SystemStore<'a> {
+        SystemStore { rows: &self.rows, author: Some(author) }
     }
 }
 
@@ -447,11 +474,27 @@ pub struct LeaseStore<'a> {
 #[derive(Clone, Copy)]
 pub struct SystemStore<'a> {
     rows: &'a Rows,
+    /// Who changes something; the service itself if nobody is named.
+    author: Option<&'a Author>,
 }
 
 impl TenantStore<'_> {
     fn tenant(&self) -> &TenantId {
         self.permit.tenant()
+    }
+
+    fn author(&self) -> Author {
+        Author::of(self.permit.principal())
+    }
+
+    /// Writes into the audit log what the permit was used for and changes nothing here.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub(crate) async fn note(&self, object: &str, now: Micros) -> Result<(), StoreError> {
+        let (author, action) = (self.author(), Action::by(self.permit.right()));
+        let entry = AuditEntry::done(Some(self.tenant()), &author, action, object, now);
+        self.rows.add_audit(vec![entry]).await
     }
 
     /// Puts a build into the queue, unless a quota is used up: counted in the same transaction.
@@ -464,7 +507,8 @@ impl TenantStore<'_> {
         build: NewBuild,
     ) -> Result<Accepted, StoreError> {
         let tier = self.permit.principal().tier();
-        self.rows.create(self.tenant(), tier, tenant_limits, &build).await
+        let author = self.author();
+        self.rows.create_by(&author, self.tenant(), tier, tenant_limits, &build).await
     }
 
     /// One build.
@@ -479,12 +523,16 @@ impl TenantStore<'_> {
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn get_with_log(
-        &self,
-        id: &BuildId,
-        lines: u32,
-    ) -> Result<Option<(Build, Vec<String>)>, StoreError> {
+    pub async fn get_with_log(&self, id: &BuildId, lines: u32) -> Result<Option<Seen>, StoreError> {
         self.rows.get_with_log(self.tenant(), id, lines).await
+    }
+
+    /// How often a build was changed after its end; none if it has not ended or is not there.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn revision_of_ended(&self, id: &BuildId) -> Result<Option<Revision>, StoreError> {
+        self.rows.revision_of_ended(self.tenant(), id).await
     }
 
     /// A page of builds.
@@ -505,15 +553,15 @@ impl TenantStore<'_> {
         reason: &str,
         now: Micros,
     ) -> Result<Option<Cancel>, StoreError> {
-        self.rows.cancel(self.tenant(), id, reason, now).await
+        self.rows.cancel_by(&self.author(), self.tenant(), id, reason, now).await
     }
 
     /// Deletes a build that has ended; none if there is none.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn delete(&self, id: &BuildId) -> Result<Option<Delete>, StoreError> {
-        self.rows.delete(self.tenant(), id).await
+    pub async fn delete(&self, id: &BuildId, now: Micros) -> Result<Option<Delete>, StoreError> {
+        self.rows.delete_by(&self.author(), self.tenant(), id, now).await
     }
 
     /// At most `limit` lines of a log from line `offset` on.
@@ -721,7 +769,7 @@ impl SystemStore<'_> {
     /// # Errors
     /// [`StoreError`]
     pub async fn forget_master_key(&self) -> Result<u64, StoreError> {
-        self.rows.forget_master_key().await
+        self.rows.forget_master_key_by(&self.author(), WallClock.now()).await
     }
 
     /// How full the queue is.
@@ -753,7 +801,7 @@ impl SystemStore<'_> {
     /// # Errors
     /// [`StoreError`]
     pub async fn put_tenant(&self, tenant: &TenantRow) -> Result<(), StoreError> {
-        self.rows.put_tenant(tenant).await
+        self.rows.put_tenant_by(&self.author(), tenant, WallClock.now()).await
     }
 
     /// What the operator set for a tenant.
@@ -785,7 +833,7 @@ impl SystemStore<'_> {
     /// # Errors
     /// [`StoreError`]
     pub async fn add_token(&self, token: &TokenRow) -> Result<(), StoreError> {
-        self.rows.add_token(token).await
+        self.rows.add_token_by(&self.author(), token).await
     }
 
     /// The token with this secret, revoked and expired ones too, and the tier of its tenant if
@@ -813,7 +861,48 @@ impl SystemStore<'_> {
     /// # Errors
     /// [`StoreError`]
     pub async fn revoke_token(&self, id: &str, now: Micros) -> Result<bool, StoreError> {
-        self.rows.revoke_token(id, now).await
+        self.rows.revoke_token_by(&self.author(), id, now).await
+    }
+
+    fn author(&self) -> Author {
+        self.author.cloned().unwrap_or_else(Author::service)
+    }
+
+    /// Writes into the audit log what changes nothing here.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub(crate) async fn add_audit(&self, entries: Vec<AuditEntry>) -> Result<(), StoreError> {
+        self.rows.add_audit(entries).await
+    }
+
+    /// Rows of the audit log behind `last`, in the order of time: a page, empty at the end.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub(crate) async fn audit_page(
+        &self,
+        filter: &AuditFilter,
+        last: Option<&AuditRow>,
+    ) -> Result<Vec<AuditRow>, StoreError> {
+        self.rows.audit_page(filter, last).await
+    }
+
+    /// Forgets rows of the audit log that are older; how many. What is left over is for the next
+    /// call.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub(crate) async fn forget_audit(&self, older_than: Micros) -> Result<u64, StoreError> {
+        self.rows.forget_audit(older_than).await
+    }
+
+    /// Whether the audit log is as it was written, without gaps.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub(crate) async fn verify_audit(&self) -> Result<AuditVerdict, StoreError> {
+        self.rows.verify_audit().await
     }
 
     /// Changes in queue or logs from now on: hints, never more. Who looks, waits and looks again

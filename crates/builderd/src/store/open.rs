@@ -8,7 +8,7 @@ use std::time::Duration;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Connection as _, PgPool, SqlSafeStr as _, SqlitePool};
+use sqlx::{AssertSqlSafe, Connection as _, PgPool, SqlSafeStr as _, SqlitePool};
 
 use super::changes::Announcer;
 use super::engine::Engine;
@@ -36,7 +36,36 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (5, "heartbeat", include_str!("../../migrations/0005_heartbeat.sql")),
     (6, "unread_tries", include_str!("../../migrations/0006_unread_tries.sql")),
     (7, "created_by", include_str!("../../migrations/0007_created_by.sql")),
+    (8, "tenant_key", include_str!("../../migrations/0008_tenant_key.sql")),
+    (9, "audit", include_str!("../../migrations/0009_audit.sql")),
+    (10, "revision", include_str!("../../migrations/0010_revision.sql")),
 ];
+
+/// What a migration does behind its own text where the engines have no words in common: triggers.
+/// First SQLite's, then PostgreSQL's.
+const OF_EACH_ENGINE: &[(i64, [&str; 2])] = &[
+    (
+        9,
+        [
+            include_str!("../../migrations/0009_audit.sqlite.sql"),
+            include_str!("../../migrations/0009_audit.postgres.sql"),
+        ],
+    ),
+    (
+        10,
+        [
+            include_str!("../../migrations/0010_revision.sqlite.sql"),
+            include_str!("../../migrations/0010_revision.postgres.sql"),
+        ],
+    ),
+];
+
+/// Whose words a migration is written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dialect {
+    Sqlite,
+    Postgres,
+}
 
 /// What keeps a second server away from a data directory.
 #[derive(Debug)]
@@ -88,7 +117,7 @@ impl Store {
         };
         let write: SqlitePool =
             pool().max_connections(1).connect_with(options.clone().create_if_missing(true)).await?;
-        migrator().run(&write).await?;
+        migrator(Dialect::Sqlite).run(&write).await?;
         let read = pool()
             .max_connections(READERS)
             .connect_with(options.read_only(true).create_if_missing(false))
@@ -145,7 +174,7 @@ async fn postgres_pool(
         .acquire_timeout(POSTGRES_ACQUIRE_TIMEOUT)
         .connect_with(options)
         .await?;
-    migrator().run(&pool).await?;
+    migrator(Dialect::Postgres).run(&pool).await?;
     Ok(pool)
 }
 
@@ -161,10 +190,17 @@ pub(super) fn sqlite_options(file: &Path) -> SqliteConnectOptions {
 
 /// Nodes of a fleet are not all replaced at once: one that is older meets migrations it does
 /// not know, and lives with them.
-pub(super) fn migrator() -> Migrator {
+pub(super) fn migrator(dialect: Dialect) -> Migrator {
     let migrations = MIGRATIONS.iter().map(|&(version, description, text)| {
         let kind = MigrationType::Simple;
-        Migration::new(version, description.into(), kind, text.into_sql_str(), false)
+        let own = OF_EACH_ENGINE.iter().find(|(of, _)| *of == version);
+        let text = match (own, dialect) {
+            (None, _) => text.into_sql_str(),
+            (Some((_, [own, _])), Dialect::Sqlite) | (Some((_, [_, own])), Dialect::Postgres) => {
+                AssertSqlSafe([text, own].concat()).into_sql_str()
+            }
+        };
+        Migration::new(version, description.into(), kind, text, false)
     });
     let mut migrator = Migrator::with_migrations(migrations.collect());
     migrator.set_ignore_missing(true);
@@ -230,7 +266,18 @@ pub(super) fn try_lock(data_dir: &Path) -> Result<Option<DirectoryLock>, StoreEr
 
 #[cfg(test)]
 mod tests {
+    use sqlx::ConnectOptions as _;
+
     use super::*;
+
+    /// Each of its allocations would take a lock for them (`.cargo/config.toml`).
+    #[tokio::test]
+    async fn sqlite_keeps_no_statistics_of_memory() {
+        let mut memory = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
+        let options = sqlx::query_scalar("SELECT compile_options FROM pragma_compile_options");
+        let options: Vec<String> = options.fetch_all(&mut memory).await.unwrap();
+        assert!(options.iter().any(|option| option == "DEFAULT_MEMSTATUS=0"), "{options:?}");
+    }
 
     #[test]
     fn every_migration_of_the_folder_is_run() {
@@ -240,10 +287,16 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
-        let known: Vec<String> = MIGRATIONS
-            .iter()
-            .map(|(version, description, _)| format!("{version:04}_{description}.sql"))
-            .collect();
+        let name = |version: i64, ending: &str| {
+            let (_, description, _) = MIGRATIONS.iter().find(|(of, ..)| *of == version).unwrap();
+            format!("{version:04}_{description}{ending}.sql")
+        };
+        let mut known: Vec<String> =
+            MIGRATIONS.iter().map(|(version, ..)| name(*version, "")).collect();
+        for (version, _) in OF_EACH_ENGINE {
+            known.extend([name(*version, ".postgres"), name(*version, ".sqlite")]);
+        }
+        known.sort();
         assert_eq!(names, known);
     }
 }

@@ -45,6 +45,9 @@ const BYTES: [f64; 9] = [
     17_179_869_184.0,
     68_719_476_736.0,
 ];
+/// The counter of what the audit log leaves out, and what it means.
+const AUDIT_LEFT_OUT: (&str, &str) =
+    ("builderd_audit_left_out_total", "Refusals that the audit log left out");
 const RATIOS: [f64; 10] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 const CORES: [f64; 8] = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0];
 
@@ -61,6 +64,8 @@ pub(crate) struct Metrics {
     quotas: Quotas,
     storage: Storage,
     requests: Requests,
+    tls_reloads: Counter<u64>,
+    audit_left_out: Counter<u64>,
 }
 
 /// Builds, from their acceptance to their end.
@@ -278,6 +283,8 @@ impl Metrics {
             quotas: Quotas::new(meter),
             storage: Storage::new(meter),
             requests: Requests::new(meter),
+            audit_left_out: counter(meter, AUDIT_LEFT_OUT.0, AUDIT_LEFT_OUT.1),
+            tls_reloads: counter(meter, "builderd_tls_reloads_total", "New TLS material"),
         }
     }
 
@@ -286,6 +293,17 @@ impl Metrics {
     pub(crate) fn unread() -> Arc<Self> {
         let provider = SdkMeterProvider::builder().build();
         Arc::new(Self::new(&provider, Registry::new(), false, Vec::new()))
+    }
+
+    /// The audit log left refusals out.
+    pub(crate) fn audit_left_out(&self, count: u64) {
+        self.audit_left_out.add(count, &[]);
+    }
+
+    /// There was new TLS material, which can be used or not.
+    pub(crate) fn tls_reload(&self, is_good: bool) {
+        let result = if is_good { "used" } else { "refused" };
+        self.tls_reloads.add(1, &[KeyValue::new("result", result)]);
     }
 
     /// Everything, as Prometheus reads it.

@@ -13,7 +13,6 @@ mod lines;
 mod metrics;
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::io::{self, IsTerminal as _};
 use std::sync::Arc;
 use std::time::Duration;
@@ -204,18 +203,13 @@ pub(crate) async fn bind_metrics(config: &TelemetryConfig) -> io::Result<Option<
     TcpListener::bind(address).await.map(Some).map_err(named)
 }
 
-/// Serves `/metrics` alone, until `stop`.
-pub(crate) async fn serve_metrics(
-    listener: TcpListener,
-    metrics: Arc<Metrics>,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<()> {
+/// The one page of that port.
+pub(crate) fn metrics_router(metrics: Arc<Metrics>) -> axum::Router {
     let answer = move || {
         let text = metrics.render();
         std::future::ready(([(CONTENT_TYPE, PROMETHEUS_TEXT)], text))
     };
-    let router = axum::Router::new().route("/metrics", get(answer));
-    axum::serve(listener, router).with_graceful_shutdown(stop).await
+    axum::Router::new().route("/metrics", get(answer))
 }
 
 /// The span of one request; `traceparent` is the caller's header (W3C Trace Context).

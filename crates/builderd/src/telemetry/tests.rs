@@ -93,6 +93,9 @@ fn everything(metrics: &Metrics) {
     metrics.rpc("/builder.v1.BuilderService/GetBuild", "not_found", 0.001);
     metrics.rpc("/made/up/by/a/caller", "not_found", 0.001);
     metrics.rpc_panicked("GetBuild");
+    metrics.audit_left_out(3);
+    metrics.tls_reload(true);
+    metrics.tls_reload(false);
     metrics.set_depth(7, 3);
     metrics.pull("docker.io", Pull::Fetched(Duration::from_secs(3)));
     metrics.pull("docker.io", Pull::Known);
@@ -402,9 +405,10 @@ async fn metrics_have_a_port_of_their_own() {
     let own = TelemetryConfig { prometheus: Some(address), ..config(None) };
     let listener = bind_metrics(&own).await.unwrap().unwrap();
     let address = listener.local_addr().unwrap();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let stopped = async move { drop(stopped.await) };
-    let server = tokio::spawn(serve_metrics(listener, telemetry.metrics(), stopped));
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let router = metrics_router(telemetry.metrics());
+    let drain = Duration::from_secs(5);
+    let server = tokio::spawn(crate::api::serve(listener, None, router, stopped, drain));
     let answer = reqwest::get(format!("http://{address}/metrics")).await.unwrap();
     let kind = answer.headers()["content-type"].to_str().unwrap().to_owned();
     assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");
@@ -412,7 +416,7 @@ async fn metrics_have_a_port_of_their_own() {
     let taken = TelemetryConfig { prometheus: Some(address), ..config(None) };
     let error = bind_metrics(&taken).await.unwrap_err().to_string();
     assert!(error.contains("OTEL_PROMETHEUS_PORT"), "{error}");
-    stop.send(()).unwrap();
+    stop.send_replace(true);
     server.await.unwrap().unwrap();
 }
 
@@ -423,7 +427,9 @@ const OF_TENANTS: [&str; 3] = [
     "builderd_storage_quota_usage_ratio",
 ];
 
-const DOCUMENTED: [&str; 44] = [
+const DOCUMENTED: [&str; 46] = [
+    "builderd_tls_reloads_total",
+    "builderd_audit_left_out_total",
     "builderd_builds_total",
     "builderd_build_errors_total",
     "builderd_build_cancellations_total",

@@ -166,6 +166,45 @@ fn a_token_opens_the_door_of_its_tenant_until_it_is_revoked() {
 }
 
 #[test]
+fn the_audit_log_tells_who_did_what_and_that_it_is_whole() {
+    let site = Site::new();
+    let token = site.token(&["--tier", "pro"]);
+    assert!(site.ask(&token, &["builds", "create", &site.image()]).status.success());
+    assert!(site.operate(&["tenant", "set", "other", "--tier", "pro"]).status.success());
+    let copy = site.workshop.path("copy.db");
+    assert!(site.operate(&["admin", "backup", copy.to_str().unwrap()]).status.success());
+    let export = |arguments: &[&str]| {
+        let output = site.operate(&[&["admin", "audit", "export"], arguments].concat());
+        let rows = stdout(&output);
+        assert!(!rows.contains(&token[4..]), "a secret in the log");
+        rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>()
+    };
+    let actions = |rows: &[Value]| {
+        rows.iter().map(|row| row["action"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let rows = export(&["-o", "jsonl"]);
+    let expected = [
+        "tenant.set",
+        "token.create",
+        "build.create",
+        "tenant.set",
+        "admin.backup",
+        "admin.audit-export",
+    ];
+    assert_eq!(actions(&rows), expected, "{rows:#?}");
+    assert!(rows[1]["subject"].as_str().unwrap().starts_with("command uid="), "{}", rows[1]);
+    assert_eq!(rows[2]["subject"], rows[1]["object"], "the token that was made");
+    assert_eq!((&rows[2]["tenant"], &rows[2]["outcome"]), (&"acme".into(), &"done".into()));
+    assert_eq!(rows[4]["object"], copy.to_str().unwrap());
+    let mine = export(&["--tenant", "acme", "--since", "1h"]);
+    assert_eq!(actions(&mine), expected[..3]);
+    assert!(export(&["--until", "2024-01-01T00:00:00Z"]).is_empty());
+    let verified = site.operate(&["admin", "audit", "verify"]);
+    assert!(stdout(&verified).contains("as it was written"), "{}", stdout(&verified));
+    assert!(stdout(&site.operate(&["admin", "check"])).contains("every rule holds"));
+}
+
+#[test]
 fn a_token_allows_what_it_names() {
     let site = Site::new();
     let reader = site.token(&["--permission", "build:read"]);

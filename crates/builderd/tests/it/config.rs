@@ -68,7 +68,7 @@ fn secrets_are_stars() {
 fn the_start_is_refused_with_every_problem_by_name() {
     let workshop = Workshop::new();
     let variables = [
-        ("UNKEY_BUILDERD_TLS_MODE", "spiffe"),
+        ("UNKEY_BUILDERD_ASSETMANAGER_ENABLED", "true"),
         ("UNKEY_BUILDERD_BUILD_TIMEOUT", "15"),
         ("UNKEY_BUILDERD_PROT", "8082"),
         ("UNKEY_BUILDERD_STORAGE_MAX_SIZE_GB", "100"),
@@ -79,7 +79,7 @@ fn the_start_is_refused_with_every_problem_by_name() {
         let said = stderr(&output);
         assert_eq!(output.status.code(), Some(2), "{command:?}: {said}");
         for part in [
-            "UNKEY_BUILDERD_TLS_MODE is `spiffe`: unimplemented",
+            "UNKEY_BUILDERD_ASSETMANAGER_ENABLED is `true`: unimplemented",
             "UNKEY_BUILDERD_BUILD_TIMEOUT is `15`, expected a duration",
             "UNKEY_BUILDERD_PROT is no setting: did you mean UNKEY_BUILDERD_PORT?",
             "UNKEY_BUILDERD_STORAGE_MAX_SIZE_GB",

@@ -14,3 +14,4 @@ mod registry;
 mod service;
 mod store;
 mod support;
+mod tls;

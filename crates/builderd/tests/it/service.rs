@@ -10,6 +10,9 @@ use serde_json::{Value, json};
 
 use crate::support::{Layer, TestImage, Workshop, stderr};
 
+mod commands;
+mod encryption;
+
 const RPC: &str = "/builder.v1.BuilderService";
 /// Long enough for the slowest machine; a story that works never waits so long.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -682,4 +685,61 @@ fn a_build_waits_while_an_old_file_of_its_content_is_removed() {
     assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
     assert_eq!(Some(path.as_path()), build["rootfs_path"].as_str().map(Path::new));
     assert!(path.exists(), "the completed build has its file");
+}
+
+#[test]
+fn a_registry_that_no_build_may_reach_is_refused_before_there_is_a_build() {
+    let stage = Stage::new();
+    let blocked = ("BLOCKED_DOMAINS", "evil.example");
+    let server = stage.serve(&[blocked, ("EGRESS_ALLOWED_PRIVATE", "10.7.0.0/16")]);
+    let mut free = order("quay.io/a/b");
+    free["config"]["tenant"]["tier"] = json!("TENANT_TIER_FREE");
+    for (ordered, rule) in [
+        (order("127.0.0.1:1/x"), "127.0.0.1:1 may not be reached from here: it is a loopback"),
+        (order("127.0.0.1:1/x"), "UNKEY_BUILDERD_EGRESS_ALLOWED_PRIVATE"),
+        (order("2130706433:1/x"), "a loopback address"),
+        (order("[::ffff:10.0.0.1]/x"), "a private address"),
+        (order("169.254.169.254/latest/meta-data"), "a link-local address"),
+        (order("hub.evil.example/x"), "the blocked domain evil.example"),
+        (free, "docker.io, ghcr.io are"),
+    ] {
+        let (status, answer) = server.call("t1", "CreateBuild", &ordered);
+        assert_eq!(status, 403, "{answer}");
+        assert!(answer.to_string().contains("NETWORK_DENIED"), "{answer}");
+        assert!(answer.to_string().contains(rule), "{rule}: {answer}");
+    }
+    let listed = server.well("t1", "ListBuilds", &json!({}));
+    assert!(listed["builds"].as_array().is_none_or(Vec::is_empty), "{listed}");
+    // What is allowed is asked for.
+    server.create("t1", "10.7.0.1:1/x");
+}
+
+#[test]
+fn a_redirect_to_a_neighbour_fails_the_build_at_once_and_asks_it_nothing() {
+    let stage = Stage::new();
+    let neighbour = TestRegistry::start().unwrap();
+    let layer = crate::support::sha256(&stage.image.blobs[0]);
+    neighbour.put_blob(stage.image.blobs[0].clone());
+    let target = format!("http://{}/cdn/sha256:{layer}", neighbour.host());
+    let server = stage.serve(&[]);
+    stage.registry.fault(&layer, Fault::Redirect(target.clone()));
+    let id = server.create("t1", &stage.reference("latest"));
+    let build = server.finished("t1", &id);
+    assert_eq!(build["failure"]["code"], "NETWORK_DENIED", "{build:#}");
+    assert_eq!(build["failure"]["blame"], "yours", "{build:#}");
+    let cause = build["failure"]["cause"].as_str().unwrap();
+    let told = format!("{} may not be reached from here: it is a loopback", neighbour.host());
+    assert!(cause.contains(&told), "{build:#}");
+    let remedy = build["failure"]["remedy"].as_str().unwrap();
+    assert!(remedy.contains("UNKEY_BUILDERD_EGRESS_ALLOWED_PRIVATE"), "{build:#}");
+    assert!(build["attempts"].as_array().is_none_or(|tries| tries.len() <= 1), "{build:#}");
+    assert!(neighbour.requests().is_empty());
+    drop(server);
+    // The same redirect, when the operator names the neighbour.
+    let both = format!("{},{}", stage.registry.host(), neighbour.host());
+    let server = stage.serve(&[("DOCKER_INSECURE_REGISTRIES", &both)]);
+    stage.registry.fault(&layer, Fault::Redirect(target));
+    let build = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    assert_eq!(neighbour.requests().len(), 1);
 }

@@ -40,6 +40,12 @@ impl Layer {
         self
     }
 
+    pub(crate) fn program(mut self, path: &str, content: &[u8]) -> Self {
+        let mut header = Self::header(tar::EntryType::Regular, 0o755, content.len() as u64);
+        self.tar.append_data(&mut header, path, content).unwrap();
+        self
+    }
+
     pub(crate) fn directory(mut self, path: &str) -> Self {
         let mut header = Self::header(tar::EntryType::Directory, 0o755, 0);
         self.tar.append_data(&mut header, path, &[][..]).unwrap();

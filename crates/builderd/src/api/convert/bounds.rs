@@ -20,6 +20,9 @@ pub(super) const REASON_BYTES_MAX: usize = 1024;
 pub(super) const ECHO_BYTES_MAX: usize = 64 << 10;
 /// Most labels of a build.
 pub(super) const LABELS_MAX: usize = 64;
+/// Most commands of a build, and the longest.
+pub(super) const COMMANDS_MAX: usize = 32;
+pub(super) const COMMAND_BYTES_MAX: usize = 4096;
 /// Most tags to try: each may cost a request to the registry.
 pub(super) const PULL_TAGS_MAX: usize = 16;
 

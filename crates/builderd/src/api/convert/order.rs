@@ -7,10 +7,10 @@ use secrecy::SecretString;
 use v1::build_source::SourceType;
 
 use super::bounds::{
-    ECHO_BYTES_MAX, IMAGE_BYTES_MAX, LABELS_MAX, PULL_TAGS_MAX, REASON_BYTES_MAX, SECRET_BYTES_MAX,
-    TEXT_BYTES_MAX, bounded, few, invalid, known, none_of,
+    COMMAND_BYTES_MAX, COMMANDS_MAX, ECHO_BYTES_MAX, IMAGE_BYTES_MAX, LABELS_MAX, PULL_TAGS_MAX,
+    REASON_BYTES_MAX, SECRET_BYTES_MAX, TEXT_BYTES_MAX, bounded, few, invalid, known, none_of,
 };
-use super::unimplemented::{refuse_unimplemented, rootfs};
+use super::unimplemented::{docker, refuse_unimplemented, rootfs};
 use crate::build::record::{BuildRequest, FailureCode, RetryPolicy};
 use crate::build::service::{LowerLimits, Order, RegistryCredentials, ServiceError};
 use crate::build::state::BuildState;
@@ -51,6 +51,7 @@ pub(in super::super) fn order(request: v1::CreateBuildRequest) -> Result<Order, 
             pull_tags: pull_tags(image)?,
             compression: compression(&config)?,
             size_limit_bytes: size_limit(&config)?,
+            commands: commands(&config)?,
             name: bounded("config.build_name", &config.build_name, TEXT_BYTES_MAX)?,
             labels: labels(&config)?,
             suggested_asset_id: bounded(
@@ -62,6 +63,22 @@ pub(in super::super) fn order(request: v1::CreateBuildRequest) -> Result<Order, 
             echo: echo(config)?,
         },
     })
+}
+
+/// What is to be run in the image.
+fn commands(config: &v1::BuildConfig) -> Result<Vec<String>, ServiceError> {
+    const FIELD: &str = "config.strategy.docker_strategy.custom_commands";
+    let Some(strategy) = docker(config) else { return Ok(Vec::new()) };
+    few(FIELD, strategy.custom_commands.len(), COMMANDS_MAX)?;
+    let commands = strategy.custom_commands.iter().map(|command| {
+        let problem = match command {
+            command if command.trim().is_empty() => "has an empty command: leave it out",
+            command if command.contains('\0') => "has a command with a NUL character",
+            command => return bounded(FIELD, command, COMMAND_BYTES_MAX),
+        };
+        Err(invalid(FIELD, problem))
+    });
+    commands.collect()
 }
 
 /// An empty key is none.
@@ -432,6 +449,27 @@ mod tests {
             config["source"]["docker_image"]["auth"] = json!({"username": "me"});
         });
         assert!(ordered(config).is_err());
+    }
+
+    #[test]
+    fn commands_are_taken_in_their_order_and_bounded() {
+        let ordered = |commands: Value| {
+            let strategy = json!({"docker_strategy": {"custom_commands": commands}});
+            ordered(whole(|config| config["strategy"] = strategy))
+        };
+        let two = ordered(json!(["apt-get clean", "rm -rf /tmp/*"])).unwrap().request.commands;
+        assert_eq!(two, ["apt-get clean", "rm -rf /tmp/*"]);
+        assert!(ordered(json!([])).unwrap().request.commands.is_empty());
+        let (many, long) = (vec!["true"; COMMANDS_MAX + 1], "x".repeat(COMMAND_BYTES_MAX + 1));
+        for (wrong, words) in [
+            (json!(["true", " "]), "has an empty command"),
+            (json!(["a\u{0}b"]), "NUL"),
+            (json!(many), "are more than 32"),
+            (json!([long]), "is longer than 4096 bytes"),
+        ] {
+            let error = ordered(wrong).unwrap_err().to_string();
+            assert!(error.contains("custom_commands: ") && error.contains(words), "{error}");
+        }
     }
 
     #[test]

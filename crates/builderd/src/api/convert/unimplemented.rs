@@ -71,9 +71,6 @@ pub(in super::super) const UNIMPLEMENTED: &[Later] = &[
     later("docker_strategy.preserve_layers", "leave it out; layers become one tree", |config| {
         docker(config).is_some_and(|strategy| strategy.preserve_layers)
     }),
-    later("docker_strategy.custom_commands", "run them in the image's own build", |config| {
-        docker(config).is_some_and(|strategy| !strategy.custom_commands.is_empty())
-    }),
     later("microvm_rootfs.format", "leave it out, or \"ext4\"", |config| {
         rootfs(config).is_some_and(|target| !matches!(target.format.as_str(), "" | "ext4"))
     }),
@@ -116,7 +113,7 @@ pub(in super::super) const UNIMPLEMENTED: &[Later] = &[
             || !limits.allowed_registries.is_empty()
             || !limits.allowed_git_hosts.is_empty()
     }),
-    later("config.limits of commands", "leave them out; a build runs no commands", |config| {
+    later("config.limits of commands", "leave them out; they are the tier's", |config| {
         let limits = &config.limits;
         limits.allow_privileged_builds
             || limits.sandbox_level != 0
@@ -154,7 +151,7 @@ fn extract(config: &v1::BuildConfig) -> Option<&v1::DockerExtractStrategy> {
     }
 }
 
-fn docker(config: &v1::BuildConfig) -> Option<&v1::DockerStrategy> {
+pub(super) fn docker(config: &v1::BuildConfig) -> Option<&v1::DockerStrategy> {
     match config.strategy.strategy_type.as_ref()? {
         StrategyType::DockerStrategy(strategy) => Some(strategy),
         StrategyType::DockerExtract(_)
@@ -203,10 +200,6 @@ mod tests {
         (
             "docker_strategy.preserve_layers",
             r#"{"strategy":{"docker_strategy":{"preserve_layers":true}}}"#,
-        ),
-        (
-            "docker_strategy.custom_commands",
-            r#"{"strategy":{"docker_strategy":{"custom_commands":["apt-get clean"]}}}"#,
         ),
         ("microvm_rootfs.format", r#"{"target":{"microvm_rootfs":{"format":"squashfs"}}}"#),
         (

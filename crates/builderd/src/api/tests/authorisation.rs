@@ -11,7 +11,7 @@ use crate::api::Mode;
 use crate::tenant::Right;
 
 /// How a way in names the build it is about.
-enum Way {
+pub(super) enum Way {
     /// An RPC with this body, `ID` standing for the build.
     Rpc(&'static str, &'static str),
     /// A plain route.
@@ -21,7 +21,7 @@ enum Way {
 use Way::{Route, Rpc};
 
 /// Each way in, the right it takes, and whether it is about one build.
-const WAYS: &[(Way, Right, bool)] = &[
+pub(super) const WAYS: &[(Way, Right, bool)] = &[
     (Rpc("CreateBuild", ""), Right::BuildCreate, false),
     (Rpc("GetBuild", r#"{"build_id":"ID"}"#), Right::BuildRead, true),
     (Rpc("ListBuilds", "{}"), Right::BuildRead, false),
@@ -41,14 +41,19 @@ const WAYS: &[(Way, Right, bool)] = &[
 const OPEN: &[&str] = &["/health", "/stats", "/metrics"];
 
 impl Way {
-    fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         match self {
             Rpc(name, _) => format!("rpc {name}"),
             Route(route) => format!("route {route}"),
         }
     }
 
-    fn request(&self, server: &Server, id: &str, tenant: Option<&str>) -> RequestBuilder {
+    pub(super) fn request(
+        &self,
+        server: &Server,
+        id: &str,
+        tenant: Option<&str>,
+    ) -> RequestBuilder {
         match self {
             Rpc("StreamBuildLogs", body) => {
                 let body = named(body, id, tenant).to_string();

@@ -2,9 +2,12 @@
 //!
 //! No worker runs here: a story moves its builds itself, through the store.
 
+mod answers;
 mod artifact;
+mod audit;
 mod authorisation;
 mod bounds;
+mod certificates;
 mod deleting;
 mod documented;
 mod health;
@@ -37,6 +40,7 @@ use crate::config::Origins;
 use crate::seal::MasterKey;
 use crate::store::{Claimed, Fenced, Outcome, Store, TenantRow, TokenRow};
 use crate::tenant::{Right, TenantId, Tier};
+use crate::tls::Tls;
 
 /// How long connections may live on when a story ends.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -96,6 +100,15 @@ impl Server {
     }
 
     pub(super) async fn start_by(api_rules: ApiRules, origins: Origins) -> Self {
+        Self::start_behind(None, api_rules, origins).await
+    }
+
+    /// With TLS, of which the story has a client of its own.
+    pub(super) async fn start_behind(
+        tls: Option<Tls>,
+        api_rules: ApiRules,
+        origins: Origins,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open_sqlite(directory.path()).await.unwrap();
         let artifacts = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
@@ -104,7 +117,9 @@ impl Server {
             limits: Tier::ALL.map(Tier::limits),
             registry_auth: true,
             allowed_registries: Vec::new(),
+            registries: oci::ClientOptions::default(),
             build_secs_max: 900,
+            no_commands: Some("this is a test".into()),
             stop_wait: STOP_WAIT,
         };
         let key = MasterKey::load_or_create(&directory.path().join("master.key")).unwrap();
@@ -121,14 +136,19 @@ impl Server {
             walls: serde_json::json!({"standing": ["seccomp"], "missing": []}),
             begin: Box::new(|| Box::new(())),
             render: Box::new(|| "builderd_up 1\n".to_owned()),
+            left_out: Arc::new(|_| ()),
             observe: Arc::new(|_, _, _| ()),
         };
         let (service, stopped) = (Arc::new(service), stopping.clone());
         let state = ApiState::new(service, store.clone(), clock, meters, api_rules, stopped);
+        let state = match &tls {
+            Some(tls) => state.knowing(tls.clients()),
+            None => state,
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = super::router(state, origins);
-        let task = tokio::spawn(super::serve(listener, router, stopping, DRAIN));
+        let task = tokio::spawn(super::serve(listener, tls, router, stopping, DRAIN));
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         Self { address, store, artifacts, client, shutdown, task, _directory: directory }
     }

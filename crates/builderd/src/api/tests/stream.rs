@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{Server, create_body, send};
 use crate::api::{Mode, new_token};
 use crate::clock::{Clock as _, WallClock};
+use crate::store::audit::AuditRow;
 use crate::store::{Outcome, TokenRow};
 use crate::tenant::Right;
 
@@ -211,6 +212,8 @@ async fn a_log_is_followed_no_longer_than_the_token_is_good() {
     };
     let ended_at = WallClock.now();
     assert_eq!(end["error"]["code"], "unauthenticated");
+    let is_cut = |row: &AuditRow| row.subject == id && row.outcome == "unauthenticated";
+    assert!(server.audit().await.iter().any(is_cut), "who was cut off a moment ago is known");
     assert!(lines.iter().any(|line| line["message"] == "b"), "it read as long as it might");
     assert!(ended_at >= expires_at, "it was cut before its time");
     let latest = expires_at.plus_secs((BELIEVED_MAX + SLACK).as_secs());

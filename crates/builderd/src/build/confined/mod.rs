@@ -81,6 +81,8 @@ pub(super) struct ImageTask {
     pub(super) tree_limits: TreeLimits,
     pub(super) options: ImageOptions,
     pub(super) manifest_digest: String,
+    /// The sum of what commands have changed.
+    pub(super) changes: Option<String>,
     /// When the config says the image was made.
     pub(super) created_secs: i64,
     pub(super) hash: bool,

@@ -11,8 +11,9 @@ use crate::artifact::{LocalArtifacts, OpenArtifact, Stored};
 use crate::build::record::{BuildMetrics, BuildResult};
 use crate::build::state::BuildState;
 use crate::clock::{StoppedClock, WallClock};
+use crate::store::audit::AuditFilter;
 use crate::store::tests::queue_build;
-use crate::store::{Claimed, NewFile, Outcome, Reserved};
+use crate::store::{Claimed, NewFile, Outcome, Reserved, TenantKeyRow};
 use crate::tenant::Tier;
 
 const KEY: &str = "public/ab";
@@ -108,6 +109,81 @@ async fn forgotten_file(files: &LocalArtifacts) {
     file.set_modified(std::time::SystemTime::now() - Duration::from_secs(7200)).unwrap();
 }
 
+fn rules() -> JanitorRules {
+    JanitorRules {
+        sweep_every: Duration::from_secs(1),
+        retention_secs: 1 << 30,
+        audit_retention_secs: 1 << 30,
+        storage_bytes_max: u64::MAX,
+        packs: None,
+        tenants: ServiceRules {
+            limits: Tier::ALL.map(Tier::limits),
+            registry_auth: true,
+            allowed_registries: Vec::new(),
+            registries: oci::ClientOptions::default(),
+            build_secs_max: 900,
+            no_commands: None,
+            stop_wait: Duration::from_secs(1),
+        },
+    }
+}
+
+#[tokio::test]
+async fn rows_of_the_audit_log_go_when_they_were_kept_long_enough() {
+    const DAY: u64 = 86_400;
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock = Arc::new(StoppedClock::at(WallClock.now()));
+    let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
+    let rules = JanitorRules { audit_retention_secs: 365 * DAY, ..rules() };
+    let its_clock = Arc::clone(&clock) as Arc<dyn Clock>;
+    let mut janitor = Janitor::new(store.clone(), files, its_clock, Metrics::unread(), rules);
+    queue_build(&store, "old", clock.now()).await;
+    clock.advance_secs(364 * DAY);
+    queue_build(&store, "young", clock.now()).await;
+    let numbers = async || {
+        let page = store.system().audit_page(&AuditFilter::default(), None).await.unwrap();
+        page.iter().map(|row| row.number).collect::<Vec<_>>()
+    };
+    janitor.sweep().await.unwrap();
+    assert_eq!(numbers().await, [1, 2]);
+    clock.advance_secs(2 * DAY);
+    janitor.sweep().await.unwrap();
+    assert_eq!(numbers().await, [2]);
+    assert!(store.system().verify_audit().await.unwrap().problems.is_empty());
+}
+
+#[tokio::test]
+async fn a_retired_key_that_nothing_needs_goes_after_a_day() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock = Arc::new(StoppedClock::at(WallClock.now()));
+    let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
+    let its_clock = Arc::clone(&clock) as Arc<dyn Clock>;
+    let mut janitor = Janitor::new(store.clone(), files, its_clock, Metrics::unread(), rules());
+    let tenant = queue_build(&store, "app", clock.now()).await.tenant;
+    let key = |number: u8| TenantKeyRow {
+        tenant: tenant.clone(),
+        id: format!("{number:032x}"),
+        wrapped: vec![number],
+        wrapped_by: "master".into(),
+        created_at: clock.now(),
+        retired_at: None,
+    };
+    let system = store.system();
+    assert!(system.rotate_tenant_key(&key(1)).await.unwrap());
+    assert!(system.rotate_tenant_key(&key(2)).await.unwrap());
+    let there = async |number: u8| {
+        system.tenant_key(&tenant, &format!("{number:032x}")).await.unwrap().is_some()
+    };
+    clock.advance_secs(KEY_GRACE_SECS);
+    janitor.sweep().await.unwrap();
+    assert!(there(1).await && there(2).await);
+    clock.advance_secs(1);
+    janitor.sweep().await.unwrap();
+    assert!(!there(1).await && there(2).await);
+}
+
 #[tokio::test]
 async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
     let directory = tempfile::tempdir().unwrap();
@@ -132,21 +208,8 @@ async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
         worker: Arc::clone(&worker),
         heard: Mutex::default(),
     });
-    let rules = JanitorRules {
-        sweep_every: Duration::from_secs(1),
-        retention_secs: 1 << 30,
-        storage_bytes_max: u64::MAX,
-        packs: None,
-        tenants: ServiceRules {
-            limits: Tier::ALL.map(Tier::limits),
-            registry_auth: true,
-            allowed_registries: Vec::new(),
-            build_secs_max: 900,
-            stop_wait: Duration::from_secs(1),
-        },
-    };
     let artifacts = Arc::clone(&contended) as Arc<dyn ArtifactStore>;
-    let mut janitor = Janitor::new(store, artifacts, clock, Metrics::unread(), rules);
+    let mut janitor = Janitor::new(store, artifacts, clock, Metrics::unread(), rules());
     janitor.sweep().await.unwrap();
     assert!(files.open(KEY).await.unwrap().is_some(), "seen for the first time, it stays");
     janitor.sweep().await.unwrap();

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::running::{Running, millis};
 use super::{HEARTBEAT, internal};
+use crate::artifact::sealed_name;
 use crate::build::child::ChildReport;
 use crate::build::record::{BuildMetrics, BuildResult, Failure, FailureCode};
 use crate::build::state::BuildState;
@@ -19,17 +20,36 @@ impl Running<'_> {
     /// Who may share the artifact, and what decides its bytes.
     pub(super) fn artifact_name(&self, image: &Image) -> ArtifactName {
         let build = self.build();
-        let domain = match image.anonymous {
-            true => ArtifactDomain::Public,
+        let is_protected = self.workers.protects(build);
+        let commands = &build.request.commands;
+        let domain = match commands.is_empty() {
+            true => self.domain(image),
+            // What somebody's commands have made is for nobody else.
             false => ArtifactDomain::Tenant(build.tenant.clone()),
         };
-        let recipe = serde_json::json!({
+        let mut recipe = serde_json::json!({
             "engine": ENGINE,
             "manifest": image.manifest_digest.to_string(),
             "compression": build.request.compression,
             "free_space": DEFAULT_FREE_SPACE_BYTES,
         });
+        if !commands.is_empty() {
+            recipe["commands"] = commands.clone().into();
+        }
+        if is_protected {
+            // What was made in the open, before the tenant was protected, is not found.
+            recipe["sealed"] = true.into();
+        }
         ArtifactName { domain, recipe: hex(&Sha256::digest(recipe.to_string())) }
+    }
+
+    /// Who may share what is made of the image as it is.
+    pub(super) fn domain(&self, image: &Image) -> ArtifactDomain {
+        let build = self.build();
+        match image.anonymous && !self.workers.protects(build) {
+            true => ArtifactDomain::Public,
+            false => ArtifactDomain::Tenant(build.tenant.clone()),
+        }
     }
 
     /// The artifact, if it may be handed out again and there is one.
@@ -80,6 +100,35 @@ impl Running<'_> {
         }
     }
 
+    /// What the artifact is stored under.
+    async fn artifact_key(&self, name: &ArtifactName, sha256: &str) -> Result<String, Failure> {
+        let build = self.build();
+        let extension = match build.request.compression.as_str() {
+            "gzip" => "ext4.gz",
+            "zstd" => "ext4.zst",
+            _ => "ext4",
+        };
+        let plain = format!("{}/{sha256}.{extension}", name.domain);
+        if !self.workers.protects(build) {
+            return Ok(plain);
+        }
+        let key = self.workers.keys.current(&build.tenant, self.workers.clock.now()).await;
+        match key {
+            Ok(key) => Ok(sealed_name(&plain, key)),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "there is no key");
+                Err(Failure {
+                    code: FailureCode::TemporaryResourceError,
+                    step: "publish".into(),
+                    cause: format!("there is no key to encrypt the artifact with: {error}"),
+                    blame: "ours".into(),
+                    remedy: "try again later; if that fails, tell the operator the build's id"
+                        .into(),
+                })
+            }
+        }
+    }
+
     pub(super) async fn publish(
         &self,
         name: &ArtifactName,
@@ -92,12 +141,7 @@ impl Running<'_> {
         self.meter.publishing();
         let usage = self.meter.sample().await;
         let request = &self.build().request;
-        let extension = match request.compression.as_str() {
-            "gzip" => "ext4.gz",
-            "zstd" => "ext4.zst",
-            _ => "ext4",
-        };
-        let artifact_key = format!("{}/{}.{extension}", name.domain, report.sha256);
+        let artifact_key = self.artifact_key(name, &report.sha256).await?;
         let staged = self.staging().join("rootfs.ext4");
         let (key, size_bytes) = (artifact_key.as_str(), report.artifact_bytes);
         self.reserve(&NewFile { key, size_bytes, sha256: &report.sha256 }).await?;
@@ -123,7 +167,7 @@ impl Running<'_> {
         let metrics = BuildMetrics {
             pull_ms,
             extract_ms: secs(&[Phase::Layers]),
-            build_ms: secs(&[Phase::Flatten, Phase::Layout, Phase::Write]),
+            build_ms: secs(&[Phase::Commands, Phase::Flatten, Phase::Layout, Phase::Write]),
             optimize_ms: secs(&[Phase::Compress]),
             total_ms: millis(started),
             source_bytes: image.layers.iter().map(|layer| layer.size_bytes).sum(),

@@ -15,14 +15,17 @@ use crate::build::child::{
 use crate::build::host::Group;
 use crate::build::progress::Progress;
 use crate::build::record::{Failure, FailureCode};
-use crate::build::{BuildEvent, Phase, error};
+use crate::build::{BuildEvent, CommandsSpec, Phase, error};
+
+/// Processes and threads of a command: enough for a compiler on many cores.
+const COMMAND_PIDS_MAX: u32 = 512;
 
 impl Running<'_> {
     fn child_spec(&self, image: &Image, registry: RegistrySpec) -> Result<ChildSpec, Failure> {
         let (build, rules) = (self.build(), &self.workers.rules);
         let reference: oci::Reference =
             build.request.image.parse().map_err(|_| internal("the image has no valid name"))?;
-        let domain = self.artifact_name(image).domain.to_string();
+        let domain = self.domain(image).to_string();
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let disk = build.limits.disk_bytes;
         Ok(ChildSpec {
@@ -36,17 +39,44 @@ impl Running<'_> {
             registry,
             output: self.staging().join("rootfs.ext4"),
             compression: build.request.compression.clone(),
-            packs: rules.packs.as_ref().map(|(directory, limit_bytes)| PackSpec {
+            packs: self.workers.packs(build).map(|(directory, limit_bytes)| PackSpec {
                 directory: directory.clone(),
                 domain,
                 limit_bytes: *limit_bytes,
             }),
+            commands: self.commands_spec()?,
             jobs: usize::try_from(build.limits.cpu_cores).unwrap_or(1).clamp(1, cpus),
             image_bytes_max: Some(self.image_bytes_max()),
             memory_bytes: build.limits.memory_bytes,
             disk_bytes: disk,
             walls: rules.host.worker_walls(),
         })
+    }
+
+    /// The build's commands with what they may take: they share with the rest of the build, which
+    /// needs some of its memory, and half of its disk for layers and the image.
+    fn commands_spec(&self) -> Result<Option<CommandsSpec>, Failure> {
+        let (build, rules) = (self.build(), &self.workers.rules);
+        if build.request.commands.is_empty() {
+            return Ok(None);
+        }
+        let Some(runtime) = &rules.runtime else {
+            return Err(Failure {
+                code: FailureCode::TemporaryResourceError,
+                step: Phase::Commands.as_str().into(),
+                cause: "this server runs no commands; the one that took the build does".into(),
+                blame: "ours".into(),
+                remedy: "try again; give every server of the database an OCI runtime".into(),
+            });
+        };
+        Ok(Some(CommandsSpec {
+            commands: build.request.commands.clone(),
+            runtime: runtime.clone(),
+            memory_bytes: build.limits.memory_bytes / 8 * 7,
+            cpu_millis: 1000 * u64::from(build.limits.cpu_cores.max(1)),
+            pids_max: COMMAND_PIDS_MAX,
+            disk_bytes: build.limits.disk_bytes / 2,
+        }))
     }
 
     /// Runs the engine in its own process and listens until it is done.

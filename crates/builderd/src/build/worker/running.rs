@@ -72,7 +72,7 @@ impl<'a> Running<'a> {
             claimed,
             give_up,
             journal: Journal::new(&workers.store, &claimed.lease, &*workers.clock),
-            meter: Meter::new(metrics, registry, staging, workers.rules.packs.is_some()),
+            meter: Meter::new(metrics, registry, staging, workers.packs(&claimed.build).is_some()),
             deadline: Instant::now() + limit,
         }
     }

@@ -33,7 +33,9 @@ fn workers(
         pull_timeout: Duration::from_secs(10),
         packs: None,
         cache_enabled: false,
+        encrypts_all: false,
         program: program.into(),
+        runtime: None,
         shutdown_timeout: Duration::ZERO,
     };
     Workers::new(

@@ -224,7 +224,11 @@ impl Rows {
     }
 
     /// Takes a completed build's file away; the build stays.
-    async fn forget_once(&self, tenant: &TenantId, id: &BuildId) -> Result<bool, StoreError> {
+    pub(super) async fn forget_once(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+    ) -> Result<bool, StoreError> {
         let mut tx = self.engine.begin().await?;
         let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(false) };
         if held.state != BuildState::Completed || held.artifact_key.is_none() {

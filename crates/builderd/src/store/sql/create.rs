@@ -1,9 +1,11 @@
 //! A build is accepted, or a quota says no: decided and counted in one transaction.
 
+use super::audit::append;
 use super::reading::{build_columns, read_build};
 use super::{Event, Rows, Tally, arrears, virtual_start};
 use crate::build::record::Micros;
 use crate::build::state::BuildState;
+use crate::store::audit::{Action, AuditEntry, Author};
 use crate::store::engine::{Tx, sql, to_json};
 use crate::store::{Accepted, NewBuild, QuotaExceeded, StoreError};
 use crate::tenant::{TenantId, TenantLimits, Tier};
@@ -19,14 +21,15 @@ struct Standing {
 }
 
 impl Rows {
-    pub(crate) async fn create(
+    pub(crate) async fn create_by(
         &self,
+        author: &Author,
         tenant: &TenantId,
         tier: Tier,
         tenant_limits: &TenantLimits,
         build: &NewBuild,
     ) -> Result<Accepted, StoreError> {
-        let create = || self.create_once(tenant, tier, tenant_limits, build);
+        let create = || self.create_once(author, tenant, tier, tenant_limits, build);
         let accepted = self.again(create).await?;
         if matches!(accepted, Accepted::Created(_)) {
             self.announcer.announce();
@@ -36,6 +39,7 @@ impl Rows {
 
     async fn create_once(
         &self,
+        author: &Author,
         tenant: &TenantId,
         tier: Tier,
         tenant_limits: &TenantLimits,
@@ -69,6 +73,9 @@ impl Rows {
         let tally = Tally { virtual_time, ..Tally::moved(None, Some(BuildState::Queued)) };
         tally.apply(&mut tx, tenant).await?;
         let created = read_build(&mut tx, tenant, &build.id).await?;
+        let (action, id) = (Action::BuildCreate, build.id.as_str());
+        let entry = AuditEntry::done(Some(tenant), author, action, id, created_at);
+        append(&mut tx, &[entry]).await?;
         tx.commit().await?;
         Ok(Accepted::Created(created))
     }

@@ -2,11 +2,13 @@
 
 use crate::build::record::{Attempt, BuildId, BuildResult, Failure, FailureCode, Micros};
 use crate::build::state::{BuildState, Happening};
+use crate::store::audit::{Action, AuditEntry, Author};
 use crate::store::engine::{Tx, sql, to_json};
 use crate::store::{ArtifactName, Cancel, Delete, Lease, Outcome, StoreError};
 use crate::tenant::{TenantId, TenantLimits};
 
 use super::artifacts::{drop_claim, keep, remove_if_unused};
+use super::audit::append;
 use super::{Held, Rows, Tally, arrears, was_held};
 
 /// How a build ends.
@@ -207,8 +209,9 @@ impl Rows {
         .await
     }
 
-    pub(crate) async fn cancel(
+    pub(crate) async fn cancel_by(
         &self,
+        author: &Author,
         tenant: &TenantId,
         id: &BuildId,
         reason: &str,
@@ -220,7 +223,10 @@ impl Rows {
             if held.state.is_terminal() {
                 return Ok(Some(Cancel::Ended(held.state)));
             }
+            let mut entries = Vec::new();
             if !held.is_cancel_requested {
+                let action = Action::BuildCancel;
+                entries.push(AuditEntry::done(Some(tenant), author, action, id.as_str(), now));
                 let query = sql("UPDATE build SET cancel_requested_at = $4, cancel_reason = $5, \
                      updated_at = $4 WHERE tenant_id = $1 AND id = $2 AND state = $3");
                 was_held(tx.execute(held.key(query).at(now).text(reason)).await?)?;
@@ -232,16 +238,19 @@ impl Rows {
                     Cancel::Done
                 }
             };
+            append(&mut tx, &entries).await?;
             tx.commit().await?;
             Ok(Some(done))
         })
         .await
     }
 
-    pub(crate) async fn delete(
+    pub(crate) async fn delete_by(
         &self,
+        author: &Author,
         tenant: &TenantId,
         id: &BuildId,
+        now: Micros,
     ) -> Result<Option<Delete>, StoreError> {
         self.again(|| async {
             let mut tx = self.engine.begin().await?;
@@ -264,6 +273,9 @@ impl Rows {
             let query = sql("UPDATE tenant_day SET deleted = deleted + 1 \
                  WHERE tenant_id = $1 AND day = $2");
             tx.execute(query.text(tenant.as_str()).at(held.created_at.day())).await?;
+            let action = Action::BuildDelete;
+            let entry = AuditEntry::done(Some(tenant), author, action, id.as_str(), now);
+            append(&mut tx, &[entry]).await?;
             tx.commit().await?;
             Ok(Some(Delete::Done))
         })

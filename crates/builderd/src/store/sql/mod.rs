@@ -9,14 +9,16 @@
 //! | `removals` | a file is taken or removed, never both |
 //! | `reading` | builds, logs, figures |
 //! | `tenants` | tenants and tokens as the operator set them up |
+//! | `audit` | who did what, and who was refused |
 //! | `keys` | which master key secrets are sealed with |
 //! | `heart` | whether the database takes writes |
 //!
 //! Rows are locked in this order, whoever asks: build, a file's removal, artifact, a tenant's
-//! claim on it, tenant, the tenant's day. A claim holds a tenant before it looks for a build, and so takes
+//! claim on it, tenant, the tenant's day, a stream of the audit log. A claim holds a tenant before it looks for a build, and so takes
 //! only a build that nobody else holds; nobody waits in a circle.
 
 mod artifacts;
+mod audit;
 mod create;
 mod ending;
 mod heart;
@@ -26,6 +28,8 @@ mod reading;
 mod removals;
 mod tenants;
 
+#[cfg(test)]
+pub(super) use audit::AUDIT_PAGE;
 #[cfg(test)]
 pub(super) use queue::{LOG_BYTES_MAX, LOG_LINE_BYTES_MAX, LOG_LINES_MAX};
 

@@ -4,7 +4,7 @@ use super::{Rows, counter, rows};
 use crate::build::record::{Build, BuildId, BuildRequest, LogLine, Micros, Stats, Usage};
 use crate::build::state::BuildState;
 use crate::store::engine::{Row, Tx, either, signed, sql};
-use crate::store::{Depth, Filter, Page, StoreError};
+use crate::store::{Depth, Filter, Page, Revision, Seen, StoreError};
 use crate::tenant::{TenantId, Tier};
 
 /// Behind every id.
@@ -32,7 +32,7 @@ macro_rules! build_with_log {
         concat!(
             "SELECT ",
             build_columns!(),
-            ", CAST((SELECT ",
+            ", revision, CAST((SELECT ",
             $messages,
             " FROM (SELECT line, message FROM build_log WHERE tenant_id = $1 AND build_id = $2 \
              ORDER BY line DESC LIMIT $3) AS tail) AS TEXT) AS log_tail \
@@ -121,15 +121,34 @@ impl Rows {
         tenant: &TenantId,
         id: &BuildId,
         lines: u32,
-    ) -> Result<Option<(Build, Vec<String>)>, StoreError> {
+    ) -> Result<Option<Seen>, StoreError> {
         let query = either(
             build_with_log!("json_group_array(message ORDER BY line)"),
             build_with_log!("json_agg(message ORDER BY line)"),
         );
         let query = query.text(tenant.as_str()).text(id.as_str()).int(rows(lines, 0));
         let row = self.again(|| self.engine.optional(query.clone())).await?;
-        let read = |row: &Row| Ok((build(row)?, row.maybe_json("log_tail")?.unwrap_or_default()));
+        let read = |row: &Row| {
+            Ok(Seen {
+                build: build(row)?,
+                log: row.maybe_json("log_tail")?.unwrap_or_default(),
+                revision: Revision(row.int("revision")?),
+            })
+        };
         row.as_ref().map(read).transpose()
+    }
+
+    /// What runs has none: its changes are not counted.
+    pub(crate) async fn revision_of_ended(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+    ) -> Result<Option<Revision>, StoreError> {
+        let query = sql("SELECT revision FROM build \
+             WHERE tenant_id = $1 AND id = $2 AND ended_at IS NOT NULL");
+        let query = query.text(tenant.as_str()).text(id.as_str());
+        let row = self.again(|| self.engine.optional(query.clone())).await?;
+        row.map(|row| Ok(Revision(row.int("revision")?))).transpose()
     }
 
     pub(crate) async fn list(

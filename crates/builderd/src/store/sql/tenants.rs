@@ -1,13 +1,34 @@
 //! Tenants and tokens as the operator set them up.
 
+use super::audit::append;
 use super::{Rows, rows, virtual_start};
 use crate::build::record::Micros;
-use crate::store::engine::{Row, sql, to_json};
+use crate::store::audit::{Action, AuditEntry, Author};
+use crate::store::engine::{Query, Row, sql, to_json};
 use crate::store::{StoreError, TenantLoad, TenantRow, TokenRow};
 use crate::tenant::{TenantId, Tier};
 
 impl Rows {
-    pub(crate) async fn put_tenant(&self, tenant: &TenantRow) -> Result<(), StoreError> {
+    /// Makes one change and says in the log who made it, if it changed anything; how many rows.
+    async fn change_audited(&self, query: &Query, entry: &AuditEntry) -> Result<u64, StoreError> {
+        self.change(|| async {
+            let mut tx = self.engine.begin().await?;
+            let touched = tx.execute(query.clone()).await?;
+            if touched > 0 {
+                append(&mut tx, std::slice::from_ref(entry)).await?;
+            }
+            tx.commit().await?;
+            Ok(touched)
+        })
+        .await
+    }
+
+    pub(crate) async fn put_tenant_by(
+        &self,
+        author: &Author,
+        tenant: &TenantRow,
+        now: Micros,
+    ) -> Result<(), StoreError> {
         let own = tenant.limits.as_ref();
         let running_max = own.unwrap_or(&tenant.tier.limits()).concurrent_builds;
         let limits = own.map(to_json).transpose()?;
@@ -27,7 +48,9 @@ impl Rows {
             .int(i64::from(tenant.tier.weight()))
             .int(i64::from(running_max))
             .int(virtual_start(tenant.tier.weight()));
-        self.change(|| self.engine.execute(query.clone())).await?;
+        let (id, action) = (&tenant.id, Action::TenantSet);
+        let entry = AuditEntry::done(Some(id), author, action, id.as_str(), now);
+        self.change_audited(&query, &entry).await?;
         Ok(())
     }
 
@@ -65,7 +88,11 @@ impl Rows {
         found.iter().map(load).collect()
     }
 
-    pub(crate) async fn add_token(&self, token: &TokenRow) -> Result<(), StoreError> {
+    pub(crate) async fn add_token_by(
+        &self,
+        author: &Author,
+        token: &TokenRow,
+    ) -> Result<(), StoreError> {
         let query = sql("INSERT INTO api_token (id, secret_hash, tenant_id, customer, rights, \
              note, created_at, expires_at, revoked_at) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)");
@@ -79,7 +106,9 @@ impl Rows {
             .at(token.created_at)
             .at(token.expires_at)
             .at(token.revoked_at);
-        self.again(|| self.engine.execute(query.clone())).await?;
+        let (tenant, action) = (Some(&token.tenant), Action::TokenCreate);
+        let entry = AuditEntry::done(tenant, author, action, &token.id, token.created_at);
+        self.change_audited(&query, &entry).await?;
         Ok(())
     }
 
@@ -107,11 +136,23 @@ impl Rows {
         self.again(|| self.engine.all(query())).await?.iter().map(token_row).collect()
     }
 
-    pub(crate) async fn revoke_token(&self, id: &str, now: Micros) -> Result<bool, StoreError> {
-        let query = sql("UPDATE api_token SET revoked_at = COALESCE(revoked_at, $2) \
-             WHERE id = $1");
-        let query = query.text(id).at(now);
-        Ok(self.again(|| self.engine.execute(query.clone())).await? > 0)
+    pub(crate) async fn revoke_token_by(
+        &self,
+        author: &Author,
+        id: &str,
+        now: Micros,
+    ) -> Result<bool, StoreError> {
+        let query = sql("SELECT tenant_id FROM api_token WHERE id = $1").text(id);
+        let Some(row) = self.again(|| self.engine.optional(query.clone())).await? else {
+            return Ok(false);
+        };
+        // A token stays its tenant's. Revoked once, it stays that, and nobody does it again.
+        let tenant: TenantId = row.parsed("tenant_id")?;
+        let query = sql("UPDATE api_token SET revoked_at = $2 \
+             WHERE id = $1 AND revoked_at IS NULL");
+        let entry = AuditEntry::done(Some(&tenant), author, Action::TokenRevoke, id, now);
+        self.change_audited(&query.text(id).at(now), &entry).await?;
+        Ok(true)
     }
 }
 

@@ -39,11 +39,11 @@ pub(super) async fn lines_are_numbered_from_zero(t: &TestStore) {
     }
     assert_eq!(rows.log(&build.tenant, &build.id, 70, 3).await.unwrap(), all[70..73]);
     assert!(rows.log(&build.tenant, &build.id, 80, 3).await.unwrap().is_empty());
-    let (seen, tail) = rows.get_with_log(&build.tenant, &build.id, 4).await.unwrap().unwrap();
-    assert_eq!((seen, tail), (t.get(&build).await, messages(&all[76..])));
+    let seen = rows.get_with_log(&build.tenant, &build.id, 4).await.unwrap().unwrap();
+    assert_eq!((seen.build, seen.log), (t.get(&build).await, messages(&all[76..])));
     let silent = t.create("a").await;
-    let (_, tail) = rows.get_with_log(&silent.tenant, &silent.id, 4).await.unwrap().unwrap();
-    assert_eq!(tail, Vec::<String>::new());
+    let seen = rows.get_with_log(&silent.tenant, &silent.id, 4).await.unwrap().unwrap();
+    assert_eq!(seen.log, Vec::<String>::new());
     t.finish(&again, Outcome::Cancelled).await;
     let late = rows.append_log(&again.lease, &more).await.unwrap();
     assert_eq!(late, Fenced::Lost);
@@ -64,8 +64,8 @@ async fn flood(t: &TestStore, message: &str, rounds: usize) -> u64 {
         let done = t.rows().append_log(&claimed.lease, &some).await.unwrap();
         assert_eq!(done, Fenced::Written);
     }
-    let (_, tail) =
-        t.rows().get_with_log(&build.tenant, &build.id, 2).await.unwrap().expect("it is there");
+    let seen = t.rows().get_with_log(&build.tenant, &build.id, 2).await.unwrap();
+    let tail = seen.expect("it is there").log;
     assert!(tail[1].starts_with("the log ends here"), "{:?}", tail[1]);
     assert!(!tail[0].starts_with("the log ends here"));
     let said = rounds as u64 * 1000;

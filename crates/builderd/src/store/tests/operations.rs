@@ -167,6 +167,7 @@ async fn filled(t: &TestStore) {
     let set = TenantRow { id: tenant("c"), tier: Tier::Free, limits: Some(plenty()) };
     t.rows().put_tenant(&set).await.unwrap();
     t.rows().claim_master_key("key").await.unwrap();
+    t.rows().add_tenant_key(&super::keys::key(t, "a", 1)).await.unwrap();
     t.rows().begin_removal("public/y", t.now()).await.unwrap().unwrap();
     t.rows().beat().await.unwrap();
 }
@@ -186,6 +187,8 @@ async fn seen(store: &Store) -> String {
     }
     seen.push_str(&format!("{:?}", store.rows.tokens().await.unwrap()));
     seen.push_str(&format!("{:?}", store.rows.master_key().await.unwrap()));
+    let key = store.rows.current_tenant_key(&tenant("a")).await.unwrap();
+    seen.push_str(&format!("{:?}", key.expect("it has one")));
     seen
 }
 

@@ -1,0 +1,124 @@
+//! `GetBuild` about builds that have ended: as it was answered before, as long as that is true.
+
+use buffa::Message as _;
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+
+use super::{Reply, Server, send};
+use crate::api::Mode;
+use crate::build::record::Micros;
+use crate::clock::{Clock as _, WallClock};
+use crate::store::Store;
+use crate::store::tests::{delete_build, rewrite_logs};
+use crate::tenant::Right;
+use api::v1;
+
+/// A completed build of `t` that said `old`.
+async fn ended(server: &Server) -> String {
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    server.log(&claimed, &["old"]).await;
+    server.complete(&claimed, b"an image", "none").await;
+    id
+}
+
+async fn get_as(server: &Server, tenant: &str, id: &str) -> Reply {
+    let request = server.rpc("GetBuild", &json!({"buildId": id}));
+    send(request.header("connect-protocol-version", "1").header("x-tenant-id", tenant)).await
+}
+
+async fn get(server: &Server, id: &str) -> Reply {
+    get_as(server, "t", id).await
+}
+
+/// The same in the binary format.
+async fn get_binary(server: &Server, id: &str) -> Reply {
+    let message = v1::GetBuildRequest { build_id: id.to_owned(), ..Default::default() };
+    let request = server.request(Method::POST, &format!("/{}/GetBuild", api::SERVICE));
+    let request = request.header("content-type", "application/proto").header("x-tenant-id", "t");
+    send(request.body(message.encode_to_vec())).await
+}
+
+fn last_line(reply: Reply) -> String {
+    let build = reply.well()["build"].take();
+    build["buildLogs"].as_array().unwrap().last().unwrap().as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn an_ended_build_is_answered_as_before_until_it_changes() {
+    let server = Server::start(Mode::Development).await;
+    let id = ended(&server).await;
+    let (json, binary) = (get(&server, &id).await, get_binary(&server, &id).await);
+    // Nobody reads this, as the build itself did not change.
+    rewrite_logs(&server.store, "new").await;
+    for _ in 0..3 {
+        assert_eq!(get(&server, &id).await.body, json.body);
+        assert_eq!(get_binary(&server, &id).await.body, binary.body);
+    }
+    let told = v1::GetBuildResponse::decode_from_slice(&binary.body).unwrap();
+    assert_eq!(told.build.build_logs.last().unwrap(), "old");
+    assert!(!told.build.rootfs_path.is_empty());
+    assert_eq!(last_line(json), "old");
+
+    // The retention takes its file.
+    let later = Micros(WallClock.now().0 + 1);
+    assert_eq!(server.store.system().expire(later).await.unwrap(), 1);
+    let told = get_binary(&server, &id).await;
+    let told = v1::GetBuildResponse::decode_from_slice(&told.body).unwrap();
+    assert_eq!(told.build.rootfs_path, "");
+    let json = get(&server, &id).await;
+    assert_eq!(json.json()["build"].get("rootfsPath"), None);
+    assert_eq!(last_line(json), "new");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_another_node_deletes_is_gone_at_once() {
+    let server = Server::start(Mode::Development).await;
+    let id = ended(&server).await;
+    for _ in 0..2 {
+        assert_eq!(get(&server, &id).await.status, StatusCode::OK);
+        assert_eq!(get_as(&server, "other", &id).await.status, StatusCode::NOT_FOUND);
+    }
+    let node = Store::attach_sqlite(server._directory.path()).await.unwrap();
+    delete_build(&node, "t", &id).await;
+    node.close().await;
+    assert_eq!(get(&server, &id).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(get_binary(&server, &id).await.status, StatusCode::NOT_FOUND);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_kept_is_for_those_who_may_read() {
+    let server = Server::start(Mode::Tokens).await;
+    let owner = server.token("t", &Right::ALL).await;
+    let blind = server.token("t", &[Right::BuildCreate]).await;
+    let stranger = server.token("other", &Right::ALL).await;
+    let created = send(server.rpc("CreateBuild", &super::create_body()).bearer_auth(&owner)).await;
+    let id = created.well()["build_id"].as_str().unwrap().to_owned();
+    let claimed = server.claim().await;
+    server.complete(&claimed, b"an image", "none").await;
+    let get =
+        |token: &str| send(server.rpc("GetBuild", &json!({"buildId": id})).bearer_auth(token));
+    for _ in 0..2 {
+        assert_eq!(get(&owner).await.status, StatusCode::OK);
+        assert_eq!(get(&blind).await.status, StatusCode::FORBIDDEN);
+        assert_eq!(get(&stranger).await.status, StatusCode::NOT_FOUND);
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_running_build_is_read_each_time() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    assert_eq!(get(&server, &id).await.well()["build"]["status"], "BUILD_STATUS_QUEUED");
+    let claimed = server.claim().await;
+    server.log(&claimed, &["old"]).await;
+    assert_eq!(last_line(get(&server, &id).await), "old");
+    rewrite_logs(&server.store, "new").await;
+    assert_eq!(last_line(get(&server, &id).await), "new");
+    server.complete(&claimed, b"an image", "none").await;
+    assert_eq!(get(&server, &id).await.well()["build"]["status"], "BUILD_STATUS_COMPLETED");
+    server.stop().await;
+}

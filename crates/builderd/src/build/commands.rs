@@ -1,0 +1,187 @@
+//! The commands of a build: run in the image's own file system, and what they changed packed as
+//! one more layer. The processes are `commands`' own; this side hands them the packs, and their
+//! layer to a confined worker like any other.
+
+use std::fs::File;
+use std::io::{self, PipeReader, Read as _};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ::commands::{CommandLimits, CommandsError, Event, Order, PackPart};
+use bytes::Bytes;
+use oci::Image;
+use rootfs::{PackSummary, Tally};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::confined::{self, PackTask, Taken};
+use super::disk::{Disk, Liking};
+use super::layers::{LayerPacks, shared, stage};
+use super::{BuildError, BuildEvent, BuildSpec, Observer, Phase, hex};
+use crate::packs::OpenPack;
+
+/// Pieces of the layer on their way to the worker.
+const PIECES_IN_FLIGHT: usize = 16;
+const PIECE_BYTES: usize = 64 << 10;
+
+/// Commands, and what they are run with.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CommandsSpec {
+    /// Each is run by `/bin/sh -c`, in this order.
+    pub commands: Vec<String>,
+    /// The OCI runtime.
+    pub runtime: PathBuf,
+    /// What a command may take of memory, in bytes.
+    pub memory_bytes: u64,
+    /// Thousandths of a CPU that all of it may use.
+    pub cpu_millis: u64,
+    /// Processes and threads of a command.
+    pub pids_max: u32,
+    /// The size of the file system they work on: tree and changes together, in bytes.
+    pub disk_bytes: u64,
+}
+
+type Packed = Result<(PackSummary, Taken), BuildError>;
+
+/// Runs the commands on the image of `packs`, and adds the pack of what they changed. Gives the
+/// sum of that layer's tar, in hex.
+///
+/// # Errors
+/// [`BuildError::Commands`], and those of a layer.
+pub(super) fn run(
+    spec: &BuildSpec,
+    wanted: &CommandsSpec,
+    image: &Image,
+    packs: &mut LayerPacks,
+    disk: &Disk,
+    observer: &dyn Observer,
+) -> Result<String, BuildError> {
+    // What can become the image holds the packs of the image's own layers only.
+    packs.slabs = None;
+    let mut files: Vec<&Arc<File>> = Vec::new();
+    let mut parts = Vec::with_capacity(packs.packs.len());
+    for open in &packs.packs {
+        let known = files.iter().position(|file| Arc::ptr_eq(file, &open.file));
+        let file = known.unwrap_or_else(|| {
+            files.push(&open.file);
+            files.len() - 1
+        });
+        parts.push(PackPart { file, base: open.base, length: open.length() });
+    }
+    let order = order(spec, wanted, image, parts);
+    let staged = stage(spec)?;
+    let file = shared(staged.file())?;
+    let failed = |source| BuildError::Worker { phase: Phase::Commands, source };
+    let (layer, sink) = io::pipe().map_err(failed)?;
+    let task = PackTask {
+        layer: packs.packs.len(),
+        // Its own is known when it is whole; until then messages name the image.
+        digest: image.manifest_digest,
+        part: 0..u64::MAX,
+        liking: Liking::Faster,
+        limits: spec.layer_limits.clone(),
+        counted: [0; 3],
+        writes: disk.writes().without_bytes(),
+    };
+    let open: Vec<&File> = files.iter().map(|file| &***file).collect();
+    let (ran, packed) = std::thread::scope(|scope| {
+        let packer = scope.spawn(|| pack(layer, task, &file, spec, disk));
+        let ran = ::commands::run(order, &open, sink, &mut |event| tell(observer, wanted, event));
+        (ran, packer.join())
+    });
+    ran?;
+    let lost = || BuildError::WorkerLost { phase: Phase::Commands };
+    let (summary, taken) = packed.map_err(|_| lost())?.ok_or_else(lost)??;
+    let digest = image.manifest_digest;
+    let open = OpenPack::new(file, 0, summary.pack_bytes)
+        .map_err(|source| BuildError::PackUnread { layer: packs.packs.len(), digest, source })?;
+    packs.packs.push(open);
+    packs.taken.push(taken);
+    Ok(hex(&summary.diff_id))
+}
+
+fn order(spec: &BuildSpec, wanted: &CommandsSpec, image: &Image, packs: Vec<PackPart>) -> Order {
+    Order {
+        scratch_directory: spec.output_directory().to_owned(),
+        disk_bytes: wanted.disk_bytes,
+        runtime: wanted.runtime.clone(),
+        commands: wanted.commands.clone(),
+        environment: image.config.env.clone(),
+        working_directory: image.config.working_dir.clone(),
+        limits: CommandLimits {
+            memory_bytes: wanted.memory_bytes,
+            pids_max: wanted.pids_max,
+            cpu_millis: wanted.cpu_millis,
+            // Those of the build.
+            secs_max: None,
+        },
+        packs,
+        tree_limits: spec.tree_limits.clone(),
+        layer_bytes_max: spec.layer_limits.image_data_bytes_max,
+    }
+}
+
+/// Packs the layer, once there is one: commands that fail make none.
+fn pack(
+    mut layer: PipeReader,
+    task: PackTask,
+    file: &File,
+    spec: &BuildSpec,
+    disk: &Disk,
+) -> Option<Packed> {
+    let first = piece(&mut layer)?;
+    let (sender, chunks) = mpsc::channel(PIECES_IN_FLIGHT);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut next = Some(first);
+            while let Some(chunk) = next {
+                // A worker that wants no more says why.
+                if sender.blocking_send(chunk).is_err() {
+                    return;
+                }
+                next = piece(&mut layer);
+            }
+        });
+        Some(confined::pack(task, file, chunks, &spec.walls, &Tally::default(), disk))
+    })
+}
+
+/// Some bytes; none at the end.
+fn piece(layer: &mut PipeReader) -> Option<io::Result<Bytes>> {
+    let mut bytes = vec![0; PIECE_BYTES];
+    match layer.read(&mut bytes) {
+        Ok(0) => None,
+        Ok(count) => {
+            bytes.truncate(count);
+            Some(Ok(bytes.into()))
+        }
+        Err(error) => Some(Err(error)),
+    }
+}
+
+fn tell(observer: &dyn Observer, wanted: &CommandsSpec, event: Event) {
+    observer.event(&match event {
+        Event::Unpacked => return,
+        Event::Started { index } => BuildEvent::CommandStarted {
+            command: index,
+            text: wanted.commands.get(index).cloned().unwrap_or_default(),
+        },
+        Event::Output { index, line } => BuildEvent::CommandOutput { command: index, line },
+        Event::Warning { message } => BuildEvent::Warning { message },
+    });
+}
+
+/// What to do about commands that failed.
+pub(super) fn hint(error: &CommandsError) -> Option<String> {
+    let text = match error {
+        CommandsError::Failed { .. } => {
+            "see the command's output in the build's log; commands have no network"
+        }
+        CommandsError::Unable(_) => "run the service where it can run commands, or leave them out",
+        CommandsError::Refused(_)
+        | CommandsError::Sandbox(_)
+        | CommandsError::Io { .. }
+        | CommandsError::Broken(_) => return None,
+    };
+    Some(text.to_owned())
+}

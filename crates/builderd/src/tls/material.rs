@@ -1,0 +1,133 @@
+//! From a certificate chain, a key and the authorities of clients to what rustls works with.
+//!
+//! One provider of cryptography (aws-lc), TLS 1.3 and 1.2, HTTP/2 and HTTP/1.1. A session is
+//! never resumed: each handshake checks the client's certificate as of now.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
+    SignatureScheme,
+};
+
+use super::clients::id_of;
+use crate::config::ClientAuth;
+
+/// What is asked of clients.
+pub(super) struct Demands {
+    /// Whether they must show a certificate.
+    pub(super) auth: ClientAuth,
+    /// Who must have signed it.
+    pub(super) authorities: Vec<CertificateDer<'static>>,
+    /// Which ids may come in; every one if none.
+    pub(super) admits: Option<Admits>,
+}
+
+/// Whether a client with this id may come in.
+pub(super) type Admits = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+/// What the doors answer handshakes with.
+pub(super) fn server_config(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    demands: Demands,
+) -> Result<ServerConfig, Error> {
+    let verifier = verifier(demands)?;
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+fn verifier(demands: Demands) -> Result<Arc<dyn ClientCertVerifier>, Error> {
+    let mut roots = RootCertStore::empty();
+    for authority in demands.authorities {
+        roots.add(authority)?;
+    }
+    let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+    let builder = match demands.auth {
+        ClientAuth::None => return Ok(WebPkiClientVerifier::no_client_auth()),
+        ClientAuth::Optional => builder.allow_unauthenticated(),
+        ClientAuth::Required => builder,
+    };
+    let signed = builder.build().map_err(|error| Error::General(error.to_string()))?;
+    Ok(match demands.admits {
+        None => signed,
+        Some(admits) => Arc::new(Admitted { signed, admits }),
+    })
+}
+
+/// Clients whose certificate is good and whose id may come in.
+struct Admitted {
+    signed: Arc<dyn ClientCertVerifier>,
+    admits: Admits,
+}
+
+impl fmt::Debug for Admitted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admitted").field("signed", &self.signed).finish_non_exhaustive()
+    }
+}
+
+impl ClientCertVerifier for Admitted {
+    fn offer_client_auth(&self) -> bool {
+        self.signed.offer_client_auth()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.signed.client_auth_mandatory()
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.signed.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.signed.verify_client_cert(certificate, intermediates, now)?;
+        match id_of(certificate).is_some_and(|id| (self.admits)(&id)) {
+            true => Ok(verified),
+            false => Err(CertificateError::ApplicationVerificationFailure.into()),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.signed.supported_verify_schemes()
+    }
+}

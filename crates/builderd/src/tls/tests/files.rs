@@ -1,0 +1,253 @@
+//! Certificates from files.
+
+use tempfile::TempDir;
+
+use super::*;
+
+type Versions = &'static [&'static SupportedProtocolVersion];
+
+const OLD: Versions = &[&rustls::version::TLS12];
+const NEW: Versions = &[&rustls::version::TLS13];
+
+/// The files of one server, signed by an authority of its own.
+struct Disk {
+    directory: TempDir,
+    authority: Authority,
+    settings: TlsConfig,
+}
+
+impl Disk {
+    /// Clients are signed by `clients`.
+    fn new(client_auth: ClientAuth, clients: Option<&Authority>) -> Self {
+        let (directory, authority) = (tempfile::tempdir().unwrap(), Authority::new("root", &[]));
+        let path = |name: &str| directory.path().join(name);
+        let ca = clients.map(|clients| {
+            std::fs::write(path("ca.pem"), &clients.pem).unwrap();
+            path("ca.pem")
+        });
+        let source = TlsSource::Files { certificate: path("c.pem"), key: path("k.pem"), ca };
+        let settings = TlsConfig { source, client_auth, clients_file: None, for_metrics: true };
+        let disk = Self { directory, authority, settings };
+        disk.renew();
+        disk
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.directory.path().join(name), text).unwrap();
+    }
+
+    /// A new certificate for the server.
+    fn renew(&self) -> Issued {
+        let issued = self.authority.issue(&[]);
+        self.write("c.pem", &issued.certificate_pem);
+        self.write("k.pem", &issued.key_pem);
+        issued
+    }
+
+    async fn start(&self) -> (Site, Keeper) {
+        let (tls, keeper) = start(&self.settings, Metrics::unread()).await.unwrap();
+        (Site::start(tls).await, keeper)
+    }
+}
+
+#[tokio::test]
+async fn a_server_shows_its_certificate_in_either_version() {
+    let disk = Disk::new(ClientAuth::None, None);
+    let (site, _keeper) = disk.start().await;
+    for versions in [OLD, NEW] {
+        let caller = Caller { versions, ..Caller::new(&disk.authority, None) };
+        assert_eq!(caller.name(&site).await.unwrap(), "nobody");
+    }
+    let stream = Caller::new(&disk.authority, None).connect(&site).await.unwrap();
+    let best = stream.get_ref().1.protocol_version();
+    assert_eq!(best, Some(rustls::ProtocolVersion::TLSv1_3));
+    let two = Caller { alpn: b"h2", ..Caller::new(&disk.authority, None) };
+    let stream = two.connect(&site).await.unwrap();
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+    let odd = Caller { alpn: b"ftp", ..Caller::new(&disk.authority, None) };
+    assert!(odd.connect(&site).await.is_err());
+    let stranger = Authority::new("another root", &[]);
+    let error = Caller::new(&stranger, None).connect(&site).await.unwrap_err();
+    assert!(error.to_string().contains("UnknownIssuer"), "{error}");
+    drop((stream, odd));
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_without_a_good_certificate_is_refused_where_one_is_required() {
+    let (clients, strangers) = (Authority::new("clients", &[]), Authority::new("strangers", &[]));
+    let own = clients.issue(&["spiffe://example.org/ci"]);
+    let foreign = strangers.issue(&["spiffe://example.org/ci"]);
+    let several = clients.issue(&["spiffe://example.org/ci", "spiffe://example.org/admin"]);
+    for (demand, without) in [(ClientAuth::Required, None), (ClientAuth::Optional, Some("nobody"))]
+    {
+        let disk = Disk::new(demand, Some(&clients));
+        let (site, _keeper) = disk.start().await;
+        let name = async |shows| Caller::new(&disk.authority, shows).name(&site).await;
+        assert_eq!(name(Some(&own)).await.unwrap(), "spiffe://example.org/ci");
+        assert_eq!(name(None).await.ok().as_deref(), without);
+        let error = name(Some(&foreign)).await.unwrap_err();
+        assert!(error.to_string().contains("alert"), "{error}");
+        // Nobody chooses which of two ids he is.
+        assert_eq!(name(Some(&several)).await.unwrap(), "nobody");
+        site.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn every_connection_checks_the_clients_certificate_anew() {
+    let clients = Authority::new("clients", &[]);
+    let disk = Disk::new(ClientAuth::Required, Some(&clients));
+    let (site, _keeper) = disk.start().await;
+    let own = clients.issue(&["urn:x:own"]);
+    for versions in [OLD, NEW] {
+        let config = Caller { versions, ..Caller::new(&disk.authority, Some(&own)) }.config();
+        for _ in 0..2 {
+            let mut stream = connect(Arc::clone(&config), &site).await.unwrap();
+            // Tickets would come before the answer.
+            assert_eq!(ask(&mut stream).await.unwrap(), "urn:x:own");
+            let kind = stream.get_ref().1.handshake_kind();
+            assert_eq!(kind, Some(rustls::HandshakeKind::Full));
+        }
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn new_files_are_taken_and_bad_ones_are_not() {
+    let clients = Authority::new("clients", &[]);
+    let disk = Disk::new(ClientAuth::Optional, Some(&clients));
+    let (site, mut keeper) = disk.start().await;
+    let caller = Caller::new(&disk.authority, None);
+    let mut open = caller.connect(&site).await.unwrap();
+    let first = shown(&open);
+    let now = async || shown(&caller.connect(&site).await.unwrap());
+    // As it was.
+    keeper.look().await;
+    assert_eq!(now().await, first);
+    let second = disk.renew();
+    keeper.look().await;
+    assert_eq!(now().await, second.certificate);
+    assert_ne!(second.certificate, first);
+    // A key that is another certificate's, a file that is none, and none at all.
+    disk.write("k.pem", &disk.authority.issue(&[]).key_pem);
+    keeper.look().await;
+    keeper.look().await;
+    disk.write("k.pem", "-----BEGIN NOTHING-----\n");
+    keeper.look().await;
+    std::fs::remove_file(disk.directory.path().join("k.pem")).unwrap();
+    keeper.look().await;
+    assert_eq!(now().await, second.certificate);
+    disk.write("k.pem", &second.key_pem);
+    keeper.look().await;
+    assert_eq!(now().await, second.certificate);
+    // Whoever was there stays.
+    assert_eq!(ask(&mut open).await.unwrap(), "nobody");
+    // Other clients.
+    let others = Authority::new("other clients", &[]);
+    let (old, new) = (clients.issue(&["urn:x:old"]), others.issue(&["urn:x:new"]));
+    disk.write("ca.pem", &others.pem);
+    keeper.look().await;
+    assert!(Caller::new(&disk.authority, Some(&old)).name(&site).await.is_err());
+    let name = Caller::new(&disk.authority, Some(&new)).name(&site).await.unwrap();
+    assert_eq!(name, "urn:x:new");
+    drop(open);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_told_once_and_counted() {
+    let disk = Disk::new(ClientAuth::None, None);
+    let telemetry = crate::telemetry::tests::readable(false);
+    let metrics = telemetry.metrics();
+    let (_tls, mut keeper) = start(&disk.settings, Arc::clone(&metrics)).await.unwrap();
+    let counted = |used: u64, refused: u64| {
+        let text = metrics.render();
+        for (result, count) in [("used", used), ("refused", refused)] {
+            let line = format!("builderd_tls_reloads_total{{result=\"{result}\"}} {count}\n");
+            assert_eq!(text.contains(&line), count > 0, "{line}{text}");
+        }
+    };
+    keeper.look().await;
+    counted(0, 0);
+    disk.write("c.pem", "");
+    keeper.look().await;
+    keeper.look().await;
+    counted(0, 1);
+    disk.renew();
+    keeper.look().await;
+    counted(1, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn files_are_looked_at_every_half_minute_until_the_service_stops() {
+    let disk = Disk::new(ClientAuth::None, None);
+    let (mut tls, keeper) = start(&disk.settings, Metrics::unread()).await.unwrap();
+    tls.config.borrow_and_update();
+    let (stop, stopping) = watch::channel(false);
+    let keeper = tokio::spawn(keeper.run(stopping));
+    let begun = tokio::time::Instant::now();
+    disk.renew();
+    tls.config.changed().await.unwrap();
+    assert_eq!(begun.elapsed().as_secs(), LOOK_EVERY.as_secs());
+    stop.send_replace(true);
+    keeper.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn who_is_slow_with_a_handshake_keeps_nobody_waiting() {
+    let disk = Disk::new(ClientAuth::None, None);
+    let (site, _keeper) = disk.start().await;
+    let mut slow = Vec::new();
+    for _ in 0..20 {
+        slow.push(TcpStream::connect(site.address).await.unwrap());
+    }
+    assert_eq!(Caller::new(&disk.authority, None).name(&site).await.unwrap(), "nobody");
+    // Plain HTTP gets no answer in HTTP.
+    let mut plain = TcpStream::connect(site.address).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    // An alert, or nothing.
+    let _ = plain.read_to_end(&mut answer).await;
+    assert!(!answer.starts_with(b"HTTP") && answer.len() < 16, "{answer:?}");
+    // A stop waits for none of them.
+    site.stop().await;
+    drop(slow);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handshake_ends_in_time() {
+    let disk = Disk::new(ClientAuth::None, None);
+    let (tls, _keeper) = start(&disk.settings, Metrics::unread()).await.unwrap();
+    let (_client, server) = tokio::io::duplex(64);
+    let begun = tokio::time::Instant::now();
+    let error = tls.accept(server).await.unwrap_err();
+    assert_eq!((error.kind(), begun.elapsed()), (io::ErrorKind::TimedOut, HANDSHAKE_TIMEOUT));
+}
+
+#[tokio::test]
+async fn a_server_without_good_files_does_not_start() {
+    let clients = Authority::new("clients", &[]);
+    let disk = Disk::new(ClientAuth::Required, Some(&clients));
+    let other = disk.authority.issue(&[]);
+    let problem = async |name: &str, text: &str| {
+        let good = std::fs::read_to_string(disk.directory.path().join(name)).unwrap();
+        disk.write(name, text);
+        let error = start(&disk.settings, Metrics::unread()).await.unwrap_err();
+        disk.write(name, &good);
+        chain(&error)
+    };
+    for (name, text, word) in [
+        ("c.pem", "", "no certificate"),
+        ("k.pem", "", "no private key"),
+        ("k.pem", &other.key_pem, "do not fit together"),
+        ("ca.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "c.pem"),
+        ("ca.pem", "", "ca.pem"),
+    ] {
+        let problem = problem(name, text).await;
+        assert!(problem.contains(word), "{word}: {problem}");
+    }
+    std::fs::remove_file(disk.directory.path().join("k.pem")).unwrap();
+    let error = start(&disk.settings, Metrics::unread()).await.unwrap_err();
+    assert!(chain(&error).contains("k.pem") && chain(&error).contains("No such file"), "{error}");
+}

@@ -1,0 +1,130 @@
+//! Stories about commands that a build runs in its image. They need root, runc and loop devices;
+//! where a host has none, that is said.
+
+use super::*;
+
+const BUSYBOX: &str = "/bin/busybox";
+
+fn accepted() -> String {
+    ::commands::accepted_names().join(",")
+}
+
+/// A stage whose image has a shell; none where commands cannot be run.
+fn stage() -> Option<Stage> {
+    let names: Vec<String> = accepted().split(',').map(str::to_owned).collect();
+    if let Err(error) = ::commands::check("runc", &names) {
+        eprintln!("SKIPPED: {error}");
+        return None;
+    }
+    let Ok(busybox) = std::fs::read(BUSYBOX) else {
+        eprintln!("SKIPPED: no {BUSYBOX}: apt-get install busybox-static");
+        return None;
+    };
+    let mut layer = Layer::new().directory("bin").directory("srv").program("bin/busybox", &busybox);
+    for applet in ["sh", "echo", "rm", "id", "sleep", "cat"] {
+        layer = layer.symlink(&format!("bin/{applet}"), "busybox");
+    }
+    let mut stage = Stage::new();
+    stage.image = TestImage::new(vec![layer, Layer::new().file("etc/conf", b"x=1")]);
+    stage.push("app", &["latest"]);
+    Some(stage)
+}
+
+fn serve(stage: &Stage) -> Server {
+    stage.serve(&[("OCI_RUNTIME_ACCEPT_VULNERABLE", &accepted())])
+}
+
+fn order_with(stage: &Stage, commands: &[&str]) -> Value {
+    let mut order = order(&stage.reference("latest"));
+    order["config"]["strategy"] = json!({"docker_strategy": {"custom_commands": commands}});
+    order
+}
+
+fn built(server: &Server, stage: &Stage, tenant: &str, commands: &[&str]) -> Value {
+    let answer = server.well(tenant, "CreateBuild", &order_with(stage, commands));
+    server.finished(tenant, answer["build_id"].as_str().unwrap())
+}
+
+#[test]
+fn what_commands_change_is_in_the_image_and_in_no_other_build() {
+    let Some(stage) = stage() else { return };
+    let server = serve(&stage);
+    let commands = ["echo made of $PATH > made; id -u", "rm /etc/conf && echo done"];
+    let build = built(&server, &stage, "t1", &commands);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let id = build["build_id"].as_str().unwrap();
+    std::fs::write(stage.workshop.path("image"), server.artifact("t1", id)).unwrap();
+    let verified = stage.workshop.run(&["inspect", "image", "--verify"]);
+    assert!(verified.status.success(), "{}", stderr(&verified));
+    let made = stage.workshop.run(&["inspect", "image", "--cat", "/srv/made"]);
+    assert_eq!(String::from_utf8_lossy(&made.stdout), "made of /bin\n", "{}", stderr(&made));
+    assert!(!stage.workshop.run(&["inspect", "image", "--cat", "/etc/conf"]).status.success());
+    let log = server.log("t1", id);
+    assert!(log.contains("command 2: rm /etc/conf") && log.contains("done"), "{log}");
+
+    let sum = |build: &Value| build["rootfs_checksum"].as_str().unwrap().to_owned();
+    let path = |build: &Value| build["rootfs_path"].as_str().unwrap().to_owned();
+    let again = built(&server, &stage, "t1", &commands);
+    assert_eq!(path(&again), path(&build), "the same commands for the same tenant");
+    let log = server.log("t1", again["build_id"].as_str().unwrap());
+    assert!(!log.contains("command 2:"), "they are not run again: {log}");
+    let other = built(&server, &stage, "t1", &["rm /etc/conf && echo done"]);
+    assert_ne!(sum(&other), sum(&build), "other commands");
+    let plain = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    assert_ne!(sum(&plain), sum(&build), "no commands");
+    let theirs = built(&server, &stage, "t2", &commands);
+    assert_ne!(path(&theirs), path(&build), "commands of another tenant");
+    let log = server.log("t2", theirs["build_id"].as_str().unwrap());
+    assert!(log.contains("command 2:"), "they were run: {log}");
+    assert_eq!(stage.staged(), Vec::<String>::new());
+}
+
+#[test]
+fn a_command_that_fails_fails_the_build_by_its_name() {
+    let Some(stage) = stage() else { return };
+    let server = serve(&stage);
+    let build = built(&server, &stage, "t1", &["echo fine", "echo broken >&2; exit 4"]);
+    assert_eq!(build["state"], "BUILD_STATE_FAILED", "{build:#}");
+    let text = build.to_string();
+    assert!(
+        text.contains("command 2 (`echo broken >&2; exit 4`) ended with exit code 4"),
+        "{text}"
+    );
+    let log = server.log("t1", build["build_id"].as_str().unwrap());
+    assert!(log.contains("fine") && log.contains("broken"), "{log}");
+}
+
+#[test]
+fn a_build_that_is_cancelled_while_a_command_runs_leaves_nothing() {
+    let Some(stage) = stage() else { return };
+    let server = serve(&stage);
+    let mark = format!("8{}", std::process::id());
+    let command = format!("sleep {mark}");
+    let answer = server.well("t1", "CreateBuild", &order_with(&stage, &[&command]));
+    let id = answer["build_id"].as_str().unwrap();
+    let sleeping = || {
+        let all = std::fs::read_dir("/proc").unwrap().flatten();
+        let lines = all.map(|pid| std::fs::read(pid.path().join("cmdline")).unwrap_or_default());
+        let line = format!("sleep\0{mark}\0").into_bytes();
+        lines.filter(|words| *words == line).count()
+    };
+    eventually("the command", || sleeping() > 0);
+    server.well("t1", "CancelBuild", &json!({"build_id": id}));
+    server.wait("t1", id, &["BUILD_STATE_CANCELLED"]);
+    eventually("no command", || sleeping() == 0);
+    eventually("no staged file", || stage.staged().is_empty());
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+    assert!(!mounts.contains("/scratch"), "{mounts}");
+}
+
+#[test]
+fn where_there_is_no_runtime_commands_are_refused_before_there_is_a_build() {
+    let stage = Stage::new();
+    let server = stage.serve(&[("OCI_RUNTIME", "no-such-runtime")]);
+    let (status, error) = server.call("t1", "CreateBuild", &order_with(&stage, &["true"]));
+    assert_eq!(status, 400, "{error}");
+    let text = error.to_string();
+    assert!(text.contains("custom_commands") && text.contains("no commands here"), "{text}");
+    let plain = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    assert_eq!(plain["state"], "BUILD_STATE_COMPLETED", "others are built");
+}
