@@ -43,6 +43,8 @@ pub(crate) const SERVICE: &[Need] = &[
     ("chromium", "chromium"),
     ("python3", "python3-venv"),
     ("sqlite3", "sqlite3"),
+    // Runs the commands of builds.
+    ("runc", "runc"),
     ("postgresql", "postgresql"),
     // Comes with the server, which Debian starts where systemd runs; nothing here needs it.
     ("promtool", "prometheus"),
