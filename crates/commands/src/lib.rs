@@ -11,7 +11,7 @@
 //!    is confined to its one directory, with users of the build's own.
 //! 3. The **runtime** (runc) starts each command on an overlay above that tree.
 //!
-//! The parent ([`run`]) hands out open files, listens, and holds the commands to their limits.
+//! The parent ([`run()`]) hands out open files, listens, and holds the commands to their limits.
 //! This crate does not know registries, tenants, builds or where a layer goes.
 
 mod bundle;

@@ -2,7 +2,7 @@
 //!
 //! Two halves make one sandbox. The parent starts its own program again in new
 //! namespaces ([`Sandbox::spawn`]); the first thing that does is to shut itself in
-//! ([`confine`]): an empty root directory, no capabilities, no way to gain any,
+//! ([`confine()`]): an empty root directory, no capabilities, no way to gain any,
 //! clamped limits, landlock, and an allow-list of system calls. What it may work on
 //! are the files it was handed as descriptors, and its pipes. A group of processes
 //! (a build) is held to its memory, CPU and number by a [`Cgroup`].

@@ -29,14 +29,14 @@ impl Host {
                 host.stand = stand;
                 "the kernel or its settings refuse it".to_owned()
             }
-            Err(error) => chain(&error),
+            Err(error) => confined::chain(&error),
         };
         match CgroupRoot::open(&group_name(place)) {
             Ok(groups) => {
                 host.groups = Some(groups);
                 host.stand.push(Wall::Cgroup);
             }
-            Err(error) => host.missing.push((Wall::Cgroup, chain(&error))),
+            Err(error) => host.missing.push((Wall::Cgroup, confined::chain(&error))),
         }
         for wall in Wall::ALL {
             let is_known = host.missing.iter().any(|(missing, _)| *missing == wall);
@@ -135,17 +135,6 @@ fn group_name(place: &Path) -> String {
     let place = std::path::absolute(place).unwrap_or_else(|_| place.to_owned());
     let sum: [u8; 32] = Sha256::digest(place.as_os_str().as_bytes()).into();
     format!("builderd-{}", hex(&sum[..8]))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use super::{BuildError, BuildEvent, Compression, ImageOptions, Observer, Phase};
 
 pub(crate) use inside::main;
 pub use told::ToldError;
+pub(super) use told::chain;
 
 /// Longest line that is read from a worker.
 const LINE_BYTES_MAX: u64 = 1 << 20;
@@ -307,7 +308,7 @@ impl Worker {
             .map_err(|error| failed(error.into()))?;
         let program = File::open("/proc/self/exe").map_err(failed)?;
         let (sandbox, pipes) = Sandbox::spawn(&program, &[c"builderd", c"confined"], &handed)
-            .map_err(|error| failed(io::Error::other(told::chain(&error))))?;
+            .map_err(|error| failed(io::Error::other(chain(&error))))?;
         let mut stdin = pipes.stdin;
         let length = u32::try_from(order.len()).map_err(|error| failed(io::Error::other(error)))?;
         // One that ended at once says why on its standard error.

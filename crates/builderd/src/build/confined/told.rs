@@ -68,7 +68,7 @@ impl Error for ToldError {
 }
 
 /// The error and its causes in one line.
-pub(super) fn chain(error: &dyn Error) -> String {
+pub(in crate::build) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
