@@ -4,8 +4,8 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
@@ -151,6 +151,9 @@ impl Sandbox {
         let is_isolated = has_own_user(flags);
         let (failure, mut error) = io::pipe().map(|(read, write)| (write, read)).map_err(failed)?;
         let image = Image::new(program, arguments, &all, &failure).map_err(failed)?;
+        // One at a time: two that wait would hold each other's pipes open if this process died.
+        static STARTING: Mutex<()> = Mutex::new(());
+        let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut sandbox, mut release) = start(flags, &image).map_err(failed)?;
         sandbox.is_isolated = is_isolated;
         // Our copies of its ends, or no pipe would ever end.
@@ -279,20 +282,19 @@ impl Image {
     }
 }
 
+/// A pipe whose numbers are above those that a child with so many files overwrites. No other
+/// descriptor leads to it: a child that waits for its end must not keep it open itself.
+fn pipe_above(files: usize) -> io::Result<(OwnedFd, PipeWriter)> {
+    let (reader, writer) = io::pipe()?;
+    let above = RawFd::try_from(files).map_err(io::Error::other)? + 1;
+    let copy = rustix::io::fcntl_dupfd_cloexec(&reader, above)?;
+    Ok((copy, PipeWriter::from(rustix::io::fcntl_dupfd_cloexec(&writer, above)?)))
+}
+
 /// Clones this process. The child waits until something is written to the returned pipe, then
 /// becomes `image`; when the pipe is closed unwritten it ends.
 fn start(flags: u64, image: &Image) -> io::Result<(Sandbox, PipeWriter)> {
-    let (waiting, release) = io::pipe()?;
-    let (waiting, release) = match &image.files {
-        // Above the numbers that the child overwrites.
-        files if !files.is_empty() => {
-            let above = RawFd::try_from(files.len()).map_err(io::Error::other)? + 1;
-            let copy = rustix::io::fcntl_dupfd_cloexec(&waiting, above)?;
-            let other = rustix::io::fcntl_dupfd_cloexec(&release, above)?;
-            (copy, PipeWriter::from(other))
-        }
-        _ => (waiting.into(), release),
-    };
+    let (waiting, release) = pipe_above(image.files.len())?;
     let arguments: Vec<*const libc::c_char> =
         image.arguments.iter().map(|a| a.as_ptr()).chain([std::ptr::null()]).collect();
     let environment: [*const libc::c_char; 1] = [std::ptr::null()];
@@ -345,6 +347,8 @@ unsafe fn become_image(
     unsafe {
         // With our own copy open the pipe would never end.
         libc::close(release.as_raw_fd());
+        // Also while it waits. It is forgotten when the user changes: prctl(2).
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         let mut byte = 0u8;
         if libc::read(waiting.as_raw_fd(), (&raw mut byte).cast(), 1) != 1 {
             libc::_exit(0);
@@ -426,4 +430,27 @@ pub fn take_files(count: usize) -> Option<Vec<File>> {
     // SAFETY: the process was started with these descriptors open, nobody else knows their numbers,
     // and they are given out once.
     are_open.then(|| (FIRST..end).map(|number| unsafe { File::from_raw_fd(number) }).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_whose_parent_dies_before_it_runs_ends_too() {
+        let file = File::open("/dev/null").unwrap();
+        let (failure, _) = io::pipe().map(|(read, write)| (write, read)).unwrap();
+        let files = [file.as_fd(), file.as_fd(), file.as_fd(), file.as_fd()];
+        let image = Image::new(&file, &[c"nothing"], &files, &failure).unwrap();
+        let (mut sandbox, release) = start(0, &image).unwrap();
+        // As its death would: all that leads to the child is closed.
+        drop(release);
+        let process = sandbox.process.try_clone().unwrap();
+        let (ended, is_over) = std::sync::mpsc::channel();
+        std::thread::spawn(move || ended.send(sandbox.wait()));
+        let outcome = is_over.recv_timeout(std::time::Duration::from_secs(10));
+        // Or the test itself would never end.
+        let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
+        assert_eq!(outcome.expect("it waits for ever").unwrap(), Outcome::Exited(0));
+    }
 }
