@@ -64,7 +64,7 @@ pub(crate) fn python() -> Result<PathBuf> {
 
 /// A stand-in for Google Cloud Storage, not yet told where to be.
 pub(crate) fn google() -> Result<Program> {
-    let program = Program::new(python()?.join("bin/python")).arg(source("python/google.py"));
+    let program = Program::new(python()?.join("bin/python")).arg(source("python/gcs_stand_in.py"));
     Ok(program.env("PYTHONDONTWRITEBYTECODE", "1"))
 }
 

@@ -76,7 +76,7 @@ impl ObjectStore {
     }
 }
 
-/// Cloud Storage as far as its XML API is that of S3: `xtask/clients/python/google.py`.
+/// Cloud Storage as far as its XML API is that of S3: `xtask/clients/python/gcs_stand_in.py`.
 pub(crate) struct Google {
     /// The same objects, by another way in.
     pub(crate) objects: ObjectStore,

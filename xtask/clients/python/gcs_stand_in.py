@@ -5,7 +5,7 @@
 #
 # Refuses the second part of the first upload once, and says that objects are older than they are.
 #
-# usage: python google.py DIRECTORY PLAIN_PORT TLS_PORT
+# usage: python gcs_stand_in.py DIRECTORY PLAIN_PORT TLS_PORT
 #
 # Makes in DIRECTORY: server.crt, to be trusted, and account.json, the service account's key file.
 # PLAIN_PORT is moto itself, which asks nobody who he is.
