@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use super::Verdict;
 use super::lab::Lab;
@@ -53,6 +54,11 @@ fn last_lines(text: &str) -> String {
     format!("the service said:\n{}", lines[lines.len().saturating_sub(15)..].join("\n"))
 }
 
+/// A directory for sockets: unix(7) gives a path 108 bytes, which a corner may have used up.
+fn short_dir() -> Result<TempDir> {
+    Ok(tempfile::Builder::new().prefix("b").tempdir()?)
+}
+
 /// Prints what a client says it did, and counts it.
 fn passed(said: &str) -> usize {
     let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("ok ")).collect();
@@ -77,7 +83,8 @@ pub(super) fn connect_web_in_a_browser_lives_a_builds_life_where_its_origin_may_
     lab: &Lab,
 ) -> Result<Verdict> {
     let dir = clients::node()?;
-    let corner = lab.corner()?;
+    // Chromium binds a socket in it.
+    let home = short_dir()?;
     let ports = [free_port()?, free_port()?].map(|port| port.to_string());
     let origin = format!("http://127.0.0.1:{}", ports[0]);
     with_settings(lab, &[("CORS_ALLOWED_ORIGINS", &origin)], |server, image, _| {
@@ -85,7 +92,7 @@ pub(super) fn connect_web_in_a_browser_lives_a_builds_life_where_its_origin_may_
         let said = Program::new("setpriv")
             .args(["--pdeathsig", "KILL", "node", "browser.mjs", &url, image])
             .args(&ports)
-            .arg(corner.path("home"))
+            .arg(home.path())
             .dir(&dir)
             .text()?;
         if passed(&said) != 2 * WEB_TRANSPORTS.len() {
@@ -120,10 +127,10 @@ pub(super) fn py_spiffe_and_the_service_believe_one_agent(lab: &Lab) -> Result<V
     const STEPS: usize = 4;
     const SECS_MAX: Duration = Duration::from_secs(120);
     let corner = lab.corner()?;
-    let (dir, log) = (corner.path("agent"), corner.path("agent.log"));
-    std::fs::create_dir_all(&dir)?;
+    let (agent_dir, log) = (short_dir()?, corner.path("agent.log"));
+    let dir = agent_dir.path();
     let setpriv = Program::new("setpriv").args(["--pdeathsig", "KILL"]);
-    let mut agent = clients::spiffe()?.arg(&dir).under(setpriv).background(&log)?;
+    let mut agent = clients::spiffe()?.arg(dir).under(setpriv).background(&log)?;
     let said = || std::fs::read_to_string(&log).unwrap_or_default();
     let socket = dir.join("server.sock");
     until("the agent's socket", SECS_MAX, || Ok(socket.exists().then_some(())))
