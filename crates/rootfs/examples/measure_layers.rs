@@ -1,5 +1,5 @@
 //! Packs layer blobs, lowest first, folds them into one tree and prints how long each took:
-//! `cargo run --release -p rootfs --example measure -- LAYER…`
+//! `cargo run --release -p rootfs --example measure_layers -- LAYER…`
 
 use std::error::Error;
 use std::fs::File;

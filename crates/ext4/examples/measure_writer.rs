@@ -1,4 +1,4 @@
-//! Measures planning and writing: `measure FILES [PER_DIRECTORY [IMAGE]]`.
+//! Measures planning and writing: `measure_writer FILES [PER_DIRECTORY [IMAGE]]`.
 //!
 //! The tree is made up as it is walked, so what is measured is the writer alone.
 
