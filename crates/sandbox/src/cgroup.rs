@@ -52,8 +52,13 @@ enum Version {
     V2,
 }
 
+/// Kernel documentation, "Control Group v2", `cpu.weight`.
+const CPU_WEIGHT_MAX: u64 = 10_000;
+
 /// The controllers used here.
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+/// Of version 1 alone.
+const ACCOUNTING: &str = "cpuacct";
 
 /// A place in the hierarchies below which groups can be made.
 #[derive(Clone, Debug)]
@@ -93,6 +98,7 @@ impl CgroupRoot {
             make_place(&place, controller, version).map_err(made)?;
             places.insert(controller, (place, version));
         }
+        add_accounting(&mut places, &groups, &mounts, name)?;
         let elsewhere = hierarchies(&groups, &mounts).into_iter().map(|base| base.join(name));
         let is_used = |place: &PathBuf| places.values().any(|(used, _)| used == place);
         let elsewhere = elsewhere.filter(|place| !is_used(place)).collect();
@@ -205,7 +211,9 @@ impl Cgroup {
         let stat = ("cpu.stat", "usage_usec");
         CgroupUsage {
             memory_peak_bytes: number("memory", peak, ("memory.peak", "")).unwrap_or(0),
-            cpu_usecs: number("cpu", stat, stat).unwrap_or(0),
+            cpu_usecs: number("cpu", stat, stat)
+                .or_else(|| Some(number(ACCOUNTING, ("cpuacct.usage", ""), stat)? / 1000))
+                .unwrap_or(0),
             out_of_memory_kills: number(
                 "memory",
                 ("memory.oom_control", "oom_kill"),
@@ -217,6 +225,24 @@ impl Cgroup {
         }
     }
 
+    /// Which share of the CPUs it has beside other groups when there are too few: 1 to 10,000, all
+    /// groups having 100 at first.
+    ///
+    /// # Errors
+    /// [`SandboxError`] with the group that would not have it.
+    pub fn set_cpu_weight(&self, weight: u64) -> Result<(), SandboxError> {
+        let Some((directory, version)) = self.places.get("cpu") else { return Ok(()) };
+        let weight = weight.clamp(1, CPU_WEIGHT_MAX);
+        let result = match version {
+            // A group has 1024 of them at first, and 2 at the least.
+            Version::V1 => write(directory, "cpu.shares", &(weight * 1024 / 100).to_string()),
+            Version::V2 => write(directory, "cpu.weight", &weight.to_string()),
+        };
+        result.map_err(|source| {
+            SandboxError::new(&format!("weigh the cgroup {}", directory.display()), source)
+        })
+    }
+
     /// Directories of the group, for tools that put processes into them.
     pub fn directories(&self) -> impl Iterator<Item = &Path> {
         let mut all: Vec<&Path> = self.places.values().map(|(place, _)| place.as_path()).collect();
@@ -226,6 +252,7 @@ impl Cgroup {
 
     /// Ends every process of the group that is there now. Does not wait.
     pub fn kill(&self) {
+        self.hurry();
         for (directory, version) in self.places.values() {
             if *version == Version::V2 {
                 // Since Linux 5.14: all at once, children in the making too.
@@ -235,9 +262,16 @@ impl Cgroup {
         }
     }
 
+    /// Who is killed needs the CPU once more to end, and must not wait for it behind others.
+    fn hurry(&self) {
+        // One that is not there has nothing to end.
+        let _ = self.set_cpu_weight(CPU_WEIGHT_MAX);
+    }
+
     /// Ends every process of the group, also one that starts others as fast as it can.
     fn kill_all(&self) {
         let deadline = Instant::now() + DEATH_MAX;
+        self.hurry();
         loop {
             let mut alive = 0;
             for (directory, version) in self.places.values() {
@@ -342,6 +376,27 @@ fn mounted(mounts: &str, kind: &str, controller: Option<&str>, path: &str) -> Op
         let below = Path::new(path).strip_prefix(root).ok()?;
         is_it.then(|| Path::new(point).join(below))
     })
+}
+
+/// On version 1 the time that groups take is told by a controller of its own. A host without it
+/// tells none.
+fn add_accounting(
+    places: &mut BTreeMap<&'static str, (PathBuf, Version)>,
+    groups: &str,
+    mounts: &str,
+    name: &str,
+) -> Result<(), SandboxError> {
+    if places.get("cpu").is_none_or(|(_, version)| *version == Version::V2) {
+        return Ok(());
+    }
+    let Some((base, version)) = find(ACCOUNTING, groups, mounts) else { return Ok(()) };
+    let place = base.join(name);
+    clear_places(&base, name);
+    make_place(&place, ACCOUNTING, version).map_err(|source| {
+        SandboxError::new(&format!("make the cgroup {}", place.display()), source)
+    })?;
+    places.insert(ACCOUNTING, (place, version));
+    Ok(())
 }
 
 /// Lets groups below `base` have `controller`. Where `base` is not the top, it may have no

@@ -11,13 +11,13 @@ use landlock::{
 };
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Signal};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 
 use crate::spawn::USERS_START;
 use crate::{SandboxError, SandboxPolicy, Wall, seccomp};
 
 /// Any directory that is there can hold the mount that becomes the root.
-const MOUNT_POINTS: [&str; 3] = ["/tmp", "/run", "/proc"];
+pub(crate) const MOUNT_POINTS: [&str; 3] = ["/tmp", "/run", "/proc"];
 
 /// Shuts this process in and tells which walls stand. To be called once, before the first thread
 /// is started and before anything foreign is read; what was opened before stays open.
@@ -98,7 +98,12 @@ fn has_own_user() -> bool {
 
 /// Makes an empty directory that nobody can write the root, and lets go of all else that is
 /// mounted. pivot_root(2), "pivot_root(".", ".")".
+///
+/// In mounts that are certainly this process's own: root on a host without user namespaces would
+/// otherwise take the root directory from everybody.
 fn empty_root() -> io::Result<()> {
+    // SAFETY: this process has one thread still, and nothing but its mounts becomes its own.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
     let point = MOUNT_POINTS.into_iter().find(|path| Path::new(path).is_dir());
     let point = point.ok_or(io::ErrorKind::NotFound)?;
     rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
@@ -124,7 +129,7 @@ fn kept(access: Option<Access>) -> CapabilitySet {
     }
 }
 
-fn drop_capabilities(kept: CapabilitySet) -> io::Result<()> {
+pub(crate) fn drop_capabilities(kept: CapabilitySet) -> io::Result<()> {
     for bit in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
         if kept.contains(capability) {

@@ -30,6 +30,7 @@ mod loopback;
 mod outcome;
 mod seccomp;
 mod spawn;
+mod view;
 mod wall;
 
 pub use cgroup::{Cgroup, CgroupLimits, CgroupRoot, CgroupUsage};
@@ -38,6 +39,7 @@ pub use limits::SandboxPolicy;
 pub use loopback::LoopDevice;
 pub use outcome::Outcome;
 pub use spawn::{Pipes, Sandbox, Users, can_isolate, take_files};
+pub use view::narrow;
 pub use wall::Wall;
 
 /// Why there is no sandbox.

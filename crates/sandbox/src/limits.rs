@@ -5,6 +5,11 @@ use std::io;
 use rustix::process::{Resource, Rlimit};
 use serde::{Deserialize, Serialize};
 
+/// The stack of the first thread; the usual limit of a login.
+const STACK_BYTES_MAX: u64 = 8 << 20;
+/// Signals that wait to be delivered.
+const SIGNALS_MAX: u64 = 64;
+
 /// What a confined process may take.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SandboxPolicy {
@@ -26,8 +31,11 @@ impl SandboxPolicy {
         limit(Resource::Fsize, self.file_bytes_max)?;
         limit(Resource::Nofile, Some(self.files_max))?;
         limit(Resource::Nproc, Some(self.threads_max))?;
+        // What grows like a stack is no data to the kernel.
+        limit(Resource::Stack, Some(STACK_BYTES_MAX))?;
         // No locked memory, no message queues, no pending signals beyond a few.
         limit(Resource::Memlock, Some(0))?;
+        limit(Resource::Sigpending, Some(SIGNALS_MAX))?;
         limit(Resource::Msgqueue, Some(0))
     }
 }

@@ -25,7 +25,6 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_fallocate,
-    libc::SYS_fcntl,
     libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
@@ -58,13 +57,30 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_sigaltstack,
     libc::SYS_statx,
     libc::SYS_sync_file_range,
-    libc::SYS_tgkill,
     libc::SYS_write,
     libc::SYS_writev,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
     libc::SYS_newfstatat,
 ];
+
+/// A thread as C libraries start one: it shares all it has with the others of its process. musl adds
+/// a flag that means nothing any more, `CLONE_DETACHED`.
+const THREAD: libc::c_int = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID;
+
+/// What fcntl(2) may do: copy a descriptor and look at its flags. Not ask for signals to whom it
+/// likes, nor change the flags of open files, which who handed them over has too, nor take leases
+/// and locks.
+const FCNTL: [libc::c_int; 5] =
+    [libc::F_DUPFD, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL];
 
 /// Looks at what lies in a directory that was handed over.
 const LOOKING: &[libc::c_long] = &[
@@ -107,25 +123,39 @@ pub(crate) fn apply(access: Option<Access>) -> io::Result<()> {
     Ok(())
 }
 
+/// Refuses these calls to this thread and those it starts.
+pub(crate) fn refuse(calls: &[libc::c_long]) -> io::Result<()> {
+    let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
+    let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    seccompiler::apply_filter(&compiled(rules, SeccompAction::Allow, refused)?)
+        .map_err(io::Error::other)
+}
+
 fn allow_list(more: &[&[libc::c_long]]) -> io::Result<BpfProgram> {
     let calls = ALLOWED.iter().chain(more.iter().copied().flatten());
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         calls.map(|&call| (call, Vec::new())).collect();
     // Threads of this process, and nothing else.
-    let thread = u64::from(libc::CLONE_THREAD.unsigned_abs());
-    rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
-    // No memory that is made executable.
+    let detached = libc::CLONE_DETACHED.unsigned_abs();
+    let thread = masked(0, u64::from(!detached), u64::from(THREAD.unsigned_abs()))?;
+    rules.insert(libc::SYS_clone, vec![rule([thread])?]);
+    // No memory that is made executable, and none that `RLIMIT_DATA` does not count: what is shared,
+    // and what grows like a stack.
     let exec = u64::from(libc::PROT_EXEC.unsigned_abs());
-    rules.insert(libc::SYS_mmap, vec![masked(2, exec, 0)?]);
-    rules.insert(libc::SYS_mprotect, vec![masked(2, exec, 0)?]);
+    let kind = u64::from((libc::MAP_TYPE | libc::MAP_GROWSDOWN).unsigned_abs());
+    let private = masked(3, kind, u64::from(libc::MAP_PRIVATE.unsigned_abs()))?;
+    rules.insert(libc::SYS_mmap, vec![rule([masked(2, exec, 0)?, private])?]);
+    rules.insert(libc::SYS_mprotect, vec![rule([masked(2, exec, 0)?])?]);
+    rules.insert(libc::SYS_fcntl, one_of(1, &FCNTL)?);
     // A thread's name, and names of mappings.
-    let options = [libc::PR_SET_NAME, libc::PR_SET_VMA];
-    let named = options.map(|option| equal(0, u64::from(option.unsigned_abs())));
-    rules.insert(libc::SYS_prctl, named.into_iter().collect::<io::Result<_>>()?);
-    // Limits may be read, not set: the new one is a null pointer.
+    rules.insert(libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME, libc::PR_SET_VMA])?);
+    // Its own limits may be read, not set: the new one is a null pointer.
     let reading = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)
         .map_err(io::Error::other)?;
-    rules.insert(libc::SYS_prlimit64, vec![rule(reading)?]);
+    rules.insert(libc::SYS_prlimit64, vec![rule([equal(0, 0)?, reading])?]);
+    // Who aborts signals himself. Without a PID namespace others could be named.
+    let itself = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![rule([equal(0, itself)?])?]);
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     compiled(rules, refused, SeccompAction::Allow)
 }
@@ -145,21 +175,23 @@ fn compiled(
     BpfProgram::try_from(filter).map_err(io::Error::other)
 }
 
-fn masked(argument: u8, mask: u64, value: u64) -> io::Result<SeccompRule> {
+fn masked(argument: u8, mask: u64, value: u64) -> io::Result<SeccompCondition> {
     let operator = SeccompCmpOp::MaskedEq(mask);
-    rule(
-        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
-            .map_err(io::Error::other)?,
-    )
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
+        .map_err(io::Error::other)
 }
 
-fn equal(argument: u8, value: u64) -> io::Result<SeccompRule> {
-    rule(
-        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
-            .map_err(io::Error::other)?,
-    )
+fn equal(argument: u8, value: u64) -> io::Result<SeccompCondition> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+        .map_err(io::Error::other)
 }
 
-fn rule(condition: SeccompCondition) -> io::Result<SeccompRule> {
-    SeccompRule::new(vec![condition]).map_err(io::Error::other)
+/// A rule for each of the values that an argument may have.
+fn one_of(argument: u8, values: &[libc::c_int]) -> io::Result<Vec<SeccompRule>> {
+    values.iter().map(|value| rule([equal(argument, u64::from(value.unsigned_abs()))?])).collect()
+}
+
+/// All of the conditions together.
+fn rule<const N: usize>(conditions: [SeccompCondition; N]) -> io::Result<SeccompRule> {
+    SeccompRule::new(conditions.into()).map_err(io::Error::other)
 }

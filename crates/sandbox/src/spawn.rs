@@ -6,7 +6,9 @@ use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 
@@ -62,9 +64,11 @@ const NAMESPACES: u64 = (libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS)
     .unsigned_abs() as u64;
 
-/// The namespaces of a keeper: what it mounts and whom it starts ends with it.
+/// The namespaces of a keeper: what it mounts and whom it starts ends with it, and none of them
+/// has a network.
 const KEEPER_NAMESPACES: u64 =
-    (libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC).unsigned_abs() as u64;
+    (libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET)
+        .unsigned_abs() as u64;
 
 /// Users of a process, outside: inside they are 0 and those that follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +110,18 @@ impl Sandbox {
         Self::spawn_in(flags, None, program, arguments, files)
     }
 
+    /// As [`Self::spawn`], but in the namespaces of this process, with its user and rights.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the process could not be started.
+    pub fn spawn_beside(
+        program: &File,
+        arguments: &[&CStr],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Self, Pipes), SandboxError> {
+        Self::spawn_in(0, None, program, arguments, files)
+    }
+
     /// As [`Self::spawn`], but root inside is the first of `users`, and may give files to the
     /// others. Never without namespaces; needs root.
     ///
@@ -120,10 +136,10 @@ impl Sandbox {
         Self::spawn_in(NAMESPACES, Some(users), program, arguments, files)
     }
 
-    /// Starts one that keeps others: with the rights of this process, but with mounts of its own
-    /// and as the first process of a PID namespace. When it ends, however it ends, every process
-    /// below it is ended by the kernel and every mount is gone. Until it makes them private, its
-    /// mounts may still go to whom the host shares its own with. Needs root.
+    /// Starts one that keeps others: with the rights of this process, but with mounts of its own,
+    /// without a network, and as the first process of a PID namespace. When it ends, however it
+    /// ends, every process below it is ended by the kernel and every mount is gone. Until it makes
+    /// them private, its mounts may still go to whom the host shares its own with. Needs root.
     ///
     /// # Errors
     /// [`SandboxError`] when the process could not be started.
@@ -188,6 +204,22 @@ impl Sandbox {
     pub fn kill(&self) {
         // One that has ended already is as dead as it can be.
         let _ = rustix::process::pidfd_send_signal(&self.process, Signal::KILL);
+    }
+
+    /// Whether it has ended, or does so within `most`. It is still to be waited for.
+    #[must_use]
+    pub fn ends_within(&self, most: Duration) -> bool {
+        let deadline = Instant::now() + most;
+        loop {
+            // Readable when it has ended: pidfd_open(2).
+            let mut process = [PollFd::new(&self.process, PollFlags::IN)];
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).ok();
+            match rustix::event::poll(&mut process, left.as_ref()) {
+                Err(rustix::io::Errno::INTR) => {}
+                ended => return ended.is_ok_and(|count| count > 0),
+            }
+        }
     }
 
     /// Waits for its end.

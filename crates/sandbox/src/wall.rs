@@ -29,13 +29,16 @@ pub enum Wall {
     Seccomp,
     /// landlock(7): no file can be opened, no address bound or connected to.
     Landlock,
+    /// mount_namespaces(7): who fetches for a build sees that build's directories alone
+    /// ([`narrow`](crate::narrow)).
+    OwnFiles,
     /// cgroups(7): memory, CPU and number of processes of a build are held by the kernel.
     Cgroup,
 }
 
 impl Wall {
     /// Every wall.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::UserNamespace,
         Self::PidNamespace,
         Self::NetworkNamespace,
@@ -47,8 +50,13 @@ impl Wall {
         Self::NoNewPrivileges,
         Self::Seccomp,
         Self::Landlock,
+        Self::OwnFiles,
         Self::Cgroup,
     ];
+
+    /// Those that do not stand around a worker: they are around its whole build, or around who
+    /// fetches for it.
+    pub const AROUND_BUILDS: [Self; 2] = [Self::OwnFiles, Self::Cgroup];
 
     /// Those that come with the namespaces a process is started in.
     pub const NAMESPACES: [Self; 6] = [
@@ -75,6 +83,7 @@ impl Wall {
             Self::NoNewPrivileges => "no-new-privileges",
             Self::Seccomp => "seccomp",
             Self::Landlock => "landlock",
+            Self::OwnFiles => "own-files",
             Self::Cgroup => "cgroup",
         }
     }

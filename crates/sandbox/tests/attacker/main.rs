@@ -4,6 +4,8 @@
 #![expect(unsafe_code, reason = "attacks are system calls")]
 #![expect(clippy::unwrap_used, reason = "an attacker may fall over")]
 
+mod narrow;
+
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::FromRawFd as _;
@@ -20,6 +22,11 @@ fn main() {
         threads_max: 8,
     };
     match attack.as_str() {
+        "narrow" => {
+            let [kept, secret, other] =
+                [2, 3, 4].map(|number| std::env::args().nth(number).unwrap());
+            return narrow::narrow(kept.as_ref(), secret.as_ref(), other.parse().unwrap());
+        }
         "look" => return reach(&policy, Access::Look),
         "fill" => return reach(&policy, Access::Fill),
         _ => {}
@@ -33,6 +40,7 @@ fn main() {
         "threads" => threads(),
         "disk" => disk(),
         "files" => files(),
+        "limits" => limits(),
         other => println!("{}", answer(other)),
     }
 }
@@ -127,6 +135,25 @@ fn files() {
     println!("{:?}", (3..1024).filter(is_open).collect::<Vec<_>>());
 }
 
+/// Soft limits: of core files, the first stack, waiting signals.
+fn limits() {
+    use rustix::process::{Resource, getrlimit};
+    let limits = [Resource::Core, Resource::Stack, Resource::Sigpending];
+    println!("{:?}", limits.map(|resource| getrlimit(resource).current.unwrap_or(u64::MAX)));
+}
+
+/// Maps memory that can be written, `flags` says of which kind.
+///
+/// # Safety
+/// `flags` must not ask for a place where something lies.
+unsafe fn map(protection: libc::c_int, flags: libc::c_int) -> libc::c_long {
+    let (null, none) = (std::ptr::null::<libc::c_void>(), -1);
+    let protection = protection | libc::PROT_READ | libc::PROT_WRITE;
+    let flags = flags | libc::MAP_ANONYMOUS;
+    // SAFETY: the kernel chooses where; nobody uses what is mapped.
+    unsafe { libc::syscall(libc::SYS_mmap, null, 4096, protection, flags, none, 0) }
+}
+
 /// One system call, and what came of it: `ok`, or the error's name.
 fn answer(attack: &str) -> String {
     let path = c"/etc/passwd".as_ptr();
@@ -160,19 +187,36 @@ fn answer(attack: &str) -> String {
                 let limit = libc::rlimit { rlim_cur: 1 << 40, rlim_max: 1 << 40 };
                 libc::syscall(libc::SYS_prlimit64, 0, libc::RLIMIT_DATA, &raw const limit, null)
             }
-            "undo-no-new-privs" => libc::syscall(libc::SYS_prctl, libc::PR_SET_DUMPABLE, 1),
-            "executable-memory" => libc::syscall(
-                libc::SYS_mmap,
-                null,
-                4096,
-                libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            ),
-            other => {
-                return format!("no attack is called {other}");
+            "traceable" => libc::syscall(libc::SYS_prctl, libc::PR_SET_DUMPABLE, 1),
+            "executable-memory" => map(libc::PROT_EXEC, libc::MAP_PRIVATE),
+            "shared-memory" => map(0, libc::MAP_SHARED),
+            "growing-memory" => map(0, libc::MAP_PRIVATE | libc::MAP_GROWSDOWN),
+            "nameless-memory" => libc::syscall(libc::SYS_memfd_create, c"x".as_ptr(), 0),
+            // Were it allowed, the kernel would find it makes no sense.
+            "odd-thread" => {
+                libc::syscall(libc::SYS_clone, libc::CLONE_THREAD, null, null, null, null)
             }
+            "signal" => libc::syscall(libc::SYS_tgkill, 2, 2, libc::SIGKILL),
+            "signals-by-file" => libc::syscall(libc::SYS_fcntl, 0, libc::F_SETOWN, 1),
+            "flags-of-a-file" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETFL, libc::O_APPEND),
+            "lease" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLEASE, libc::F_UNLCK),
+            "lock" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLK, null),
+            "flock" => libc::syscall(libc::SYS_flock, 3, libc::LOCK_SH),
+            "limits-of-others" => {
+                let mut limit: libc::rlimit = std::mem::zeroed();
+                let old = &raw mut limit;
+                libc::syscall(libc::SYS_prlimit64, 2, libc::RLIMIT_NOFILE, null, old)
+            }
+            "control" => libc::syscall(libc::SYS_ioctl, 0, libc::FIONREAD, null),
+            "splice" => libc::syscall(libc::SYS_splice, 0, null, 1, null, 1, 0),
+            "send" => libc::syscall(libc::SYS_sendmsg, 1, null, 0),
+            "memory-of-others" => libc::syscall(libc::SYS_process_vm_readv, 1, null, 0, null, 0, 0),
+            "files-of-others" => libc::syscall(libc::SYS_pidfd_getfd, 0, 0, 0),
+            "open-process" => libc::syscall(libc::SYS_pidfd_open, 1, 0),
+            "later-writes" => libc::syscall(libc::SYS_io_setup, 1, null),
+            "personality" => libc::syscall(libc::SYS_personality, 0x0040_0000),
+            "filter" => libc::syscall(libc::SYS_seccomp, 0, 0, null),
+            other => return format!("no attack is called {other}"),
         }
     };
     match result {

@@ -104,3 +104,31 @@ fn places_that_nobody_uses_are_cleared_and_made_again_when_they_are_needed() {
         root.remove();
     }
 }
+
+#[test]
+fn a_heavier_group_gets_more_of_a_cpu_that_both_want() {
+    let Some(root) = root("weight") else { return };
+    let group = |name: &str, weight| {
+        let group = root.create(name, &CgroupLimits::default()).unwrap();
+        group.set_cpu_weight(weight).unwrap();
+        // Both on one CPU, or there would be one for each.
+        let mut child = shell("taskset -p 1 $$; while :; do :; done");
+        group.add(child.id()).unwrap();
+        (group, child.stdin.take().unwrap(), child)
+    };
+    let mut all = [group("light", 1), group("heavy", 10_000)];
+    for (_, stdin, _) in &mut all {
+        use std::io::Write as _;
+        stdin.write_all(b"go\n").unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    let [light, heavy] = all.map(|(group, _, mut child)| {
+        let taken = group.usage().cpu_usecs;
+        drop(group);
+        child.wait().unwrap();
+        taken
+    });
+    // The first moments, until both have said where they run, are free.
+    assert!(heavy > 3 * light, "{heavy} and {light} µs");
+    root.remove();
+}

@@ -7,3 +7,4 @@ mod attacks;
 mod cgroups;
 mod reach;
 mod support;
+mod view;

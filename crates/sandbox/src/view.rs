@@ -1,0 +1,233 @@
+//! A process that speaks to the network, and what it keeps of the host meanwhile: a few
+//! directories, and the right to start confined workers.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, StatVfsMountFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
+use rustix::process::DumpableBehavior;
+use rustix::thread::{CapabilitySet, UnshareFlags};
+
+use crate::confine::{MOUNT_POINTS, drop_capabilities};
+use crate::{SandboxError, seccomp};
+
+/// What a program needs to run, to look names up and to check certificates; where it is there.
+const READ: [&str; 18] = [
+    "/etc/ca-certificates",
+    "/etc/gai.conf",
+    "/etc/host.conf",
+    "/etc/hosts",
+    "/etc/ld.so.cache",
+    "/etc/nsswitch.conf",
+    "/etc/pki/ca-trust",
+    "/etc/pki/tls/certs",
+    "/etc/resolv.conf",
+    "/etc/services",
+    "/etc/ssl/cert.pem",
+    "/etc/ssl/certs",
+    "/gnu/store",
+    "/lib",
+    "/lib64",
+    "/nix/store",
+    "/run/systemd/resolve",
+    "/usr",
+];
+
+/// Written to by whoever likes to.
+const DEVICES: [&str; 4] = ["/dev/null", "/dev/random", "/dev/urandom", "/dev/zero"];
+
+/// With these the host itself can be changed by whoever is its root, without a capability:
+/// proc(5), and what OCI runtimes keep from containers.
+const PROC_READ_ONLY: [&str; 6] =
+    ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/acpi"];
+
+/// What root keeps: to write what is another user's in its directories, and to give workers
+/// users of their own (user_namespaces(7)).
+const ROOT_KEEPS: CapabilitySet =
+    CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::SETUID).union(CapabilitySet::SETGID);
+
+/// Calls that neither a build nor its workers have any use for: to reach other processes, the
+/// kernel's insides and its clocks.
+const REFUSED: &[libc::c_long] = &[
+    libc::SYS_acct,
+    libc::SYS_add_key,
+    libc::SYS_adjtimex,
+    libc::SYS_bpf,
+    libc::SYS_clock_adjtime,
+    libc::SYS_clock_settime,
+    libc::SYS_delete_module,
+    libc::SYS_fanotify_init,
+    libc::SYS_finit_module,
+    libc::SYS_init_module,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+    libc::SYS_kcmp,
+    libc::SYS_kexec_file_load,
+    libc::SYS_kexec_load,
+    libc::SYS_keyctl,
+    libc::SYS_mknodat,
+    libc::SYS_move_pages,
+    libc::SYS_name_to_handle_at,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_perf_event_open,
+    libc::SYS_personality,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_ptrace,
+    libc::SYS_quotactl,
+    libc::SYS_reboot,
+    libc::SYS_request_key,
+    libc::SYS_setns,
+    libc::SYS_settimeofday,
+    libc::SYS_swapoff,
+    libc::SYS_swapon,
+    libc::SYS_syslog,
+    libc::SYS_userfaultfd,
+    libc::SYS_vhangup,
+];
+
+/// Leaves this process the directories `kept`, which it may write in as far as their modes let it,
+/// and of all other files what a program needs to run and to use the network. It loses the
+/// capabilities that are not needed to start [confined processes](crate::Sandbox::spawn), gains no
+/// new privileges, and system calls that reach other processes or the kernel's insides are refused.
+///
+/// To be called before the first thread is started, with absolute paths. Descriptors that are open
+/// stay open. The working directory is `/` afterwards.
+///
+/// # Errors
+/// [`SandboxError`] when this host does not let it; the process is not to go on then, since part
+/// of it may be done.
+pub fn narrow(kept: &[&Path]) -> Result<(), SandboxError> {
+    let failed = |action: &'static str| move |source: io::Error| SandboxError::new(action, source);
+    let is_root = rustix::process::geteuid().is_root();
+    own_mounts(is_root).map_err(failed("have mounts of its own"))?;
+    see_only(kept, is_root).map_err(failed("leave the host's files"))?;
+    let keeps = if is_root { ROOT_KEEPS } else { CapabilitySet::empty() };
+    drop_capabilities(keeps).map_err(failed("give up capabilities"))?;
+    if is_root {
+        // Others of its kind are root with the same capabilities: they must not reach its memory.
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+            .map_err(|source| SandboxError::new("refuse to be traced", source))?;
+    }
+    rustix::thread::set_no_new_privs(true)
+        .map_err(|source| SandboxError::new("give up new privileges", source))?;
+    seccomp::refuse(REFUSED).map_err(failed("filter system calls"))
+}
+
+/// Mounts that nobody else sees. Who is not root needs a user namespace for that, and is the same
+/// user in it.
+fn own_mounts(is_root: bool) -> io::Result<()> {
+    if is_root {
+        // SAFETY: this process has one thread still, and nothing but its mounts becomes its own.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
+    } else {
+        let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+        // SAFETY: as above; it stays the same user.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) }?;
+        fs::write("/proc/self/setgroups", "deny")?;
+        fs::write("/proc/self/gid_map", format!("{0} {0} 1", gid.as_raw()))?;
+        fs::write("/proc/self/uid_map", format!("{0} {0} 1", uid.as_raw()))?;
+    }
+    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+    Ok(rustix::mount::mount_change("/", private)?)
+}
+
+/// A copy of what is mounted at a path, not mounted anywhere yet.
+struct Part {
+    path: PathBuf,
+    tree: OwnedFd,
+    is_dir: bool,
+    is_read_only: bool,
+}
+
+impl Part {
+    fn of(path: &Path, is_deep: bool, is_read_only: bool) -> io::Result<Self> {
+        let is_dir = fs::metadata(path)?.is_dir();
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        if is_deep {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        let tree = rustix::mount::open_tree(CWD, path, flags)?;
+        Ok(Self { path: path.to_owned(), tree, is_dir, is_read_only })
+    }
+
+    /// Mounts it below `root` where it was below the old one.
+    fn place(&self, root: &Path) -> io::Result<()> {
+        let place = root.join(self.path.strip_prefix("/").map_err(io::Error::other)?);
+        let mut dirs = DirBuilder::new();
+        dirs.recursive(true).mode(0o755);
+        if self.is_dir {
+            dirs.create(&place)?;
+        } else {
+            place.parent().map_or(Ok(()), |parent| dirs.create(parent))?;
+            File::create(&place)?;
+        }
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        rustix::mount::move_mount(&self.tree, c"", CWD, &place, flags)?;
+        if self.is_read_only { read_only(&place) } else { Ok(()) }
+    }
+}
+
+/// Makes what is mounted there read-only, and nothing in it a way to more rights.
+fn read_only(place: &Path) -> io::Result<()> {
+    // In a user namespace what the host has set must be said again: mount_namespaces(7).
+    let set = rustix::fs::statvfs(place)?.f_flag;
+    let mut flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+    for (is, say) in [
+        (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+        (StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
+        (StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
+        (StatVfsMountFlags::RELATIME, MountFlags::RELATIME),
+    ] {
+        flags.set(say, set.contains(is));
+    }
+    Ok(rustix::mount::mount_remount(place, flags, "")?)
+}
+
+/// A new root with the directories in it, in place of the host's.
+fn see_only(kept: &[&Path], is_root: bool) -> io::Result<()> {
+    // What is mounted below a directory cannot be left out in a user namespace.
+    let is_deep = !is_root;
+    let mut parts = Vec::new();
+    for path in READ.iter().map(Path::new).filter(|path| path.exists()) {
+        parts.push(Part::of(path, is_deep, true)?);
+    }
+    parts.push(Part::of(Path::new("/proc"), true, false)?);
+    for device in DEVICES {
+        parts.push(Part::of(Path::new(device), false, false)?);
+    }
+    for path in kept {
+        let named =
+            |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        parts.push(Part::of(path, is_deep, false).map_err(named)?);
+    }
+    // A directory before what lies in it.
+    parts.sort_by_key(|part| part.path.components().count());
+    let root = MOUNT_POINTS.into_iter().map(Path::new).find(|path| path.is_dir());
+    let root = root.ok_or(io::ErrorKind::NotFound)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount("none", root, "tmpfs", flags, Some(c"size=256k,mode=0755"))?;
+    for part in &parts {
+        part.place(root)?;
+    }
+    for path in PROC_READ_ONLY.map(Path::new) {
+        let place = root.join(path.strip_prefix("/").map_err(io::Error::other)?);
+        if place.exists() {
+            rustix::mount::mount_bind_recursive(&place, &place)?;
+            read_only(&place)?;
+        }
+    }
+    rustix::process::chdir(root)?;
+    rustix::process::pivot_root(".", ".")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    rustix::mount::mount_remount("/", flags | MountFlags::RDONLY, "")?;
+    Ok(rustix::process::chdir("/")?)
+}
