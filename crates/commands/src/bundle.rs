@@ -1,16 +1,19 @@
 //! The configuration of a command's container (OCI runtime specification, "Configuration").
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use rustix::process::Resource;
 use sandbox::Users;
 use serde_json::{Value, json};
 
-use crate::order::Order;
-use crate::syscalls::{AF_ALG, AF_VSOCK, ALLOWED, CLONE_NEW, PERSONALITIES};
+use crate::order::{Order, Scratch};
+use crate::syscalls::{ALLOWED, CLONE_NEW, PERSONALITIES, RLIMIT_CORE, SOCKETS};
 
+const DONE: u32 = 0;
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
+const EOPNOTSUPP: u32 = 95;
 /// capabilities(7), in the container's own user namespace: what a package manager needs.
 const CAPABILITIES: [&str; 9] = [
     "CAP_CHOWN",
@@ -24,13 +27,17 @@ const CAPABILITIES: [&str; 9] = [
     "CAP_SYS_CHROOT",
 ];
 /// What tells of the host, or steers it.
-const MASKED: [&str; 9] = [
+const MASKED: [&str; 13] = [
     "/proc/acpi",
     "/proc/asound",
+    "/proc/cmdline",
+    "/proc/diskstats",
     "/proc/interrupts",
     "/proc/kcore",
     "/proc/keys",
     "/proc/latency_stats",
+    "/proc/modules",
+    "/proc/partitions",
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/timer_list",
@@ -38,24 +45,39 @@ const MASKED: [&str; 9] = [
 const READ_ONLY: [&str; 5] =
     ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 const OPEN_FILES: u64 = 65_536;
+/// What is smaller than a page is no core; and 1 alone keeps the kernel from starting the host's
+/// program for cores, as root and outside, where core_pattern names one (kernel: fs/coredump.c).
+const CORE_BYTES: u64 = 1;
+/// The keeper, as its PID namespace and all below it see it.
+const KEEPERS_NETWORK: &str = "/proc/1/ns/net";
+/// Programs look for the one or the other.
+const PROXY_VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
+const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
+const NO_PROXY: &str = "localhost,127.0.0.1,::1";
+/// `SOCK_TYPE_MASK`, linux/net.h: beside the type stand flags.
+const SOCK_TYPE_MASK: u64 = 0xf;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The configuration of the container that runs `command` on the tree at `root`, in the cgroup
-/// `group`.
+/// `group`. Its only way out of the network is `door`.
 pub(crate) fn config(
     order: &Order,
     command: &str,
     root: &Path,
     users: Users,
     group: &str,
+    door: Option<SocketAddr>,
 ) -> Value {
     let map = json!([{ "containerID": 0, "hostID": users.first, "size": users.count }]);
-    let namespaces: Vec<Value> = ["user", "pid", "network", "ipc", "uts", "mount", "cgroup"]
-        .map(|kind| json!({ "type": kind }))
-        .into();
+    let mut namespaces: Vec<Value> =
+        ["user", "pid", "ipc", "uts", "mount", "cgroup"].map(|kind| json!({ "type": kind })).into();
+    namespaces.push(match door {
+        None => json!({ "type": "network" }),
+        Some(_) => json!({ "type": "network", "path": KEEPERS_NETWORK }),
+    });
     json!({
         "ociVersion": "1.0.2",
-        "process": process(order, command),
+        "process": process(order, command, door),
         "root": { "path": root, "readonly": false },
         "hostname": "build",
         "mounts": mounts(),
@@ -65,7 +87,7 @@ pub(crate) fn config(
             "gidMappings": map,
             "cgroupsPath": group,
             "resources": resources(order),
-            "seccomp": seccomp(),
+            "seccomp": seccomp(order.scratch),
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,
             "rootfsPropagation": "private",
@@ -73,21 +95,7 @@ pub(crate) fn config(
     })
 }
 
-fn process(order: &Order, command: &str) -> Value {
-    // What is no variable in an image's config is nobody's.
-    let is_variable = |entry: &&String| {
-        !entry.contains('\0') && entry.split_once('=').is_some_and(|(name, _)| !name.is_empty())
-    };
-    let mut environment: Vec<String> =
-        order.environment.iter().filter(is_variable).cloned().collect();
-    let has =
-        |name: &str| order.environment.iter().any(|entry| entry.split('=').next() == Some(name));
-    if !has("PATH") {
-        environment.push(PATH.to_owned());
-    }
-    if !has("HOME") {
-        environment.push("HOME=/root".to_owned());
-    }
+fn process(order: &Order, command: &str, door: Option<SocketAddr>) -> Value {
     let directory = match order.working_directory.as_str() {
         absolute if absolute.starts_with('/') => absolute.to_owned(),
         relative => format!("/{relative}"),
@@ -100,17 +108,48 @@ fn process(order: &Order, command: &str) -> Value {
         "terminal": false,
         "user": { "uid": 0, "gid": 0 },
         "args": ["/bin/sh", "-c", command],
-        "env": environment,
+        "env": environment(order, door),
         "cwd": directory,
         "capabilities": sets,
         "noNewPrivileges": true,
         "oomScoreAdj": 500,
-        "rlimits": [
-            limit("RLIMIT_CORE", Resource::Core, 0),
-            limit("RLIMIT_MEMLOCK", Resource::Memlock, 64 << 10),
-            limit("RLIMIT_NOFILE", Resource::Nofile, OPEN_FILES),
-        ],
+        "rlimits": limits(order),
     })
+}
+
+fn environment(order: &Order, door: Option<SocketAddr>) -> Vec<String> {
+    // What is no variable in an image's config is nobody's.
+    let is_variable = |entry: &&String| {
+        !entry.contains('\0') && entry.split_once('=').is_some_and(|(name, _)| !name.is_empty())
+    };
+    let mut environment: Vec<String> =
+        order.environment.iter().filter(is_variable).cloned().collect();
+    if let Some(door) = door {
+        // A proxy that the image names is not to be reached.
+        let is_ours =
+            |name: &str| PROXY_VARIABLES.contains(&name) || NO_PROXY_VARIABLES.contains(&name);
+        environment.retain(|entry| !entry.split('=').next().is_some_and(is_ours));
+        environment.extend(PROXY_VARIABLES.map(|name| format!("{name}=http://{door}")));
+        environment.extend(NO_PROXY_VARIABLES.map(|name| format!("{name}={NO_PROXY}")));
+    }
+    let has = |name: &str| environment.iter().any(|entry| entry.split('=').next() == Some(name));
+    let missing =
+        [("PATH", PATH), ("HOME", "HOME=/root")].into_iter().filter(|(name, _)| !has(name));
+    let missing: Vec<String> = missing.map(|(_, entry)| entry.to_owned()).collect();
+    environment.extend(missing);
+    environment
+}
+
+fn limits(order: &Order) -> Vec<Value> {
+    let mut limits = vec![
+        limit("RLIMIT_CORE", Resource::Core, CORE_BYTES),
+        limit("RLIMIT_MEMLOCK", Resource::Memlock, 64 << 10),
+        limit("RLIMIT_NOFILE", Resource::Nofile, OPEN_FILES),
+    ];
+    if order.scratch == Scratch::Watched {
+        limits.push(limit("RLIMIT_FSIZE", Resource::Fsize, order.disk_bytes));
+    }
+    limits
 }
 
 /// Never above the present hard limit, which not every service may raise.
@@ -153,37 +192,72 @@ fn resources(order: &Order) -> Value {
     })
 }
 
-fn seccomp() -> Value {
+fn seccomp(scratch: Scratch) -> Value {
     let architectures: &[&str] = match std::env::consts::ARCH {
         "x86_64" => &["SCMP_ARCH_X86_64"],
         "aarch64" => &["SCMP_ARCH_AARCH64"],
         _ => &[],
     };
     let allow = "SCMP_ACT_ALLOW";
-    let equal = |value: u64| json!([{ "index": 0, "value": value, "op": "SCMP_CMP_EQ" }]);
+    let equal =
+        |index: u32, value: u64| json!({ "index": index, "value": value, "op": "SCMP_CMP_EQ" });
+    let other =
+        |index: u32, value: u64| json!({ "index": index, "value": value, "op": "SCMP_CMP_NE" });
     let mut rules = vec![
         json!({ "names": ALLOWED, "action": allow }),
+        match scratch {
+            Scratch::Sized => json!({ "names": ["fallocate"], "action": allow }),
+            // It takes a whole disk in no time; the C library writes the file instead.
+            Scratch::Watched => json!({
+                "names": ["fallocate"], "action": "SCMP_ACT_ERRNO", "errnoRet": EOPNOTSUPP,
+            }),
+        },
         json!({ "names": ["clone"], "action": allow, "args": [
             { "index": 0, "value": CLONE_NEW, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ" },
         ] }),
         // The C library falls back to clone, whose flags a filter can see.
         json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS }),
     ];
-    // Of several numbers between two that are refused, each is a range of its own.
-    for args in [
-        json!([{ "index": 0, "value": AF_ALG, "op": "SCMP_CMP_LT" }]),
-        json!([{ "index": 0, "value": AF_ALG + 1, "op": "SCMP_CMP_EQ" }]),
-        json!([{ "index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_GT" }]),
-    ] {
+    for (family, kind, protocol) in SOCKETS {
+        let mut args = vec![equal(0, family)];
+        args.extend(kind.map(|kind| {
+            json!({ "index": 1, "value": SOCK_TYPE_MASK, "valueTwo": kind,
+                    "op": "SCMP_CMP_MASKED_EQ" })
+        }));
+        args.extend(protocol.map(|protocol| equal(2, protocol)));
         rules.push(json!({ "names": ["socket"], "action": allow, "args": args }));
     }
     for value in PERSONALITIES {
-        rules.push(json!({ "names": ["personality"], "action": allow, "args": equal(value) }));
+        let args = [equal(0, value)];
+        rules.push(json!({ "names": ["personality"], "action": allow, "args": args }));
     }
+    rules.extend(core_limit(allow, &equal, &other));
     json!({
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": EPERM,
         "architectures": architectures,
         "syscalls": rules,
     })
+}
+
+/// Limits may be set but for that of cores: a program that forbids itself cores is told that it is
+/// done, since none comes in any case.
+fn core_limit(
+    allow: &str,
+    equal: &dyn Fn(u32, u64) -> Value,
+    other: &dyn Fn(u32, u64) -> Value,
+) -> [Value; 5] {
+    let done = "SCMP_ACT_ERRNO";
+    let rule = |name: &str, action: &str, args: &[Value]| match action == allow {
+        true => json!({ "names": [name], "action": action, "args": args }),
+        false => json!({ "names": [name], "action": action, "errnoRet": DONE, "args": args }),
+    };
+    [
+        rule("setrlimit", allow, &[other(0, RLIMIT_CORE)]),
+        rule("setrlimit", done, &[equal(0, RLIMIT_CORE)]),
+        rule("prlimit64", allow, &[other(1, RLIMIT_CORE)]),
+        // Without new limits it only asks.
+        rule("prlimit64", allow, &[equal(1, RLIMIT_CORE), equal(2, 0)]),
+        rule("prlimit64", done, &[equal(1, RLIMIT_CORE), other(2, 0)]),
+    ]
 }

@@ -13,9 +13,6 @@ pub enum Unable {
     /// user_namespaces(7).
     #[error("commands need user namespaces, which this host does not give to root")]
     NoNamespaces,
-    /// loop(4).
-    #[error("commands need loop devices: /dev/loop-control cannot be opened")]
-    NoLoopDevices,
     /// The file system `overlay`.
     #[error("commands need the file system overlay: load the kernel module of that name")]
     NoOverlay,
@@ -57,6 +54,21 @@ pub enum CommandEnd {
     OutOfMemory,
     /// It ran longer than a command may.
     TimedOut,
+    /// It needed more disk than commands may have.
+    DiskFull,
+    /// It failed after the kernel had refused it a process.
+    TooManyProcesses,
+}
+
+impl CommandEnd {
+    /// Whether it came to the end of what commands may take, time aside.
+    #[must_use]
+    pub fn is_limit(self) -> bool {
+        match self {
+            Self::OutOfMemory | Self::DiskFull | Self::TooManyProcesses => true,
+            Self::Exited(_) | Self::Killed(_) | Self::TimedOut => false,
+        }
+    }
 }
 
 impl std::fmt::Display for CommandEnd {
@@ -66,6 +78,8 @@ impl std::fmt::Display for CommandEnd {
             Self::Killed(signal) => write!(f, "was ended by signal {signal}"),
             Self::OutOfMemory => f.write_str("needs more memory than commands may have"),
             Self::TimedOut => f.write_str("takes longer than a command may"),
+            Self::DiskFull => f.write_str("needs more disk than commands may have"),
+            Self::TooManyProcesses => f.write_str("needs more processes than commands may have"),
         }
     }
 }
@@ -97,6 +111,22 @@ pub enum CommandsError {
         /// How it ended.
         end: CommandEnd,
     },
+    /// A command did not end well after it was refused a place in the network, as whoever served
+    /// the door says.
+    #[error(
+        "command {} (`{command}`) {end}; it was refused the network: {rule}",
+        .index + 1
+    )]
+    Denied {
+        /// Its place, from 0.
+        index: usize,
+        /// The command.
+        command: String,
+        /// How it ended.
+        end: CommandEnd,
+        /// The place, and why.
+        rule: String,
+    },
     /// The image or what the commands made of it is at fault.
     #[error("{0}")]
     Refused(String),
@@ -109,6 +139,6 @@ impl CommandsError {
     /// Whether who ordered the commands can mend it.
     #[must_use]
     pub fn is_theirs(&self) -> bool {
-        matches!(self, Self::Failed { .. } | Self::Refused(_))
+        matches!(self, Self::Failed { .. } | Self::Denied { .. } | Self::Refused(_))
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::Unable;
+use crate::{Scratch, Unable};
 
 /// The program that makes the scratch file system.
 pub(crate) const MKFS: &str = "mkfs.ext4";
@@ -30,6 +30,8 @@ pub struct Runtime {
     pub version: String,
     /// Holes it has that were accepted by name.
     pub accepted: Vec<&'static str>,
+    /// How this host holds the disk of commands to its size.
+    pub scratch: Scratch,
 }
 
 /// Whether this host can run commands with `program` (a path, or a name that is looked for), and
@@ -44,14 +46,14 @@ pub fn check(program: &str, accepted: &[String]) -> Result<Runtime, Unable> {
     if !sandbox::can_isolate() {
         return Err(Unable::NoNamespaces);
     }
-    if !sandbox::LoopDevice::is_there() {
-        return Err(Unable::NoLoopDevices);
-    }
+    let scratch = scratch(sandbox::LoopDevice::is_there());
     let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     if !filesystems.lines().any(|line| line.split_whitespace().last() == Some("overlay")) {
         return Err(Unable::NoOverlay);
     }
-    find(MKFS)?;
+    if scratch == Scratch::Sized {
+        find(MKFS)?;
+    }
     let program = find(program)?;
     let missing = |source| Unable::NoProgram { program: program.display().to_string(), source };
     let told = command(&program).arg("--version").stdin(Stdio::null()).output().map_err(missing)?;
@@ -61,11 +63,16 @@ pub fn check(program: &str, accepted: &[String]) -> Result<Runtime, Unable> {
     let (taken, open): (Vec<_>, Vec<_>) =
         holes.into_iter().partition(|hole| accepted.iter().any(|name| name == hole));
     match open.is_empty() {
-        true => Ok(Runtime { program, version, accepted: taken }),
+        true => Ok(Runtime { program, version, accepted: taken, scratch }),
         false => {
             Err(Unable::Vulnerable { program: program.display().to_string(), version, holes: open })
         }
     }
+}
+
+/// A file system of its own needs a block device.
+fn scratch(has_loop_devices: bool) -> Scratch {
+    if has_loop_devices { Scratch::Sized } else { Scratch::Watched }
 }
 
 /// The one place that starts programs of the host.
@@ -134,6 +141,12 @@ mod tests {
         ] {
             assert_eq!(holes(version).is_empty(), is_good, "{version}");
         }
+    }
+
+    #[test]
+    fn a_host_without_loop_devices_watches_the_disk_of_commands() {
+        assert_eq!(scratch(true), Scratch::Sized);
+        assert_eq!(scratch(false), Scratch::Watched);
     }
 
     #[test]

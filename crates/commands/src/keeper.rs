@@ -7,10 +7,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
@@ -20,25 +22,37 @@ use serde::Serialize;
 use crate::order::{
     self, Event, KeeperOrder, LINE_BYTES_MAX, LayerOrder, Line, Trouble, UnpackOrder,
 };
-use crate::{ARGUMENT, bundle, host, layer, output, unpack};
+use crate::scratch::{TREE, WORK};
+use crate::{ARGUMENT, bundle, door, host, layer, output, unpack};
 
 pub(crate) const ROLE: &str = "keeper";
 /// Any directory that is there can carry what the keeper mounts; its programs are not there.
 const PLACES: [&str; 3] = ["/mnt", "/run", "/tmp"];
+/// How long a confined process may go on when it has said its last line.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
+/// What a full file system still has, since it counts roughly near its end: a share of it, and so
+/// many bytes at least.
+const FULL_SHARE: u64 = 256;
+const FULL_BYTES: u64 = 1 << 20;
+/// Of what commands write to.
+const SCRATCH_FLAGS: MountFlags =
+    MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOATIME);
 
 /// The whole life of the process: its files are that of the scratch file system, where the layer
-/// goes, and those of the packs.
+/// goes, the pipe by which a door is handed out, and those of the packs.
 pub(crate) fn main() -> io::Result<()> {
     // A file that is handed to a confined process must be the program, whatever /proc is then.
     let program = File::open("/proc/self/exe")?;
     let order: KeeperOrder = order::receive(io::stdin().lock())?;
     let count = order.order.packs.iter().map(|pack| pack.file + 1).max().unwrap_or(0);
-    let mut files = order::take(2 + count)?;
-    let packs = files.split_off(2);
-    let (Some(layer), Some(scratch)) = (files.pop(), files.pop()) else {
+    let mut files = order::take(3 + count)?;
+    let packs = files.split_off(3);
+    let (Some(outside), Some(layer), Some(scratch)) = (files.pop(), files.pop(), files.pop())
+    else {
         return Err(io::ErrorKind::UnexpectedEof.into());
     };
-    let result = Keeper::new(order, program).and_then(|keeper| keeper.run(scratch, layer, &packs));
+    let result =
+        Keeper::new(order, program, outside).and_then(|keeper| keeper.run(scratch, layer, &packs));
     order::say_end(result)
 }
 
@@ -46,12 +60,28 @@ struct Keeper {
     order: KeeperOrder,
     program: File,
     base: PathBuf,
+    /// The directory that is watched, as the host has it: opened before anything covers it.
+    watched: Option<OwnedFd>,
+    /// Where the way out is, if there is one.
+    door: Option<SocketAddr>,
 }
 
 impl Keeper {
-    /// Takes mounts of its own, and a place for more.
-    fn new(order: KeeperOrder, program: File) -> Result<Self, Trouble> {
+    /// Takes mounts of its own, and a place for more; opens the door.
+    fn new(order: KeeperOrder, program: File, outside: File) -> Result<Self, Trouble> {
         let failed = |error: rustix::io::Errno| Trouble::of("arrange mounts", error);
+        let door = match order.has_door {
+            true => {
+                let opened = door::open(&outside);
+                Some(opened.map_err(|error| Trouble::of("open the way out", error))?)
+            }
+            false => None,
+        };
+        drop(outside);
+        let place = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let watched = order.watched.as_ref();
+        let watched = watched.map(|path| rustix::fs::open(path, place, Mode::empty()));
+        let watched = watched.transpose().map_err(failed)?;
         let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
         rustix::mount::mount_change("/", private).map_err(failed)?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
@@ -62,11 +92,11 @@ impl Keeper {
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
         rustix::mount::mount("tmpfs", base, "tmpfs", flags, Some(c"size=64m,mode=0755"))
             .map_err(failed)?;
-        Ok(Self { order, program, base: base.into() })
+        Ok(Self { order, program, base: base.into(), watched, door })
     }
 
     fn run(&self, scratch: File, layer: File, packs: &[File]) -> Result<Vec<String>, Trouble> {
-        self.make_scratch(&scratch)?;
+        self.mount_scratch(&scratch)?;
         drop(scratch);
         let mut warnings = self.unpack(packs)?;
         tell(Event::Unpacked)?;
@@ -85,8 +115,46 @@ impl Keeper {
         self.base.join(name)
     }
 
+    fn tree(&self) -> PathBuf {
+        self.at("scratch").join(TREE)
+    }
+
+    /// Whether the file system of this build alone has hardly room for another file.
+    fn is_full(&self) -> bool {
+        let left = rustix::fs::statvfs(self.at("scratch")).ok();
+        let is_full = |left: rustix::fs::StatVfs| {
+            let least = (left.f_blocks / FULL_SHARE).max(FULL_BYTES / left.f_frsize.max(1));
+            left.f_bavail < least || left.f_ffree == 0
+        };
+        self.watched.is_none() && left.is_some_and(is_full)
+    }
+
+    /// Where image and changes lie, and the directories for them.
+    fn mount_scratch(&self, file: &File) -> Result<(), Trouble> {
+        let scratch = self.at("scratch");
+        make_directory(&scratch, 0o755)?;
+        match &self.watched {
+            None => self.make_scratch(file, &scratch)?,
+            Some(directory) => {
+                let failed =
+                    |error: rustix::io::Errno| Trouble::of("mount the watched directory", error);
+                let source = format!("/proc/self/fd/{}", directory.as_raw_fd());
+                rustix::mount::mount_bind(source, &scratch).map_err(failed)?;
+                let flags = MountFlags::BIND | SCRATCH_FLAGS;
+                rustix::mount::mount_remount(&scratch, flags, c"").map_err(failed)?;
+            }
+        }
+        let tree = scratch.join(TREE);
+        make_directory(&scratch, 0o755)?;
+        make_directory(&tree, 0o755)?;
+        make_directory(&scratch.join(WORK), 0o700)?;
+        let root = self.order.users.first;
+        rustix::fs::chown(&tree, Some(Uid::from_raw(root)), Some(Gid::from_raw(root)))
+            .map_err(|error| Trouble::of("give the tree to its users", error))
+    }
+
     /// The file system of this build alone: it ends at its size, and its devices are none.
-    fn make_scratch(&self, file: &File) -> Result<(), Trouble> {
+    fn make_scratch(&self, file: &File, scratch: &Path) -> Result<(), Trouble> {
         let mkfs = host::find(host::MKFS).map_err(|error| Trouble::ours(error.to_string()))?;
         let made = host::command(&mkfs)
             .args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E"])
@@ -102,24 +170,16 @@ impl Keeper {
         let device = LoopDevice::attach(file)
             .map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
         let failed = |error: rustix::io::Errno| Trouble::of("mount the scratch file system", error);
-        let scratch = self.at("scratch");
-        make_directory(&scratch, 0o755)?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
-        rustix::mount::mount(device.path(), &scratch, "ext4", flags, Some(c"noinit_itable"))
+        let options = Some(c"noinit_itable");
+        rustix::mount::mount(device.path(), scratch, "ext4", SCRATCH_FLAGS, options)
             .map_err(failed)?;
         // The mount keeps it from here on.
         drop(device);
-        let tree = scratch.join("tree");
-        make_directory(&scratch, 0o755)?;
-        make_directory(&tree, 0o755)?;
-        make_directory(&scratch.join("work"), 0o700)?;
-        let root = self.order.users.first;
-        rustix::fs::chown(&tree, Some(Uid::from_raw(root)), Some(Gid::from_raw(root)))
-            .map_err(|error| Trouble::of("give the tree to its users", error))
+        Ok(())
     }
 
     fn unpack(&self, packs: &[File]) -> Result<Vec<String>, Trouble> {
-        let tree = open(&self.at("scratch/tree"))?;
+        let tree = open(&self.tree())?;
         let order = UnpackOrder {
             packs: self.order.order.packs.clone(),
             files: packs.len(),
@@ -135,12 +195,12 @@ impl Keeper {
     fn mount_overlay(&self) -> Result<PathBuf, Trouble> {
         let merged = self.at("merged");
         make_directory(&merged, 0o755)?;
-        let tree = self.at("scratch/tree");
+        let tree = self.tree();
         let data = format!(
             "lowerdir={},upperdir={},workdir={},userxattr",
             tree.join(unpack::LOWER).display(),
             tree.join(unpack::UPPER).display(),
-            self.at("scratch/work").display()
+            self.at("scratch").join(WORK).display()
         );
         let data =
             std::ffi::CString::new(data).map_err(|error| Trouble::ours(error.to_string()))?;
@@ -157,13 +217,14 @@ impl Keeper {
         let bundle = self.at(&name);
         make_directory(&bundle, 0o700)?;
         let group = format!("{}/{name}", self.order.place);
-        let config = bundle::config(order, command, merged, self.order.users, &group);
+        let config = bundle::config(order, command, merged, self.order.users, &group, self.door);
         let text = serde_json::to_vec(&config).map_err(|error| Trouble::ours(error.to_string()))?;
         fs::write(bundle.join("config.json"), text)
             .map_err(|error| Trouble::of("write the container's configuration", error))?;
         tell(Event::Started { index })?;
         let (code, complaint) = self.contain(index, &name, &bundle, room)?;
-        order::say(&Line::Ended { index, code, complaint }).map_err(parent_gone)?;
+        let is_full = self.is_full();
+        order::say(&Line::Ended { index, code, complaint, is_full }).map_err(parent_gone)?;
         // The parent has counted, and removed the group.
         let mut answer = [0];
         io::stdin().lock().read_exact(&mut answer).map_err(parent_gone)?;
@@ -207,7 +268,7 @@ impl Keeper {
     }
 
     fn read(&self, layer: &File) -> Result<Vec<String>, Trouble> {
-        let upper = open(&self.at("scratch/tree").join(unpack::UPPER))?;
+        let upper = open(&self.tree().join(unpack::UPPER))?;
         let order = LayerOrder { bytes_max: self.order.order.layer_bytes_max };
         self.confined(layer::ROLE, &order, &[upper.as_fd(), layer.as_fd()])
     }
@@ -232,6 +293,10 @@ impl Keeper {
         let _ = order::send(pipes.stdin, order);
         let mut line = String::new();
         let _ = BufReader::new(pipes.stdout).take(LINE_BYTES_MAX).read_line(&mut line);
+        // One that was taken over may close its output, keep the other open and never end.
+        if !sandbox.ends_within(LAST_WORDS_MAX) {
+            sandbox.kill();
+        }
         let mut complaint = String::new();
         let _ = pipes.stderr.take(4096).read_to_string(&mut complaint);
         let outcome = sandbox.wait().map_err(|error| failed(&error))?;

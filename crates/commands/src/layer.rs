@@ -29,7 +29,7 @@ const OPAQUE_MARK: &[u8] = b".wh..wh..opq";
 /// A list of names, and a value, are not longer (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const XATTR_BYTES_MAX: usize = 64 << 10;
 /// Deeper than any image may be.
-const DEPTH_MAX: usize = 256;
+pub(crate) const DEPTH_MAX: usize = 256;
 
 /// The whole life of the process: the upper directory is its first file, where the tar goes the
 /// second.

@@ -11,25 +11,33 @@
 //!    is confined to its one directory, with users of the build's own.
 //! 3. The **runtime** (runc) starts each command on an overlay above that tree.
 //!
+//! Where the host has no loop devices that file system is a directory of the host's, and a
+//! **measurer**, confined like the reader, counts what lies there.
+//!
 //! The parent ([`run()`]) hands out open files, listens, and holds the commands to their limits.
-//! This crate does not know registries, tenants, builds or where a layer goes.
+//! The commands have no network; whoever lets them out serves the door that the keeper opens.
+//! This crate does not know registries, tenants, builds, where a layer goes or what may be reached.
 
 mod bundle;
+mod door;
 mod error;
 mod host;
 mod keeper;
 mod layer;
+mod measure;
 mod order;
 mod output;
 mod run;
+mod scratch;
 mod syscalls;
 mod tar;
 mod unpack;
 
 pub use error::{CommandEnd, CommandsError, Unable};
 pub use host::{Runtime, accepted_names, check};
-pub use order::{CommandLimits, Event, Order, PackPart};
-pub use run::run;
+pub use order::{CommandLimits, Event, Order, PackPart, Scratch};
+pub use run::{Serve, run};
+pub use scratch::remove_tree;
 
 /// The word by which a program is started again as one of the processes: its first argument.
 pub const ARGUMENT: &str = "commands-process";
@@ -43,6 +51,7 @@ pub fn main(role: &str) -> std::io::Result<()> {
         keeper::ROLE => keeper::main(),
         unpack::ROLE => unpack::main(),
         layer::ROLE => layer::main(),
+        measure::ROLE => measure::main(),
         _ => Err(std::io::Error::other(format!("no process of commands is called {role:?}"))),
     }
 }

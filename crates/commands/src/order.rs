@@ -18,9 +18,12 @@ const THREADS_MAX: u64 = 16;
 /// The commands of one build.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Order {
-    /// Where the nameless file of the scratch file system is made.
+    /// Where the nameless file of the scratch file system is made, or its directory.
     pub scratch_directory: PathBuf,
-    /// The size of that file system: tree and changes together, in bytes.
+    /// How its size is kept.
+    #[serde(default)]
+    pub scratch: Scratch,
+    /// That size: tree and changes together, in bytes.
     pub disk_bytes: u64,
     /// The OCI runtime, as [`check`](crate::check) found it.
     pub runtime: PathBuf,
@@ -38,6 +41,29 @@ pub struct Order {
     pub tree_limits: TreeLimits,
     /// Bytes of all files that the commands made or changed, holes included.
     pub layer_bytes_max: u64,
+}
+
+/// How the disk of commands is held to its size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scratch {
+    /// It is a file system of that size, on a loop device: the kernel refuses more.
+    #[default]
+    Sized,
+    /// It is a directory of the host's file system, and the commands are ended soon after more
+    /// than that lies there. For hosts without loop devices.
+    Watched,
+}
+
+impl Scratch {
+    /// The word for logs.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Sized => "sized",
+            Self::Watched => "watched",
+        }
+    }
 }
 
 /// What one command may take.
@@ -96,6 +122,10 @@ pub(crate) struct KeeperOrder {
     /// The container of a command is `{group}-{index}`, in the cgroup `{place}` of the service.
     pub(crate) group: String,
     pub(crate) place: String,
+    /// The directory that is watched, where no file system of its own is made.
+    pub(crate) watched: Option<PathBuf>,
+    /// Whether a way out of the network is to be opened, and handed to the parent.
+    pub(crate) has_door: bool,
 }
 
 /// What the unpacker reads.
@@ -124,6 +154,13 @@ pub(crate) enum Line {
         code: i32,
         /// What the runtime itself has to complain.
         complaint: Option<String>,
+        /// Whether the file system it worked on had no room left.
+        is_full: bool,
+    },
+    /// What lies in a watched directory.
+    Used {
+        bytes: u64,
+        files: u64,
     },
     /// The work is done; what was left out of it.
     Done {

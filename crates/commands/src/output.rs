@@ -6,6 +6,8 @@ use std::io::{self, BufRead, BufReader, Read};
 const LINE_BYTES_MAX: usize = 4 << 10;
 /// Bytes of the output of all commands of a build that are kept.
 pub(crate) const OUTPUT_BYTES_MAX: usize = 1 << 20;
+/// What each line takes beside its text, where it is kept: many short ones are a flood as well.
+const LINE_COST: usize = 64;
 
 /// Reads `from` to its end and gives each line to `take`, as long as `room` lasts. What is beyond
 /// is read and thrown away, so that nobody waits for this side.
@@ -35,12 +37,12 @@ pub(crate) fn lines(
             line.clear();
             if is_cut || text.is_empty() {
                 // Nothing to say, or nobody who keeps it.
-            } else if text.len() > *room {
+            } else if text.len() + LINE_COST > *room {
                 is_cut = true;
                 *room = 0;
                 take("the output of the commands is too long: the rest is not kept".to_owned())?;
             } else {
-                *room -= text.len();
+                *room -= text.len() + LINE_COST;
                 take(text)?;
             }
         }
@@ -143,7 +145,7 @@ mod tests {
 
     #[test]
     fn output_is_told_by_lines_and_empty_ones_are_not() {
-        assert_eq!(kept(b"one\n\ntwo\nthree", 100), ["one", "two", "three"]);
+        assert_eq!(kept(b"one\n\ntwo\nthree", 1000), ["one", "two", "three"]);
         assert_eq!(kept(b"", 100), [""; 0]);
     }
 
@@ -151,8 +153,10 @@ mod tests {
     fn a_line_and_the_whole_have_an_end() {
         let long = vec![b'x'; 3 * LINE_BYTES_MAX];
         assert_eq!(kept(&long, 1 << 20)[0].len(), LINE_BYTES_MAX);
-        let told = kept(&b"12345678\n".repeat(100), 20);
+        let told = kept(&b"12345678\n".repeat(100), 2 * LINE_COST + 20);
         assert_eq!(told.len(), 3);
         assert!(told[2].contains("not kept"), "{told:?}");
+        let short = kept(&b"x\n".repeat(1 << 20), OUTPUT_BYTES_MAX);
+        assert!((1000..20_000).contains(&short.len()), "{}", short.len());
     }
 }

@@ -2,16 +2,17 @@
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
+use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
-use sandbox::{CgroupRoot, Sandbox, Users};
+use sandbox::{CgroupRoot, Pipes, Sandbox, Users};
 
-use crate::order::{self, Event, KeeperOrder, LINE_BYTES_MAX, Line, Order};
-use crate::{CommandEnd, CommandsError, Unable};
+use crate::order::{self, Event, KeeperOrder, LINE_BYTES_MAX, Line, Order, Scratch};
+use crate::scratch::{self, WatchedDirectory};
+use crate::{CommandEnd, CommandsError, Unable, door, measure};
 
 /// The cgroups of commands, below that of this process.
 const PLACE: &str = "commands";
@@ -19,10 +20,24 @@ const PLACE: &str = "commands";
 const SIGNALLED: i32 = 128;
 /// How much of a keeper's complaints is kept.
 const COMPLAINT_BYTES_MAX: u64 = 4 << 10;
+/// Bytes of disk for each file, as mkfs.ext4 has it: a watched directory has no more files than a
+/// file system of its size.
+const BYTES_PER_FILE: u64 = 16 << 10;
+/// How often a watched directory is measured at most, and how much of the time.
+const MEASURE_EVERY: Duration = Duration::from_millis(200);
+const MEASURE_SHARE: u32 = 4;
+/// What commands leave of the host's file system at least, as the share and as the number of bytes
+/// that is smaller.
+const FREE_SHARE: u64 = 20;
+const FREE_BYTES: u64 = 1 << 30;
+
+/// Takes the commands' only way out of their network and serves it, until commands are over.
+pub type Serve<'a> = &'a mut dyn FnMut(TcpListener);
 
 /// Runs the commands of `order` on the image whose layer packs are in `packs`, and writes what they
 /// changed to `layer`, as the tar of one more layer. The tar is worth something only when this
-/// succeeds.
+/// succeeds. With `serve` the commands have one way out of their network, which it is given; they
+/// find it in the variables by which programs look for a proxy.
 ///
 /// The thread that calls must live until this returns: with it everything that was started ends.
 ///
@@ -32,39 +47,121 @@ pub fn run(
     order: Order,
     packs: &[&File],
     layer: PipeWriter,
+    serve: Option<Serve<'_>>,
     observe: &mut dyn FnMut(Event),
 ) -> Result<(), CommandsError> {
     let groups = CgroupRoot::open(PLACE).map_err(Unable::NoLimits)?;
     sweep(&groups);
     let io = |action| move |source| CommandsError::Io { action, source };
-    let scratch = scratch_file(&order.scratch_directory, order.disk_bytes)
-        .map_err(io("make the scratch file of the commands"))?;
+    let (scratch, watched) = scratch(&order).map_err(io("make the disk of the commands"))?;
+    let (ours, outside) = door::pair().map_err(io("make a pair of sockets"))?;
     let program = File::open("/proc/self/exe").map_err(io("open this program"))?;
     let arguments = [c"builderd", c"commands-process", c"keeper"];
-    let mut files = vec![scratch.as_fd(), layer.as_fd()];
+    let mut files = vec![scratch.as_fd(), layer.as_fd(), outside.as_fd()];
     files.extend(packs.iter().map(|pack| pack.as_fd()));
     let (sandbox, pipes) = Sandbox::spawn_keeper(&program, &arguments, &files)?;
     drop(files);
-    // With our copy open the layer would never end.
-    drop((layer, scratch));
+    // With our copies open the layer would never end, and a door that is not opened never fail.
+    drop((layer, scratch, outside));
     let group = format!("{}-{}", std::process::id(), sandbox.pid());
     let users = Users::of(sandbox.pid());
-    let told = KeeperOrder { order, users, group, place: PLACE.to_owned() };
-    let mut stdin = pipes.stdin;
-    // One that has ended already says so by its end.
-    let _ = order::send(&mut stdin, &told);
-    let mut watch = Watch { sandbox, told, groups, stdin, observe, current: None };
-    let ended = watch.listen(pipes.stdout, pipes.stderr);
+    let told = KeeperOrder {
+        order,
+        users,
+        group,
+        place: PLACE.to_owned(),
+        watched: watched.as_ref().map(|watched| watched.path().to_owned()),
+        has_door: serve.is_some(),
+    };
+    let mut watch = Watch { sandbox, told, groups, stdin: pipes.stdin, observe, current: None };
+    let ended = match watched.as_ref().map(|watched| Measure::start(&program, watched, users)) {
+        None => Ok(None),
+        Some(measure) => measure.map(Some),
+    };
+    let ended = ended.and_then(|measure| {
+        // One that has ended already says so by its end.
+        let _ = order::send(&mut watch.stdin, &watch.told);
+        if let (Some(serve), Ok(Some(door))) = (serve, door::receive(ours)) {
+            serve(door);
+        }
+        watch.listen(pipes.stdout, pipes.stderr, measure)
+    });
     watch.clean_up();
+    drop(watched);
     ended
 }
 
-/// A file without a name: it is gone with its last user.
-fn scratch_file(directory: &Path, bytes: u64) -> io::Result<File> {
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR)?);
-    file.set_len(bytes)?;
-    Ok(file)
+/// The disk of the commands: a file for a file system, or a directory.
+fn scratch(order: &Order) -> io::Result<(File, Option<WatchedDirectory>)> {
+    match order.scratch {
+        Scratch::Sized => {
+            Ok((scratch::nameless_file(&order.scratch_directory, order.disk_bytes)?, None))
+        }
+        Scratch::Watched => {
+            let watched = WatchedDirectory::create(&order.scratch_directory)?;
+            // The keeper opens it by its name: a mount knows those of its own namespace alone.
+            Ok((File::open("/dev/null")?, Some(watched)))
+        }
+    }
+}
+
+/// The process that counts what lies in a watched directory.
+struct Measure<'a> {
+    sandbox: Sandbox,
+    pipes: Pipes,
+    watched: &'a WatchedDirectory,
+}
+
+impl<'a> Measure<'a> {
+    fn start(
+        program: &File,
+        watched: &'a WatchedDirectory,
+        users: Users,
+    ) -> Result<Self, CommandsError> {
+        let action = "make the directory of the commands";
+        let tree = watched.tree(users).map_err(|source| CommandsError::Io { action, source })?;
+        let word = std::ffi::CString::new(measure::ROLE)
+            .map_err(|source| CommandsError::Io { action, source: source.into() })?;
+        let arguments = [c"builderd", c"commands-process", &*word];
+        let (sandbox, pipes) = Sandbox::spawn_as(users, program, &arguments, &[tree.as_fd()])?;
+        Ok(Self { sandbox, pipes, watched })
+    }
+
+    /// Has it count now and then, and passes on what it says, until nobody listens or `stop` ends.
+    fn pass_on(self, lines: &mpsc::SyncSender<Vec<u8>>, stop: &mpsc::Receiver<()>) {
+        let Self { sandbox, mut pipes, watched } = self;
+        let mut answers = BufReader::new(pipes.stdout);
+        loop {
+            let started = Instant::now();
+            let mut line = Vec::new();
+            let asked = pipes.stdin.write_all(&[1]);
+            let read = asked
+                .and_then(|()| (&mut answers).take(LINE_BYTES_MAX).read_until(b'\n', &mut line));
+            if !read.is_ok_and(|count| count > 0) {
+                line = failed_line("what the commands have on disk cannot be counted");
+            } else if is_nearly_full(watched) {
+                line = failed_line("the disk of this host is nearly full");
+            }
+            let pause = (started.elapsed() * MEASURE_SHARE).max(MEASURE_EVERY);
+            let is_over = lines.send(line).is_err();
+            if is_over || stop.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
+                sandbox.kill();
+                return;
+            }
+        }
+    }
+}
+
+/// Whether the host's file system has less left than is to stay free.
+fn is_nearly_full(watched: &WatchedDirectory) -> bool {
+    let Ok((free, all)) = watched.room() else { return false };
+    free < (all / FREE_SHARE).min(FREE_BYTES)
+}
+
+/// A line that ends the commands without being their fault.
+fn failed_line(text: &str) -> Vec<u8> {
+    serde_json::to_vec(&Line::Failed { text: text.to_owned(), is_theirs: false })
+        .unwrap_or_default()
 }
 
 /// Removes the groups that builds have left whose process was killed.
@@ -104,23 +201,36 @@ struct Watch<'a> {
 
 impl Watch<'_> {
     /// Takes the keeper's lines, and waits no longer than the command may take.
-    fn listen(&mut self, stdout: PipeReader, stderr: PipeReader) -> Result<(), CommandsError> {
+    fn listen(
+        &mut self,
+        stdout: PipeReader,
+        stderr: PipeReader,
+        measure: Option<Measure<'_>>,
+    ) -> Result<(), CommandsError> {
         let (sender, lines) = mpsc::sync_channel(64);
+        let (go_on, stop) = mpsc::channel();
         std::thread::scope(|scope| {
+            let passed_on = measure.map(|measure| {
+                let sender = sender.clone();
+                scope.spawn(move || measure.pass_on(&sender, &stop))
+            });
             scope.spawn(move || {
                 let mut stdout = BufReader::new(stdout);
                 loop {
                     let mut line = Vec::new();
                     let read = (&mut stdout).take(LINE_BYTES_MAX).read_until(b'\n', &mut line);
-                    if read.unwrap_or(0) == 0 || sender.send(line).is_err() {
+                    // An empty line says that there is no more.
+                    let is_over = read.unwrap_or(0) == 0;
+                    if sender.send(line).is_err() || is_over {
                         return;
                     }
                 }
             });
             let ended = self.take_lines(&lines);
-            // Nobody writes to the pipe any more, so the thread ends.
+            // Nobody writes to the pipe any more, so the threads end.
             self.sandbox.kill();
-            drop(lines);
+            drop((lines, go_on));
+            drop(passed_on);
             ended
         })
         .and_then(|is_done| match is_done {
@@ -157,12 +267,19 @@ impl Watch<'_> {
                 (self.observe)(event);
                 Ok(false)
             }
-            Line::Ended { index, code, complaint } => {
-                self.ended(index, code, complaint)?;
+            Line::Ended { index, code, complaint, is_full } => {
+                self.ended(index, code, complaint, is_full)?;
                 self.current = None;
                 // A keeper that is gone says so by its end.
                 let _ = self.stdin.write_all(&[1]);
                 Ok(false)
+            }
+            Line::Used { bytes, files } => {
+                let most = self.told.order.disk_bytes;
+                match bytes > most || files > most / BYTES_PER_FILE {
+                    true => Err(self.disk_full()),
+                    false => Ok(false),
+                }
             }
             Line::Done { warnings } => {
                 for message in warnings {
@@ -181,6 +298,7 @@ impl Watch<'_> {
         index: usize,
         code: i32,
         complaint: Option<String>,
+        is_full: bool,
     ) -> Result<(), CommandsError> {
         let group = self.groups.existing(&format!("{}-{index}", self.told.group));
         let usage = group.usage();
@@ -203,6 +321,8 @@ impl Watch<'_> {
             }
             0 => Ok(()),
             _ if is_short => Err(self.failed(CommandEnd::OutOfMemory)),
+            _ if is_full || self.is_file_too_large(code) => Err(self.failed(CommandEnd::DiskFull)),
+            _ if usage.pids_refused > 0 => Err(self.failed(CommandEnd::TooManyProcesses)),
             code if code > SIGNALLED => Err(self.failed(CommandEnd::Killed(code - SIGNALLED))),
             code => Err(self.failed(CommandEnd::Exited(code))),
         }
@@ -212,6 +332,22 @@ impl Watch<'_> {
         let current = self.current.as_ref()?;
         let most = Duration::from_secs(self.told.order.limits.secs_max?);
         Some(most.saturating_sub(current.started.elapsed()))
+    }
+
+    /// Whether the signal of a file that is larger than the whole disk ended it.
+    fn is_file_too_large(&self, code: i32) -> bool {
+        const SIGXFSZ: i32 = 25;
+        self.told.order.scratch == Scratch::Watched && code == SIGNALLED + SIGXFSZ
+    }
+
+    fn disk_full(&self) -> CommandsError {
+        match self.current {
+            Some(_) => self.failed(CommandEnd::DiskFull),
+            None => CommandsError::Refused(
+                "the image and what commands made of it need more disk than the build may have"
+                    .to_owned(),
+            ),
+        }
     }
 
     fn failed(&self, end: CommandEnd) -> CommandsError {

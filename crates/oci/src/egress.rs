@@ -7,7 +7,9 @@
 //! which registries a tenant may use, and makes no requests.
 
 mod address;
+mod dial;
 mod lookup;
+mod name;
 mod place;
 
 use std::net::IpAddr;
@@ -16,8 +18,10 @@ use std::sync::Arc;
 use reqwest::Url;
 
 use address::Reach;
+pub use dial::{DialError, Target};
 pub(crate) use lookup::Guard;
 pub use lookup::Lookup;
+pub use name::{AllowedName, NameError};
 pub use place::{AllowedPlace, PlaceError};
 
 /// Where a client may go. The default is anywhere.

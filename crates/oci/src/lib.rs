@@ -44,7 +44,10 @@ pub use blob::BlobStream;
 pub use client::Client;
 pub use config::{ConfigError, HistoryEntry, ImageConfig};
 pub use digest::{Digest, DigestError};
-pub use egress::{AllowedPlace, EgressDenied, EgressPolicy, Lookup, PlaceError};
+pub use egress::{
+    AllowedName, AllowedPlace, DialError, EgressDenied, EgressPolicy, Lookup, NameError,
+    PlaceError, Target,
+};
 pub use error::{Blame, PullError};
 pub use fetch::Fetcher;
 pub use image::{Compression, Image, Layer};

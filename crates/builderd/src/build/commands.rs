@@ -2,23 +2,31 @@
 //! one more layer. The processes are `commands`' own; this side hands them the packs, and their
 //! layer to a confined worker like any other.
 
+mod proxy;
+
+use std::convert::Infallible;
 use std::fs::File;
-use std::io::{self, PipeReader, Read as _};
+use std::io::{self, PipeReader, PipeWriter, Read as _};
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::{Scope, ScopedJoinHandle};
 
-use ::commands::{CommandLimits, CommandsError, Event, Order, PackPart};
+use ::commands::{
+    CommandEnd, CommandLimits, CommandsError, Event, Order, PackPart, Scratch, Serve,
+};
 use bytes::Bytes;
-use oci::Image;
+use oci::{EgressPolicy, Image};
 use rootfs::{PackSummary, Tally};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::confined::{self, PackTask, Taken};
 use super::disk::{Disk, Liking};
 use super::layers::{LayerPacks, shared, stage};
 use super::{BuildError, BuildEvent, BuildSpec, Observer, Phase, hex};
 use crate::packs::OpenPack;
+use proxy::Gate;
 
 /// Pieces of the layer on their way to the worker.
 const PIECES_IN_FLIGHT: usize = 16;
@@ -39,6 +47,36 @@ pub struct CommandsSpec {
     pub pids_max: u32,
     /// The size of the file system they work on: tree and changes together, in bytes.
     pub disk_bytes: u64,
+    /// How they are held to it.
+    #[serde(default)]
+    pub scratch: Scratch,
+    /// What they may reach; nothing if none.
+    #[serde(default)]
+    pub egress: Option<EgressSpec>,
+}
+
+/// What the commands of a build may reach.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct EgressSpec {
+    /// Hosts by name, as [`oci::AllowedName`] writes them.
+    pub names: Vec<String>,
+    /// Places that are not public and that these names may lead to, as [`oci::AllowedPlace`]
+    /// writes them.
+    pub allowed_private: Vec<String>,
+    /// Domains that nothing is fetched from.
+    pub blocked_domains: Vec<String>,
+    /// What all commands together may send and get, in bytes.
+    pub bytes_max: u64,
+}
+
+impl EgressSpec {
+    fn gate(&self) -> Gate {
+        // What another version of this program has written and this one cannot read allows nothing.
+        let names = self.names.iter().filter_map(|name| name.parse().ok()).collect();
+        let allowed = self.allowed_private.iter().filter_map(|place| place.parse().ok()).collect();
+        let policy = EgressPolicy::closed(allowed, self.blocked_domains.clone());
+        Gate::new(names, policy, self.bytes_max)
+    }
 }
 
 type Packed = Result<(PackSummary, Taken), BuildError>;
@@ -83,10 +121,14 @@ pub(super) fn run(
         counted: [0; 3],
         writes: disk.writes().without_bytes(),
     };
-    let open: Vec<&File> = files.iter().map(|file| &***file).collect();
+    // Other builds may use the same packs: nobody is handed them to be written.
+    let read_only =
+        files.iter().map(|file| confined::read_only(file)).collect::<io::Result<Vec<_>>>();
+    let read_only = read_only.map_err(failed)?;
+    let open: Vec<&File> = read_only.iter().collect();
     let (ran, packed) = std::thread::scope(|scope| {
         let packer = scope.spawn(|| pack(layer, task, &file, spec, disk));
-        let ran = ::commands::run(order, &open, sink, &mut |event| tell(observer, wanted, event));
+        let ran = run_with_door(scope, order, &open, sink, wanted, observer);
         (ran, packer.join())
     });
     ran?;
@@ -100,9 +142,82 @@ pub(super) fn run(
     Ok(hex(&summary.diff_id))
 }
 
+/// Runs the commands, with a way out of their network if there is something that they may reach.
+fn run_with_door<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    order: Order,
+    packs: &[&File],
+    layer: PipeWriter,
+    wanted: &CommandsSpec,
+    observer: &'scope dyn Observer,
+) -> Result<(), CommandsError> {
+    let Some(egress) = &wanted.egress else {
+        let mut observe = |event| tell(observer, wanted, event);
+        return ::commands::run(order, packs, layer, None, &mut observe);
+    };
+    let gate = Arc::new(egress.gate());
+    let mut served = None;
+    let mut serve = |door| served = Some(Served::start(scope, door, &gate, observer));
+    let serve: Serve<'_> = &mut serve;
+    let ran = ::commands::run(order, packs, layer, Some(serve), &mut |event| {
+        if let Event::Started { .. } = event {
+            gate.begin();
+        }
+        tell(observer, wanted, event);
+    });
+    // The last words about refusals come before those about the failure.
+    drop(served);
+    ran.map_err(|error| refused(error, &gate))
+}
+
+/// A command that was refused the network, and then ended with an error, most likely did for that.
+fn refused(error: CommandsError, gate: &Gate) -> CommandsError {
+    match (error, gate.refusal()) {
+        (
+            CommandsError::Failed { index, command, end: end @ CommandEnd::Exited(_) },
+            Some(rule),
+        ) => CommandsError::Denied { index, command, end, rule },
+        (error, _) => error,
+    }
+}
+
+/// What keeps the commands' door served; dropped, it is closed.
+struct Served<'scope> {
+    stop: Option<oneshot::Sender<Infallible>>,
+    thread: Option<ScopedJoinHandle<'scope, ()>>,
+}
+
+impl<'scope> Served<'scope> {
+    fn start(
+        scope: &'scope Scope<'scope, '_>,
+        door: TcpListener,
+        gate: &Arc<Gate>,
+        observer: &'scope dyn Observer,
+    ) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let gate = Arc::clone(gate);
+        let thread = scope.spawn(move || {
+            let warn = |message| observer.event(&BuildEvent::Warning { message });
+            if let Err(error) = proxy::serve(door, &gate, stopped, &warn) {
+                warn(format!("the commands have no network any more: {error}"));
+            }
+        });
+        Self { stop: Some(stop), thread: Some(thread) }
+    }
+}
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // A panic there has been printed, and the commands have had nobody to speak to since.
+        let _ = self.thread.take().map(ScopedJoinHandle::join);
+    }
+}
+
 fn order(spec: &BuildSpec, wanted: &CommandsSpec, image: &Image, packs: Vec<PackPart>) -> Order {
     Order {
         scratch_directory: spec.output_directory().to_owned(),
+        scratch: wanted.scratch,
         disk_bytes: wanted.disk_bytes,
         runtime: wanted.runtime.clone(),
         commands: wanted.commands.clone(),
@@ -175,7 +290,12 @@ fn tell(observer: &dyn Observer, wanted: &CommandsSpec, event: Event) {
 pub(super) fn hint(error: &CommandsError) -> Option<String> {
     let text = match error {
         CommandsError::Failed { .. } => {
-            "see the command's output in the build's log; commands have no network"
+            "see the command's output in the build's log; commands have no network but to the \
+             hosts that the operator allows"
+        }
+        CommandsError::Denied { .. } => {
+            "do without it, or have the operator allow the host \
+             (UNKEY_BUILDERD_COMMANDS_EGRESS, UNKEY_BUILDERD_COMMANDS_EGRESS_OF_TENANTS)"
         }
         CommandsError::Unable(_) => "run the service where it can run commands, or leave them out",
         CommandsError::Refused(_)

@@ -121,3 +121,16 @@ fn layers_are_folded_before_commands_see_them() {
     let run = Run::on(vec![lower.bytes(), upper.bytes()], &["ls /etc"]);
     assert_eq!(run.end().well().output(), ["new"]);
 }
+
+#[test]
+fn what_scripts_write_to_their_standard_streams_by_name_is_output() {
+    if !can_run() {
+        return;
+    }
+    let script = "echo one > /dev/stdout; echo two > /dev/stderr; echo three >> /proc/self/fd/1";
+    let ended = Run::busybox(&[script]).end().well();
+    let mut output = ended.output();
+    // Each stream has its order, both together have none.
+    output.sort_unstable();
+    assert_eq!(output, ["one", "three", "two"]);
+}

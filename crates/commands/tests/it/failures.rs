@@ -53,19 +53,26 @@ fn the_disk_and_the_number_of_processes_have_an_end() {
     run.order.disk_bytes = 64 << 20;
     let ended = run.end();
     assert!(ended.output().iter().any(|line| line.contains("No space left")), "{:?}", ended.events);
-    assert!(ended.error.unwrap().contains("exit code"));
+    let error = ended.error.unwrap();
+    assert!(error.ends_with("needs more disk than commands may have"), "{error}");
+
+    let mut run = Run::busybox(&["i=0; while echo > /tmp/$i; do i=$((i+1)); done; exit 1"]);
+    run.order.disk_bytes = 64 << 20;
+    let error = run.end().error.unwrap();
+    assert!(error.ends_with("needs more disk than commands may have"), "{error}");
 
     let mut run = Run::busybox(&["dd if=/dev/zero of=/big bs=1M count=1 seek=100"]);
     run.order.layer_bytes_max = 50 << 20;
     let error = run.end().error.unwrap();
     assert!(error.contains("/big") && error.starts_with("theirs"), "{error}");
 
-    let forks = "i=0; while [ $i -lt 50 ]; do sleep 5 & i=$((i+1)); done; wait";
+    let forks = "i=0; while [ $i -lt 50 ]; do sleep 5 & i=$((i+1)); done; wait; exit 1";
     let mut run = Run::busybox(&[forks]);
     run.order.limits.pids_max = 10;
     let ended = run.end();
-    assert!(ended.error.is_some() || !ended.output().is_empty(), "{:?}", ended.events);
     assert!(ended.output().iter().any(|line| line.contains("fork")), "{:?}", ended.events);
+    let error = ended.error.unwrap();
+    assert!(error.ends_with("needs more processes than commands may have"), "{error}");
 }
 
 #[test]

@@ -9,4 +9,6 @@ mod changes;
 mod debian;
 mod failures;
 mod hostile;
+mod network;
 mod support;
+mod watched;

@@ -24,10 +24,17 @@ fn run(directory: &std::path::Path) -> std::io::Result<()> {
     let mut out = std::fs::File::create(directory.join("layer.tar"))?;
     let copier = std::thread::spawn(move || std::io::copy(&mut tar, &mut out));
     let mut events = Vec::new();
-    let ended = commands::run(order, &packs, layer, &mut |event| {
+    let mut served = None;
+    let mut serve = |door| served = Some(serve(door, directory));
+    let serve: Option<commands::Serve<'_>> = match directory.join("door").exists() {
+        true => Some(&mut serve),
+        false => None,
+    };
+    let ended = commands::run(order, &packs, layer, serve, &mut |event| {
         println!("{event:?}");
         events.push(event);
     });
+    drop(served);
     if let Ok(copied) = copier.join() {
         copied?;
     }
@@ -39,4 +46,15 @@ fn run(directory: &std::path::Path) -> std::io::Result<()> {
             std::fs::write(directory.join("error"), format!("{theirs}: {error}"))
         }
     }
+}
+
+/// Answers every connection with what is in the file `door` of the directory.
+fn serve(door: std::net::TcpListener, directory: &std::path::Path) -> std::thread::JoinHandle<()> {
+    let answer = std::fs::read(directory.join("door")).unwrap_or_default();
+    std::thread::spawn(move || {
+        for stream in door.incoming().flatten() {
+            let mut stream = stream;
+            let _ = std::io::Write::write_all(&mut stream, &answer);
+        }
+    })
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-use super::{Closed, EgressPolicy, canonical};
+use super::{Closed, EgressDenied, EgressPolicy, canonical};
 
 type Found = Pin<Box<dyn Future<Output = io::Result<Vec<IpAddr>>> + Send>>;
 
@@ -46,6 +46,19 @@ impl fmt::Debug for Lookup {
     }
 }
 
+impl Closed {
+    /// What a name leads to now: all of its addresses are good for this port, or none is.
+    pub(super) async fn addresses(
+        &self,
+        name: &str,
+        port: u16,
+    ) -> io::Result<Result<Vec<IpAddr>, EgressDenied>> {
+        let found = (self.lookup.0)(name.to_owned()).await?;
+        let judged = found.iter().try_for_each(|address| self.judge(*address, port, Some(name)));
+        Ok(judged.map(|()| found))
+    }
+}
+
 /// Looks names up for connections to one port: the library does not tell which it is for.
 #[derive(Debug)]
 pub(crate) struct Guard {
@@ -65,10 +78,7 @@ impl Resolve for Guard {
         let (closed, port) = (Arc::clone(&self.closed), self.port);
         let name = canonical(name.as_str());
         Box::pin(async move {
-            let found = (closed.lookup.0)(name.clone()).await?;
-            for address in &found {
-                closed.judge(*address, port, Some(&name))?;
-            }
+            let found = closed.addresses(&name, port).await??;
             // 0: the port that was asked for.
             let judged = found.into_iter().map(|address| SocketAddr::new(address, 0));
             Ok(Box::new(judged) as Addrs)

@@ -51,6 +51,22 @@ impl AllowedPlace {
         Some(AllowedPlace { place, port })
     }
 
+    /// Whether it holds a registry that is spoken to without TLS, `HOST[:PORT]`, as far as its
+    /// name tells.
+    #[must_use]
+    pub fn holds_registry(&self, host: &str) -> bool {
+        let Some(AllowedPlace { place, port: Some(port) }) = Self::of_registry(host, true) else {
+            return false;
+        };
+        match place {
+            Place::Host(name) => {
+                let is_there = matches!(&self.place, Place::Host(own) if *own == name);
+                is_there && self.port.is_none_or(|own| own == port)
+            }
+            Place::Network { base, .. } => self.holds(base, port, None),
+        }
+    }
+
     /// Whether it holds an address that stands for itself, or that this name led to.
     pub(super) fn holds(&self, address: IpAddr, port: u16, name: Option<&str>) -> bool {
         let is_there = match &self.place {
@@ -225,6 +241,26 @@ mod tests {
         for never in ["169.254.169.254", "169.254.169.254:80", "fd00:ec2::254", "0.0.0.0"] {
             let refused = never.parse::<AllowedPlace>();
             assert!(matches!(refused, Err(PlaceError::Never(_))), "{never}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_place_holds_registries_by_name_address_and_port() {
+        for (place, registry, expected) in [
+            ("hub.internal", "Hub.internal:5000", true),
+            ("hub.internal:5000", "hub.internal:5000", true),
+            ("hub.internal:80", "hub.internal", true),
+            ("hub.internal:5000", "hub.internal", false),
+            ("hub.internal", "a.hub.internal", false),
+            ("10.0.0.0/8", "10.1.2.3:5000", true),
+            ("10.0.0.0/8:5000", "0xa.1.2.3:5000", true),
+            ("10.0.0.0/8:5000", "10.1.2.3", false),
+            ("fd00::/8", "[fd00::1]:5000", true),
+            ("10.0.0.0/8", "hub.internal", false),
+            ("hub.internal", "10.1.2.3", false),
+        ] {
+            let place: AllowedPlace = place.parse().unwrap();
+            assert_eq!(place.holds_registry(registry), expected, "{place} {registry}");
         }
     }
 

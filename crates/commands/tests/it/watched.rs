@@ -1,0 +1,103 @@
+//! Commands where the host has no loop devices: their disk is a directory that is watched.
+
+use commands::Scratch;
+
+use crate::debian::layers;
+use crate::support::{Layer, Run, can_run};
+
+fn watched(commands: &[&str]) -> Run {
+    let mut run = Run::busybox(commands);
+    run.order.scratch = Scratch::Watched;
+    run
+}
+
+/// What is left beside the files of the test itself.
+fn left(run: &std::path::Path) -> Vec<String> {
+    let names = std::fs::read_dir(run).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with('.')).collect()
+}
+
+#[test]
+fn a_watched_directory_gives_the_same_layer_and_nothing_of_it_stays() {
+    if !can_run() {
+        return;
+    }
+    let script =
+        "mkdir -p /var/a && echo new > /var/a/file && rm /etc/old && chmod 4755 /var/a/file";
+    let make = |scratch| {
+        let lower = Layer::busybox().file("etc/old", 0o644, b"old");
+        let mut run = Run::on(
+            vec![lower.bytes()],
+            &[script, "touch -d 2001-01-01 /var /var/a/file /var/a /etc /"],
+        );
+        run.order.scratch = scratch;
+        let place = tempfile::tempdir().unwrap();
+        run.order.scratch_directory = place.path().to_owned();
+        let ended = run.end().well();
+        assert_eq!(left(place.path()), Vec::<String>::new());
+        ended
+    };
+    let (one, other) = (make(Scratch::Sized), make(Scratch::Watched));
+    assert_eq!(one.changed(), other.changed());
+    assert!(other.paths().contains(&"etc/.wh.old".to_owned()), "{:?}", other.paths());
+}
+
+#[test]
+fn commands_that_outgrow_a_watched_directory_are_ended_for_it() {
+    if !can_run() {
+        return;
+    }
+    let wanted = "needs more disk than commands may have";
+    for (script, words) in [
+        // Never done by itself.
+        (
+            "i=0; while :; do dd if=/dev/zero of=/f$i bs=1M count=8 2>/dev/null; i=$((i+1)); sleep 0.05; done",
+            wanted,
+        ),
+        ("i=0; while :; do echo > /tmp/f$i; i=$((i+1)); done", wanted),
+        ("dd if=/dev/zero of=/big bs=1M count=100 2>/dev/null; exit $?", wanted),
+        ("cd /tmp; while :; do mkdir d && cd d; done", "deep"),
+    ] {
+        let mut run = watched(&[script]);
+        run.order.disk_bytes = 48 << 20;
+        let place = tempfile::tempdir().unwrap();
+        run.order.scratch_directory = place.path().to_owned();
+        let ended = run.end();
+        let error = ended.error.unwrap();
+        assert!(error.starts_with("theirs: ") && error.contains(words), "{script}: {error}");
+        assert_eq!(left(place.path()), Vec::<String>::new(), "{script}");
+    }
+}
+
+#[test]
+fn a_disk_is_not_taken_at_once_where_it_is_only_watched() {
+    if !can_run() {
+        return;
+    }
+    let Some(layers) = layers() else {
+        eprintln!("SKIPPED: no target/images/small: cargo xtask images");
+        return;
+    };
+    for (scratch, words) in [(Scratch::Sized, "done"), (Scratch::Watched, "not supported")] {
+        let mut run = Run::on(layers.clone(), &["fallocate -l 1000000 /f 2>&1 && echo done; true"]);
+        run.order.scratch = scratch;
+        run.order.environment.clear();
+        run.order.disk_bytes = 4 << 30;
+        let ended = run.end().well();
+        assert!(ended.output().join(" ").contains(words), "{scratch:?}: {:?}", ended.output());
+    }
+}
+
+#[test]
+fn an_image_that_is_larger_than_the_watched_disk_is_refused() {
+    if !can_run() {
+        return;
+    }
+    let lower = Layer::busybox().file("big", 0o644, &vec![7; 32 << 20]);
+    let mut run = Run::on(vec![lower.bytes()], &["while :; do :; done"]);
+    run.order.scratch = Scratch::Watched;
+    run.order.disk_bytes = 8 << 20;
+    let error = run.end().error.unwrap();
+    assert!(error.starts_with("theirs: ") && error.contains("more disk"), "{error}");
+}
