@@ -6,14 +6,20 @@ use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use aws_lc_rs::hmac;
 use sealed::KeyId;
+use secrecy::ExposeSecret as _;
 
 use crate::artifact::ArtifactKeys;
+use crate::build::hex;
 use crate::build::record::Micros;
 use crate::seal::{DataKey, KeyWrapper, SealError, new_data_key};
 use crate::store::audit::Author;
 use crate::store::{Store, StoreError, TenantKeyRow};
 use crate::tenant::TenantId;
+
+/// Before what a name stands for, when it is computed; ends where that begins.
+const NAME: &[u8] = b"builderd name of a sealed artifact, version 1: ";
 
 /// Why there is no key.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +30,12 @@ pub(crate) enum KeyError {
     /// It could not be wrapped or opened.
     #[error(transparent)]
     Seal(#[from] SealError),
+    /// It was destroyed a moment ago.
+    #[error("the key of tenant {tenant} was just destroyed")]
+    Gone {
+        /// Whose.
+        tenant: TenantId,
+    },
     /// What stands in the database is no id of a key.
     #[error("tenant {tenant} has a key whose id makes no sense: the database is damaged")]
     Id {
@@ -41,6 +53,29 @@ pub(crate) struct TenantKeys {
 impl TenantKeys {
     pub(crate) fn new(store: Store, wrapper: Arc<dyn KeyWrapper>) -> Self {
         Self { store, wrapper }
+    }
+
+    /// What the tenant's next artifact is called where it lies: `plain` stands for its bytes, and
+    /// whoever lists a bucket must not see whether they are those of an image that he has, too.
+    /// The same bytes have the same name while the tenant has the same key.
+    ///
+    /// # Errors
+    /// [`KeyError`]
+    pub(crate) async fn name(
+        &self,
+        tenant: &TenantId,
+        plain: &str,
+        now: Micros,
+    ) -> Result<(KeyId, String), KeyError> {
+        let id = self.current(tenant, now).await?;
+        let row = self.store.system().tenant_key(tenant, &id.to_string()).await?;
+        let Some(row) = row else { return Err(KeyError::Gone { tenant: tenant.clone() }) };
+        let key = self.wrapper.open(tenant, id, &row.wrapped).await?;
+        let key = hmac::Key::new(hmac::HMAC_SHA256, key.expose_secret());
+        let mut name = hmac::Context::with_key(&key);
+        name.update(NAME);
+        name.update(plain.as_bytes());
+        Ok((id, hex(name.sign().as_ref())))
     }
 
     /// The key that the tenant's next artifact is sealed with; made if it has none.
@@ -96,8 +131,6 @@ impl ArtifactKeys for TenantKeys {
 
 #[cfg(test)]
 mod tests {
-    use secrecy::ExposeSecret as _;
-
     use super::*;
     use crate::seal::MasterKey;
     use crate::store::tests::queue_build;
@@ -118,11 +151,23 @@ mod tests {
         assert!(keys.key(&stranger, first).await.unwrap().is_none());
         assert_eq!(keys.rotate(&Author::service(), &stranger, now).await.unwrap(), None);
 
+        // Who has the bytes cannot tell their name, nor whether two tenants have the same.
+        let name = async |tenant: &TenantId| keys.name(tenant, "sum-of-bytes", now).await.unwrap();
+        let (id, called) = name(&tenant).await;
+        assert_eq!((id, called.len(), name(&tenant).await.1 == called), (first, 64, true));
+        assert_ne!(keys.name(&tenant, "sum-of-others", now).await.unwrap().1, called);
+        let by_key = |key: &DataKey| {
+            let key = hmac::Key::new(hmac::HMAC_SHA256, key.expose_secret());
+            hex(hmac::sign(&key, &[NAME, b"sum-of-bytes"].concat()).as_ref())
+        };
+        assert_eq!(called, by_key(&key));
+
         let rotated = keys.rotate(&Author::service(), &tenant, later).await.unwrap().unwrap();
         let second = keys.current(&tenant, later).await.unwrap();
         assert_eq!(second.to_string(), rotated);
         let other = keys.key(&tenant, second).await.unwrap().unwrap();
         assert_ne!(other.expose_secret(), key.expose_secret());
+        assert_eq!(name(&tenant).await, (second, by_key(&other)));
         let again = keys.key(&tenant, first).await.unwrap().unwrap();
         assert_eq!(again.expose_secret(), key.expose_secret());
 

@@ -12,6 +12,7 @@
 pub mod api;
 pub mod artifact;
 pub mod build;
+mod causes;
 pub mod clock;
 pub mod command;
 mod config;

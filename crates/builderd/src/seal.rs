@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use aws_lc_rs::hmac;
 use sealed::KeyId;
+use secrecy::zeroize::{Zeroize as _, Zeroizing};
 use secrecy::{ExposeSecret as _, SecretBox, SecretString};
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +61,9 @@ pub enum SealError {
         tenant: TenantId,
     },
 }
+
+/// The bytes of a key, wiped when they are dropped.
+type Key = Zeroizing<[u8; KEY_BYTES]>;
 
 /// A key of a tenant, in the open.
 pub(crate) type DataKey = SecretBox<[u8; KEY_BYTES]>;
@@ -114,7 +118,7 @@ impl MasterKey {
     /// # Errors
     /// [`SealError::KeyFile`]; also if others may read the file.
     pub(crate) fn load_or_create(path: &Path) -> Result<Self, SealError> {
-        let bytes = match File::open(path) {
+        let bytes: Key = match File::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => match create_key(path) {
                 // Another server that starts at the same moment was first.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -137,7 +141,7 @@ impl MasterKey {
                 path,
                 format!("there is none, and the database has secrets sealed with one: {REMEDY}"),
             )),
-            found => Self::new(path, &read_key(path, found)?),
+            found => Self::new(path, &*read_key(path, found)?),
         }
     }
 
@@ -147,7 +151,7 @@ impl MasterKey {
     /// # Errors
     /// [`SealError::KeyFile`]
     pub(crate) fn load_credential(path: &Path) -> Result<Self, SealError> {
-        Self::new(path, &read_key_of(path, File::open(path), 0o037)?)
+        Self::new(path, &*read_key_of(path, File::open(path), 0o037)?)
     }
 
     fn new(path: &Path, bytes: &[u8; KEY_BYTES]) -> Result<Self, SealError> {
@@ -194,27 +198,30 @@ impl MasterKey {
             username: credentials.username.clone(),
             secret: credentials.secret.expose_secret().to_owned(),
         };
-        let bytes = serde_json::to_vec(&plain).map_err(|_| SealError::Cipher)?;
-        self.seal_bytes(&context(tenant, build), bytes)
+        let bytes = Zeroizing::new(serde_json::to_vec(&plain).map_err(|_| SealError::Cipher)?);
+        self.seal_bytes(&context(tenant, build), &bytes)
     }
 
-    fn seal_bytes(&self, context: &str, mut bytes: Vec<u8>) -> Result<Vec<u8>, SealError> {
-        let nonce = self.cipher.seal_in_place_append_tag(Aad::from(context.as_bytes()), &mut bytes);
-        let nonce = nonce.map_err(|_| SealError::Cipher)?;
-        let mut sealed = vec![VERSION];
-        sealed.extend_from_slice(nonce.as_ref());
-        sealed.append(&mut bytes);
-        Ok(sealed)
+    /// The plain bytes are nowhere else than where they were: they are sealed in their copy's place.
+    fn seal_bytes(&self, context: &str, plain: &[u8]) -> Result<Vec<u8>, SealError> {
+        let mut bytes = plain.to_vec();
+        let sealed =
+            self.cipher.seal_in_place_separate_tag(Aad::from(context.as_bytes()), &mut bytes);
+        let Ok((nonce, tag)) = sealed else {
+            bytes.zeroize();
+            return Err(SealError::Cipher);
+        };
+        Ok([&[VERSION][..], nonce.as_ref(), &bytes, tag.as_ref()].concat())
     }
 
     /// The plain bytes of what was sealed with the same context; none if it does not open.
-    fn open_bytes(&self, context: &str, sealed: &[u8]) -> Option<Vec<u8>> {
+    fn open_bytes(&self, context: &str, sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         let (head, body) = sealed.split_at_checked(1 + NONCE_LEN)?;
         if head[0] != VERSION {
             return None;
         }
         let nonce = Nonce::try_assume_unique_for_key(&head[1..]).ok()?;
-        let (mut bytes, aad) = (body.to_vec(), Aad::from(context.as_bytes()));
+        let (mut bytes, aad) = (Zeroizing::new(body.to_vec()), Aad::from(context.as_bytes()));
         let plain = self.cipher.open_in_place(nonce, aad, &mut bytes).ok()?.len();
         bytes.truncate(plain);
         Some(bytes)
@@ -252,7 +259,7 @@ impl KeyWrapper for MasterKey {
         id: KeyId,
         key: &DataKey,
     ) -> Result<Vec<u8>, SealError> {
-        self.seal_bytes(&key_context(tenant, id), key.expose_secret().to_vec())
+        self.seal_bytes(&key_context(tenant, id), key.expose_secret())
     }
 
     async fn open(
@@ -262,8 +269,11 @@ impl KeyWrapper for MasterKey {
         wrapped: &[u8],
     ) -> Result<DataKey, SealError> {
         let key = self.open_bytes(&key_context(tenant, id), wrapped);
-        let key = key.and_then(|key| <Box<[u8; KEY_BYTES]>>::try_from(key).ok());
-        key.map(DataKey::new).ok_or_else(|| SealError::TenantKey { tenant: tenant.clone() })
+        let key = key.filter(|key| key.len() == KEY_BYTES);
+        let key = key.map(|key| {
+            DataKey::init_with_mut(|own: &mut [u8; KEY_BYTES]| own.copy_from_slice(&key))
+        });
+        key.ok_or_else(|| SealError::TenantKey { tenant: tenant.clone() })
     }
 }
 
@@ -281,16 +291,12 @@ fn unusable(path: &Path, problem: String) -> SealError {
     SealError::KeyFile { path: path.to_owned(), problem }
 }
 
-fn read_key(path: &Path, file: io::Result<File>) -> Result<[u8; KEY_BYTES], SealError> {
+fn read_key(path: &Path, file: io::Result<File>) -> Result<Key, SealError> {
     read_key_of(path, file, 0o077)
 }
 
 /// Refuses a file whose mode has one of the bits of `others`.
-fn read_key_of(
-    path: &Path,
-    file: io::Result<File>,
-    others: u32,
-) -> Result<[u8; KEY_BYTES], SealError> {
+fn read_key_of(path: &Path, file: io::Result<File>, others: u32) -> Result<Key, SealError> {
     let failed = |error: io::Error| unusable(path, error.to_string());
     let mut file = file.map_err(failed)?;
     let mode = file.metadata().map_err(failed)?.permissions().mode();
@@ -298,23 +304,30 @@ fn read_key_of(
         let problem = format!("its mode is {:o}, others may read it: chmod 600", mode & 0o777);
         return Err(unusable(path, problem));
     }
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(failed)?;
-    let length = bytes.len();
+    // Never larger, so that no copy is left behind when it grows.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(KEY_BYTES + 1));
+    let most = u64::try_from(KEY_BYTES + 1).unwrap_or(u64::MAX);
+    (&mut file).take(most).read_to_end(&mut bytes).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
     let wrong = |_| unusable(path, format!("it has {length} bytes, a key has {KEY_BYTES}"));
-    bytes.try_into().map_err(wrong)
+    bytes.as_slice().try_into().map(Key::new).map_err(wrong)
 }
 
-/// The file gets its name when it is whole, and only if nobody has it.
-fn create_key(path: &Path) -> io::Result<[u8; KEY_BYTES]> {
-    let mut bytes = [0; KEY_BYTES];
-    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| io::Error::other("no random numbers"))?;
-    let unfinished = path.with_extension(format!("{}.new", std::process::id()));
+/// The file gets its name when it is whole, and only if nobody has it; that name is on disk when
+/// anybody learns of the key.
+fn create_key(path: &Path) -> io::Result<Key> {
+    let mut bytes = Key::new([0; KEY_BYTES]);
+    aws_lc_rs::rand::fill(&mut *bytes).map_err(|_| io::Error::other("no random numbers"))?;
+    // Another name each time: who was killed here before must not be in the way, and a process in
+    // a container always has the same number.
+    let unfinished = path.with_extension(format!("{}.new", uuid::Uuid::new_v4().simple()));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
     let named = (|| {
-        file.write_all(&bytes)?;
+        file.write_all(&*bytes)?;
         file.sync_all()?;
-        std::fs::hard_link(&unfinished, path)
+        std::fs::hard_link(&unfinished, path)?;
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
     })();
     std::fs::remove_file(&unfinished)?;
     named.map(|()| bytes)
@@ -372,6 +385,19 @@ mod tests {
     }
 
     #[test]
+    fn what_was_left_of_a_start_that_was_killed_is_not_in_the_way() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("master.key");
+        // What an earlier process of the same number has left, as in a container.
+        let number = std::process::id();
+        std::fs::write(directory.path().join(format!("master.{number}.new")), b"half").unwrap();
+        let key = MasterKey::load_or_create(&path).unwrap();
+        assert_eq!(MasterKey::load(&path).unwrap().id(), key.id());
+        let entries = std::fs::read_dir(directory.path()).unwrap();
+        assert_eq!(entries.count(), 2, "it leaves nothing of its own");
+    }
+
+    #[test]
     fn a_key_that_others_may_read_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("key");
@@ -386,8 +412,11 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
         assert!(MasterKey::load_credential(&path).is_err());
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        std::fs::write(&path, [7; 31]).unwrap();
-        assert!(MasterKey::load_or_create(&path).is_err());
+        for length in [0, 31, 33, 4096] {
+            std::fs::write(&path, vec![7; length]).unwrap();
+            let error = MasterKey::load_or_create(&path).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(&format!("it has {length} bytes")), "{error}");
+        }
     }
 
     #[tokio::test]

@@ -2,10 +2,11 @@
 //! doors, workers, janitor. It decides nothing; each part is told what it needs and no more.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use commands::Runtime;
+use commands::{Runtime, Scratch};
 use futures_util::FutureExt as _;
 use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
@@ -207,8 +208,9 @@ pub(crate) async fn serve(
         Some(tls) => state.knowing(tls.clients()),
         None => state,
     };
+    let written = state.written();
     let address = listener.local_addr().map_err(ServeError::Runtime)?;
-    tracing::info!(%address, dev = config.dev, tls = tls.is_some(), "listening");
+    tell_address(address, config.dev, tls.is_some());
     let router = api::router(state, config.cors_allowed_origins);
     let answer = api::serve(listener, tls, router, stopping.clone(), config.shutdown_timeout);
     parts.start("the API", answer);
@@ -219,9 +221,18 @@ pub(crate) async fn serve(
     parts.start("the workers", work.map(Ok));
     parts.start("the janitor", tidy.map(Ok));
     let ended = parts.run(stopped).await;
+    written.wait().await;
     artifacts.settle().await;
     host.close();
     Ok(ended?)
+}
+
+/// What whoever starts the service should see.
+fn tell_address(address: SocketAddr, dev: bool, tls: bool) {
+    if dev {
+        tracing::warn!("development mode: whoever reaches this port is believed without a token");
+    }
+    tracing::info!(%address, dev, tls, "listening");
 }
 
 /// What is missing of the host must have been accepted by name, but in development, where nobody
@@ -246,14 +257,25 @@ fn open_runtime(config: &Config, host: &Host) -> Result<Runtime, String> {
             .map_err(|unable| unable.to_string()),
     };
     match &found {
-        Ok(Runtime { version, accepted, .. }) if accepted.is_empty() => {
-            tracing::info!(version, "builds may run commands");
+        Ok(Runtime { version, accepted, scratch, .. }) if accepted.is_empty() => {
+            tracing::info!(version, disk = scratch.as_str(), "builds may run commands");
         }
-        Ok(Runtime { version, accepted, .. }) => {
-            let holes = accepted.join(", ");
-            tracing::warn!(version, holes, "builds may run commands; their runtime has holes");
+        Ok(Runtime { version, accepted, scratch, .. }) => {
+            let (holes, disk) = (accepted.join(", "), scratch.as_str());
+            tracing::warn!(
+                version,
+                holes,
+                disk,
+                "builds may run commands; their runtime has holes"
+            );
         }
         Err(reason) => tracing::info!(reason, "builds run no commands"),
+    }
+    if found.as_ref().is_ok_and(|runtime| runtime.scratch == Scratch::Watched) {
+        tracing::warn!(
+            "this host has no loop devices: what commands have on disk is only watched, and they \
+             are ended a little after it is too much"
+        );
     }
     found
 }
@@ -406,21 +428,22 @@ fn meters(metrics: &Arc<telemetry::Metrics>, host: &Host) -> Meters {
 
 fn registries(config: &Config) -> RegistrySpec {
     let docker = &config.docker;
-    RegistrySpec {
+    let spec = RegistrySpec {
         mirrors: docker.mirrors.clone(),
         insecure: docker.insecure_registries.clone(),
         allowed_private: docker.egress_allowed_private.clone(),
         blocked_domains: docker.blocked_domains.clone(),
         image_bytes_max: docker.image_bytes_max,
-        credentials: None,
-    }
+        ..RegistrySpec::default()
+    };
+    spec.with_places_of_tenants(&docker.egress_allowed_private_of_tenants)
 }
 
 /// Those of doors and of workers, which agree whether builds run commands.
 fn rules(config: &Config, host: &Arc<Host>) -> Result<(ServiceRules, WorkerRules), ServeError> {
     let runtime = open_runtime(config, host);
     let no_commands = runtime.as_ref().err().cloned();
-    let runtime = runtime.ok().map(|runtime| runtime.program);
+    let runtime = runtime.ok();
     Ok((
         ServiceRules { no_commands, ..service_rules(config) },
         WorkerRules { runtime, ..worker_rules(config, Arc::clone(host))? },
@@ -433,6 +456,7 @@ fn service_rules(config: &Config) -> ServiceRules {
         registry_auth: config.docker.registry_auth,
         allowed_registries: config.docker.allowed_registries.clone(),
         registries: registries(config).client_options(),
+        registries_of_tenants: registries(config).of_tenants(),
         build_secs_max: config.build_timeout.as_secs(),
         no_commands: None,
         stop_wait: STOP_WAIT,
@@ -448,11 +472,17 @@ fn worker_rules(config: &Config, host: Arc<Host>) -> Result<WorkerRules, ServeEr
         registry: registries(config),
         pull_timeout: config.docker.pull_timeout,
         encrypts_all: storage.encrypts_all,
-        packs: storage.cache_enabled.then(|| (storage.cache_dir.clone(), storage.cache_max_bytes)),
+        packs: storage.cache_enabled.then(|| {
+            // The process of a build works in another directory.
+            let directory = std::path::absolute(&storage.cache_dir);
+            let directory = directory.unwrap_or_else(|_| storage.cache_dir.clone());
+            (directory, storage.cache_max_bytes)
+        }),
         cache_enabled: storage.cache_enabled,
         host,
         program,
         runtime: None,
+        commands_egress: config.commands_egress.clone(),
         shutdown_timeout: config.shutdown_timeout,
     })
 }

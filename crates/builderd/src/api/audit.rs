@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::request::Parts;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::auth::Caller;
@@ -36,6 +37,8 @@ const ALL: (u32, u32) = (60, 1000);
 const WAITING_MAX: usize = 1024;
 /// Rows written at once.
 const BATCH_MAX: usize = 100;
+/// How long the last rows may take when the doors are closed.
+const LAST_ROWS_MAX: Duration = Duration::from_secs(10);
 /// How often a node says how many it left out.
 const MARK_EVERY: Duration = Duration::from_secs(60);
 /// How many refusals come between two times that tenants' buckets are looked through.
@@ -131,6 +134,23 @@ pub(super) struct Refusals {
     waiting: Sender<AuditEntry>,
     left_out: Arc<LeftOut>,
     seen: AtomicU64,
+    written: Written,
+}
+
+/// Tells when nothing is left to be written.
+#[derive(Clone)]
+pub(crate) struct Written(watch::Receiver<()>);
+
+impl Written {
+    /// Waits until every refusal is written down or counted, which is after the last door has
+    /// closed; not for ever, should the database not answer.
+    pub(crate) async fn wait(mut self) {
+        // The writer says nothing, and is gone when it is done.
+        let gone = async { while self.0.changed().await.is_ok() {} };
+        if tokio::time::timeout(LAST_ROWS_MAX, gone).await.is_err() {
+            tracing::warn!("the last refusals could not be written to the audit log in time");
+        }
+    }
 }
 
 /// How many refusals were not written, and of whom that is told.
@@ -151,14 +171,17 @@ impl Refusals {
     pub(super) fn new(store: Store, clock: Arc<dyn Clock>, told: Dropped) -> Self {
         let (waiting, entries) = channel(WAITING_MAX);
         let left_out = Arc::new(LeftOut { since_mark: AtomicU64::new(0), told });
+        let (works, written) = watch::channel(());
         let writer = Writer {
             store,
             clock: Arc::clone(&clock),
             left_out: Arc::clone(&left_out),
             marked: None,
+            _works: works,
         };
         tokio::spawn(writer.run(entries));
-        Self { clock, limits: Limits::new(), waiting, left_out, seen: AtomicU64::new(0) }
+        let (limits, seen, written) = (Limits::new(), AtomicU64::new(0), Written(written));
+        Self { clock, limits, waiting, left_out, seen, written }
     }
 
     /// Takes note of an answer, if it refuses somebody.
@@ -193,6 +216,11 @@ impl Refusals {
 }
 
 impl ApiState {
+    /// Tells when the audit log has everything, once the doors are closed.
+    pub(crate) fn written(&self) -> Written {
+        self.refusals.written.clone()
+    }
+
     /// Takes note of an answer to a caller, if it refuses it.
     pub(super) fn refused(
         &self,
@@ -216,6 +244,8 @@ struct Writer {
     left_out: Arc<LeftOut>,
     /// When it was last said how many were left out.
     marked: Option<Instant>,
+    /// Gone when it is.
+    _works: watch::Sender<()>,
 }
 
 impl Writer {

@@ -9,7 +9,7 @@ use axum::extract::{Extension, State};
 use axum::response::{IntoResponse, Response};
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
-    ETAG, IF_NONE_MATCH, IF_RANGE, RANGE,
+    ETAG, IF_MATCH, IF_NONE_MATCH, IF_RANGE, RANGE,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
@@ -88,8 +88,14 @@ fn image(
     let tag = format!("\"{}\"", result.sha256);
     let mut response = Response::new(Body::empty());
     write_headers(response.headers_mut(), result, &tag)?;
+    if text(headers, IF_MATCH).is_some_and(|tags| !holds(tags, &tag)) {
+        *response.status_mut() = StatusCode::PRECONDITION_FAILED;
+        return Ok(response);
+    }
     if text(headers, IF_NONE_MATCH).is_some_and(|tags| matches(tags, &tag)) {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
+        // Else a HEAD would be told that there is nothing.
+        response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(size));
         return Ok(response);
     }
     let wanted = match text(headers, RANGE) {
@@ -144,6 +150,11 @@ fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
 fn matches(tags: &str, ours: &str) -> bool {
     let mut tags = tags.split(',').map(str::trim);
     tags.any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == ours)
+}
+
+/// `If-Match`: whether one of the tags is ours; a weak one is not.
+fn holds(tags: &str, ours: &str) -> bool {
+    tags.split(',').map(str::trim).any(|tag| tag == "*" || tag == ours)
 }
 
 /// `If-Range`: only the strong tag counts; an artifact's date says nothing of its bytes.
@@ -222,6 +233,8 @@ mod tests {
     fn tags_match_as_the_standard_says() {
         assert!(matches("\"a\"", "\"a\"") && matches("*", "\"a\""));
         assert!(matches("\"b\", W/\"a\"", "\"a\"") && !matches("\"b\"", "\"a\""));
+        assert!(holds("\"b\", \"a\"", "\"a\"") && holds("*", "\"a\""));
+        assert!(!holds("W/\"a\"", "\"a\"") && !holds("\"b\"", "\"a\""));
         let mut headers = HeaderMap::new();
         assert!(same(&headers, "\"a\""));
         headers.insert(IF_RANGE, HeaderValue::from_static("W/\"a\""));

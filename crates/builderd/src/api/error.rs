@@ -20,6 +20,7 @@ use super::auth::Refusal;
 use super::limits::Rate;
 use crate::build::service::ServiceError;
 use crate::build::state::BuildState;
+use crate::causes::chain;
 use crate::store::{QuotaExceeded, StoreError};
 
 /// What a caller is told of an error, whatever the door.
@@ -222,7 +223,7 @@ impl Answer {
         answer
     }
 
-    fn storage_full(cause: &(dyn Error + 'static)) -> Self {
+    fn storage_full(cause: &dyn Error) -> Self {
         tracing::error!(error = %chain(cause), "a disk of the service is full");
         Self::new(
             ErrorCode::ResourceExhausted,
@@ -232,7 +233,7 @@ impl Answer {
         )
     }
 
-    fn internal(error: &(dyn Error + 'static)) -> Self {
+    fn internal(error: &dyn Error) -> Self {
         Self::numbered(&chain(error))
     }
 
@@ -342,18 +343,6 @@ pub(super) fn quota_message(quota: &QuotaExceeded) -> String {
         "queued_builds" => format!("Queued build limit exceeded: {current}/{limit}"),
         other => format!("Limit of {other} exceeded: {current}/{limit}"),
     }
-}
-
-/// An error with everything that caused it.
-pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

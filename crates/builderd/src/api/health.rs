@@ -9,14 +9,16 @@ use connectrpc_health::{Checker, Status, StatusStream};
 use futures_util::{StreamExt as _, stream};
 use tokio::sync::{Mutex, watch};
 
-use super::error;
-use super::memory::Memory;
+use super::memory::{Memory, REMEMBERED_SECS};
 use crate::build::service::BuildService;
+use crate::causes::chain;
 use crate::clock::Clock;
 use crate::store::StoreError;
 
 /// Longest that a database may take for a write and be well.
 const BEAT_MAX: Duration = Duration::from_secs(5);
+/// How often whoever watches is looked for.
+const WATCH_EVERY: Duration = Duration::from_secs(REMEMBERED_SECS);
 /// Why a service that ends takes nothing new.
 const STOPPING: &str = "stopping";
 
@@ -62,7 +64,7 @@ impl Heart {
             match &beat {
                 Ok(()) => tracing::info!("the database takes writes again"),
                 Err(error) => {
-                    let error = error::chain(error);
+                    let error = chain(error);
                     tracing::error!(%error, "the database takes no writes: /health answers 503");
                 }
             }
@@ -70,6 +72,42 @@ impl Heart {
         *told = state;
         self.last.put((), state, self.clock.now());
         state
+    }
+
+    /// The same in gRPC's words.
+    async fn status(&self) -> Status {
+        if self.state().await.is_ok() { Status::Serving } else { Status::NotServing }
+    }
+}
+
+/// Somebody who wants to hear of every change.
+struct Watcher {
+    heart: Arc<Heart>,
+    told: Status,
+}
+
+impl Watcher {
+    /// What is another than was told; none after the end of the service.
+    async fn next(mut self) -> Option<(Status, Self)> {
+        let mut stopped = self.heart.stopped.clone();
+        if *stopped.borrow() && self.told == Status::NotServing {
+            return None;
+        }
+        loop {
+            tokio::select! {
+                // A sender that is gone stops, too.
+                _ = stopped.wait_for(|is_stopping| *is_stopping) => {}
+                () = tokio::time::sleep(WATCH_EVERY) => {}
+            }
+            let now = self.heart.status().await;
+            if now != self.told {
+                self.told = now;
+                return Some((now, self));
+            }
+            if *stopped.borrow() {
+                return None;
+            }
+        }
     }
 }
 
@@ -98,20 +136,14 @@ impl Checker for Health {
         if !is_ours(service) {
             return Err(unknown(service));
         }
-        let is_well = self.heart.state().await.is_ok();
-        Ok(if is_well { Status::Serving } else { Status::NotServing })
+        Ok(self.heart.status().await)
     }
 
-    /// Says when the service begins to stop; a database that comes and goes is not told.
+    /// Says when the database goes and when it is back, until the service stops.
     async fn watch(&self, service: &str) -> Result<StatusStream, ConnectError> {
         let now = self.check(service).await?;
-        let mut stopped = self.heart.stopped.clone();
-        let stopping = stream::once(async move {
-            // A sender that is gone stops, too.
-            let _ = stopped.wait_for(|is_stopping| *is_stopping).await;
-            Status::NotServing
-        });
-        let states = stream::once(std::future::ready(now)).chain(stopping);
-        Ok(StatusStream::new(states))
+        let watcher = Watcher { heart: Arc::clone(&self.heart), told: now };
+        let changes = stream::unfold(watcher, Watcher::next);
+        Ok(StatusStream::new(stream::once(std::future::ready(now)).chain(changes)))
     }
 }

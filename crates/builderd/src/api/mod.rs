@@ -191,14 +191,17 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .layer(from_fn(spelling::answer_in_both))
         .layer(from_fn_with_state(Arc::clone(&state), slow::cut))
         .layer(from_fn_with_state(Arc::clone(&state), gate));
-    let open = open_services(&state);
-    let call_open = any(move |request| call(open.clone(), request));
-    let call_health = call_open.clone().layer(from_fn_with_state(Arc::clone(&state), slow::cut));
+    let (health, reflection) = (health_service(&state), reflection_service(&state));
+    let call_health = any(move |request| call(health.clone(), request));
+    let call_health = call_health.layer(from_fn_with_state(Arc::clone(&state), slow::cut));
+    let call_reflection = any(move |request| call(reflection.clone(), request));
+    let call_reflection =
+        call_reflection.layer(from_fn_with_state(Arc::clone(&state), slow::bound));
     let router = axum::Router::new()
         .merge(builds)
         .route("/grpc.health.v1.Health/{method}", call_health)
-        .route("/grpc.reflection.v1.ServerReflection/{method}", call_open.clone())
-        .route("/grpc.reflection.v1alpha.ServerReflection/{method}", call_open)
+        .route("/grpc.reflection.v1.ServerReflection/{method}", call_reflection.clone())
+        .route("/grpc.reflection.v1alpha.ServerReflection/{method}", call_reflection)
         .route("/health", get(rest::health))
         .route("/stats", get(rest::stats))
         .route("/metrics", get(rest::metrics))
@@ -213,12 +216,18 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
     cors::open_to(origins, router)
 }
 
-/// Health and reflection, which anybody may ask.
-fn open_services(state: &ApiState) -> Rpc {
+/// Health, which anybody may ask.
+fn health_service(state: &ApiState) -> Rpc {
     let health = Arc::new(HealthService::new(health::Health::new(Arc::clone(&state.heart))));
     let router = health.register(connectrpc::Router::new());
     let limits = connectrpc_health::request_limits();
     let router = connectrpc_health::apply_request_limits(router, limits);
+    rpc(state, router, OPEN_MESSAGE_BYTES_MAX)
+}
+
+/// Reflection, which anybody may ask, in a stream that lasts no longer than a body may.
+fn reflection_service(state: &ApiState) -> Rpc {
+    let router = connectrpc::Router::new();
     let router = match Reflector::from_descriptor_set_bytes(api::FILE_DESCRIPTOR_SET) {
         Ok(reflector) => connectrpc_reflection::install(router, reflector),
         Err(error) => {
@@ -226,7 +235,13 @@ fn open_services(state: &ApiState) -> Rpc {
             router
         }
     };
-    rpc(state, router, OPEN_MESSAGE_BYTES_MAX)
+    let deadline = deadlines().with_max(state.body_max).with_default_timeout(state.body_max);
+    rpc(state, router, OPEN_MESSAGE_BYTES_MAX).with_deadline_policy(deadline)
+}
+
+/// Whoever names a deadline for a stream is taken at his word.
+fn deadlines() -> DeadlinePolicy {
+    DeadlinePolicy::new().with_enforce_on_streams(true)
 }
 
 fn rpc(state: &ApiState, router: connectrpc::Router, bytes_max: usize) -> Rpc {
@@ -234,7 +249,7 @@ fn rpc(state: &ApiState, router: connectrpc::Router, bytes_max: usize) -> Rpc {
         Limits::default().with_max_request_body_size(bytes_max).with_max_message_size(bytes_max);
     ConnectRpcService::new(Guard::new(router, Arc::clone(&state.meters.observe)))
         .with_limits(limits)
-        .with_deadline_policy(DeadlinePolicy::new().with_enforce_on_streams(true))
+        .with_deadline_policy(deadlines())
 }
 
 async fn call(rpc: Rpc, request: Request) -> Response {

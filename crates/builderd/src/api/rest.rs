@@ -167,7 +167,10 @@ pub(super) async fn logs(
     let tenant = query.tenant_id.clone();
     let state = &*state;
     admitted(state, &caller, &tenant, |who| async move {
-        let limit = query.limit.unwrap_or(LOG_LINES).min(LOG_LINES_MAX);
+        let limit = match query.limit {
+            None | Some(0) => LOG_LINES,
+            Some(limit) => limit.min(LOG_LINES_MAX),
+        };
         let page = state.service.log(&who, &id, query.offset, limit).await?;
         let lines: Vec<Value> = page.lines.iter().map(convert::log_value).collect();
         Ok(Json(json!({

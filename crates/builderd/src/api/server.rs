@@ -1,11 +1,13 @@
 //! The accept loop: HTTP/1.1 and HTTP/2 on one port, in TLS or not, each side of a connection held
 //! to a deadline, and an end that lets requests finish. A handshake is part of its connection: who
-//! is slow with it keeps nobody else waiting.
+//! is slow with it keeps nobody else waiting. A connection ends with the certificate that its
+//! client showed.
 
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,7 +15,6 @@ use axum::body::Body;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -21,7 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep};
 use tower::ServiceExt as _;
 
-use crate::tls::Tls;
+use crate::tls::{Shown, Tls};
 
 /// How long a client may take to send the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -38,8 +39,8 @@ const PREFACE_BYTES: usize = 24;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
 
-/// The id in the client's certificate, if the connection has TLS and there is one; an extension
-/// of each request.
+/// The id in the client's certificate, if the connection has TLS and there is one that is good as
+/// of now; an extension of each request.
 #[derive(Clone, Debug)]
 pub(crate) struct PeerId(pub(crate) Arc<str>);
 
@@ -55,7 +56,6 @@ pub(crate) async fn serve(
     mut shutdown: watch::Receiver<bool>,
     drain: Duration,
 ) -> io::Result<()> {
-    let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let builder = builder();
     loop {
@@ -73,7 +73,6 @@ pub(crate) async fn serve(
                     tls: tls.clone(),
                     router: router.clone(),
                     shutdown: shutdown.clone(),
-                    watcher: graceful.watcher(),
                 };
                 connections.spawn(async move {
                     if let Err(error) = door.converse(stream, peer).await {
@@ -89,7 +88,8 @@ pub(crate) async fn serve(
         }
     }
     drop(listener);
-    if tokio::time::timeout(drain, graceful.shutdown()).await.is_err() {
+    let ended = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(drain, ended).await.is_err() {
         tracing::warn!(connections = connections.len(), "connections were cut at shutdown");
     }
     connections.shutdown().await;
@@ -123,7 +123,6 @@ struct Door {
     tls: Option<Tls>,
     router: axum::Router,
     shutdown: watch::Receiver<bool>,
-    watcher: Watcher,
 }
 
 impl Door {
@@ -140,25 +139,58 @@ impl Door {
             _ = self.shutdown.wait_for(|stopping| *stopping) => return Ok(()),
             accepted = tls.accept(stream) => accepted,
         };
-        let (stream, id) = accepted.map_err(|error| format!("no TLS handshake: {error}"))?;
-        self.serve(stream, peer, id.map(PeerId)).await
+        let (stream, shown) = accepted.map_err(|error| format!("no TLS handshake: {error}"))?;
+        self.serve(stream, peer, shown).await
     }
 
-    async fn serve<S>(self, stream: S, peer: SocketAddr, id: Option<PeerId>) -> Result<(), String>
+    async fn serve<S>(
+        mut self,
+        stream: S,
+        peer: SocketAddr,
+        shown: Option<Shown>,
+    ) -> Result<(), String>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let router = self.router;
+        let id = shown.as_ref().and_then(Shown::id).cloned().map(PeerId);
+        // A client may go on asking on a connection that it was told to leave.
+        let is_nobody = Arc::new(AtomicBool::new(false));
+        let is_over = Arc::clone(&is_nobody);
         let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
             request.extensions_mut().insert(Peer(peer));
-            if let Some(id) = &id {
+            if let Some(id) = id.as_ref().filter(|_| !is_over.load(Ordering::Relaxed)) {
                 request.extensions_mut().insert(id.clone());
             }
             router.clone().oneshot(request.map(Body::new))
         });
         let io = TokioIo::new(PromptIo::new(stream, HEAD_TIMEOUT));
-        let connection = self.builder.serve_connection(io, service).into_owned();
-        self.watcher.watch(connection).await.map_err(|error| error.to_string())
+        let mut connection = pin!(self.builder.serve_connection(io, service));
+        let ended = async {
+            match shown {
+                Some(shown) => shown.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        let talked = tokio::select! {
+            talked = connection.as_mut() => Some(talked),
+            // A sender that is gone will never say it; nobody wants us any more.
+            _ = self.shutdown.wait_for(|stopping| *stopping) => None,
+            () = ended => {
+                is_nobody.store(true, Ordering::Relaxed);
+                tracing::debug!(%peer, "the client's certificate is not good any more");
+                None
+            }
+        };
+        let talked = match talked {
+            Some(talked) => talked,
+            // What was asked is answered, and nothing more.
+            None => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        talked.map_err(|error| error.to_string())
     }
 }
 

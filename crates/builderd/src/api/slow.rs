@@ -2,7 +2,9 @@
 //! and its connection is closed. Every call that answers once has all of its body read before its
 //! handler runs, so that whoever trickles would hold what a request holds for as long as it likes.
 //!
-//! A body that nobody reads, and one of a stream that goes both ways, is not this module's.
+//! The body of a stream that goes both ways is read while it is answered, so that what ends it is
+//! the deadline of its call; here it ends soon after that, and has a length. A body that nobody
+//! reads is not this module's.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use http::header::{CONNECTION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use http_body_util::Limited;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
@@ -26,6 +29,11 @@ use super::spelling::{self, Form};
 /// How long the body of a request may take: 4 MiB come over a line of 1.2 Mbit/s.
 pub(crate) const BODY_MAX: Duration = Duration::from_secs(30);
 
+/// Longest body of a stream that goes both ways: ten thousand questions of its kind.
+const STREAM_BYTES_MAX: usize = 1 << 20;
+/// How much later than its answer such a body ends: who asks is told of the deadline, and not of
+/// a body that broke off.
+const STREAM_GRACE: Duration = Duration::from_secs(2);
 /// What of a request decides how its answer looks.
 const FORM_HEADERS: [HeaderName; 2] =
     [CONTENT_TYPE, HeaderName::from_static("connect-protocol-version")];
@@ -57,6 +65,20 @@ pub(super) async fn cut(
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response
+}
+
+/// Sees to it that a stream that goes both ways has an end, whatever its sender does.
+pub(super) async fn bound(
+    State(state): State<Arc<ApiState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let time = state.body_max + STREAM_GRACE;
+    let bounded = request.map(|body| {
+        let body = Body::new(Limited::new(body, STREAM_BYTES_MAX));
+        Body::new(InTime::new(body, time, Arc::default()))
+    });
+    next.run(bounded).await
 }
 
 /// A body that breaks off when its time is over, and says so.

@@ -10,7 +10,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::Response;
-use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN};
+use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, WWW_AUTHENTICATE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use http_body_util::BodyExt as _;
@@ -134,7 +134,7 @@ fn with_plain_error(mut value: Value, error: &Answer) -> Value {
 /// An answer that never reached a handler, in the form its caller expects.
 pub(super) fn refuse(answer: Answer, form: Form, headers: &HeaderMap) -> Response {
     use axum::response::IntoResponse as _;
-    match form {
+    let mut response = match form {
         Form::Plain => answer.into_response(),
         Form::Program => answer.into_connect().into_http_response(headers).map(Body::new),
         Form::Person => {
@@ -146,7 +146,12 @@ pub(super) fn refuse(answer: Answer, form: Form, headers: &HeaderMap) -> Respons
             *response.body_mut() = Body::from(body);
             response
         }
+    };
+    if response.status() == StatusCode::UNAUTHORIZED {
+        // RFC 9110, 15.5.2: who is asked for a credential is told of which kind.
+        response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
+    response
 }
 
 /// Canonical JSON of a message with the documentation's spelling beside each name.

@@ -72,6 +72,10 @@ pub trait ArtifactStore: Send + Sync {
     async fn settle(&self);
     /// Opens an artifact; none if there is none.
     async fn open(&self, key: &str) -> io::Result<Option<OpenArtifact>>;
+    /// Whether whoever read the artifact here found it damaged, and nobody has stored it anew.
+    fn was_damaged(&self, _key: &str) -> bool {
+        false
+    }
     /// Removes an artifact; one that is gone is fine.
     async fn remove(&self, key: &str) -> io::Result<()>;
     /// Everything stored.

@@ -8,18 +8,19 @@
 //! Sizes and ranges are those of the plain artifact, but for [`ArtifactStore::list`], which tells
 //! what lies there. It does not know who may read what, nor where keys come from.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use sealed::{HEADER_BYTES, Header, KeyId, Opener, Part, Sealer};
+use sealed::{HEADER_BYTES, Header, KeyId, Opener, Part, SealedError, Sealer};
 use secrecy::ExposeSecret as _;
 
 use super::{ArtifactStore, OpenArtifact, ReadRange, Stored};
@@ -59,11 +60,24 @@ fn needed(name: &str) -> io::Result<Option<(TenantId, KeyId)>> {
 pub(crate) struct SealedArtifacts {
     inner: Arc<dyn ArtifactStore>,
     keys: Arc<dyn ArtifactKeys>,
+    broken: Arc<Broken>,
+}
+
+/// The names of artifacts of which a chunk did not open: their headers are good, so that it is
+/// only seen where they are read.
+#[derive(Default)]
+struct Broken(Mutex<HashSet<String>>);
+
+impl Broken {
+    fn names(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        // Nothing is half done in a set whose holder panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl SealedArtifacts {
     pub(crate) fn new(inner: Arc<dyn ArtifactStore>, keys: Arc<dyn ArtifactKeys>) -> Self {
-        Self { inner, keys }
+        Self { inner, keys, broken: Arc::default() }
     }
 
     async fn key(&self, tenant: &TenantId, id: KeyId) -> io::Result<DataKey> {
@@ -89,7 +103,8 @@ impl SealedArtifacts {
             return Err(damaged(name, &"its size is not the one that its header tells"));
         }
         let size_bytes = file.plain_bytes();
-        let reader = SealedReader { inner, file: Arc::new(file), name: name.to_owned() };
+        let (file, name, broken) = (Arc::new(file), name.to_owned(), Arc::clone(&self.broken));
+        let reader = SealedReader { inner, file, name, broken };
         Ok(OpenArtifact { size_bytes, reader: Box::new(reader) })
     }
 
@@ -97,7 +112,9 @@ impl SealedArtifacts {
     async fn is_whole(&self, name: &str, key: &DataKey, size_bytes: u64) -> io::Result<bool> {
         let Some(inner) = self.inner.open(name).await? else { return Ok(false) };
         match self.open_sealed(name, inner, key).await {
-            Ok(open) if open.size_bytes == size_bytes => return Ok(true),
+            Ok(open) if open.size_bytes == size_bytes && !self.was_damaged(name) => {
+                return Ok(true);
+            }
             Err(error) if error.kind() != io::ErrorKind::InvalidData => return Err(error),
             Ok(_) | Err(_) => {}
         }
@@ -129,7 +146,9 @@ impl ArtifactStore for SealedArtifacts {
         let sealer = Sealer::new(data_key.expose_secret(), id, key, size_bytes, CHUNK_LOG2);
         let sealed = seal(staged, sealer.map_err(io::Error::other)?).await?;
         tokio::fs::remove_file(staged).await?;
-        self.inner.publish(&sealed, key).await
+        self.inner.publish(&sealed, key).await?;
+        self.broken.names().remove(key);
+        Ok(())
     }
 
     async fn settle(&self) {
@@ -149,7 +168,13 @@ impl ArtifactStore for SealedArtifacts {
     }
 
     async fn remove(&self, key: &str) -> io::Result<()> {
-        self.inner.remove(key).await
+        self.inner.remove(key).await?;
+        self.broken.names().remove(key);
+        Ok(())
+    }
+
+    fn was_damaged(&self, key: &str) -> bool {
+        self.broken.names().contains(key)
     }
 
     async fn list(&self) -> io::Result<Vec<Stored>> {
@@ -232,6 +257,7 @@ struct SealedReader {
     inner: OpenArtifact,
     file: Arc<Opener>,
     name: String,
+    broken: Arc<Broken>,
 }
 
 /// A part on its way: what comes from the store, and what of it has been opened.
@@ -239,6 +265,7 @@ struct Opening {
     pieces: BoxStream<'static, io::Result<Bytes>>,
     part: Part,
     name: String,
+    broken: Arc<Broken>,
 }
 
 impl Opening {
@@ -249,7 +276,15 @@ impl Opening {
                 let finished = self.part.finish();
                 return finished.map(|()| None).map_err(|error| damaged(&self.name, &error));
             };
-            let plain = self.part.feed(&piece?).map_err(|error| damaged(&self.name, &error))?;
+            let plain = match self.part.feed(&piece?) {
+                Ok(plain) => plain,
+                Err(error) => {
+                    if matches!(error, SealedError::Chunk { .. }) {
+                        self.broken.names().insert(self.name.clone());
+                    }
+                    return Err(damaged(&self.name, &error));
+                }
+            };
             if !plain.is_empty() {
                 return Ok(Some((plain.into(), self)));
             }
@@ -265,7 +300,8 @@ impl ReadRange for SealedReader {
             return stream::empty().boxed();
         }
         let pieces = self.inner.read(needed);
-        let opening = Opening { pieces, part, name: self.name.clone() };
+        let (name, broken) = (self.name.clone(), Arc::clone(&self.broken));
+        let opening = Opening { pieces, part, name, broken };
         stream::try_unfold(opening, Opening::next).boxed()
     }
 }

@@ -3,16 +3,18 @@
 //! The service writes a [`ChildSpec`] to its standard input and reads one [`ChildLine`] per line
 //! from its standard output; killing it ends the build and leaves nothing, since all it makes is
 //! nameless until it is done. Secrets come by standard input, never by argument or environment.
-//! The child knows no database, no tenant and no other build.
+//! The child knows no database, no tenant and no other build, and sees no file of theirs.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use oci::{ClientOptions, Credentials, Platform, Source};
+use oci::{AllowedPlace, ClientOptions, Credentials, Platform, Source};
 use rustix::process::{Resource, Rlimit, Signal};
-use sandbox::Wall;
+use sandbox::{Outcome, Sandbox, Wall};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
@@ -24,10 +26,14 @@ use super::{
     Blame, BuildEvent, BuildSpec, Checksum, CommandsSpec, Compression, ImageOptions, Observer,
     PackStorage, Phase, SumBy,
 };
+use crate::causes::chain;
 use crate::packs::{PackCache, SharingDomain};
+use crate::tenant::TenantId;
 
 /// Longest line that the service reads from a child.
 pub(super) const LINE_BYTES_MAX: usize = 1 << 20;
+/// How much of what a probe says is kept.
+const PROBE_BYTES_MAX: u64 = 4 << 10;
 
 /// How registries are reached: the part of the settings that a child needs.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -36,9 +42,15 @@ pub(crate) struct RegistrySpec {
     pub(crate) mirrors: Vec<String>,
     /// Reached over plain HTTP.
     pub(crate) insecure: Vec<String>,
+    /// The same, where `allowed_private` lets one go there.
+    #[serde(default)]
+    pub(crate) insecure_of_tenants: Vec<String>,
     /// Places that are not public and may be reached, besides those above.
     #[serde(default)]
     pub(crate) allowed_private: Vec<String>,
+    /// The same for one tenant alone. No child is told of other tenants.
+    #[serde(skip)]
+    pub(crate) private_of_tenants: Vec<(TenantId, String)>,
     /// Domains that nothing is fetched from.
     #[serde(default)]
     pub(crate) blocked_domains: Vec<String>,
@@ -79,6 +91,35 @@ impl SentCredentials {
 }
 
 impl RegistrySpec {
+    /// The same with places for one tenant alone, each `TENANT=PLACE`: they are closed to the
+    /// others even if they are named as `insecure`, too.
+    pub(crate) fn with_places_of_tenants(self, entries: &[String]) -> Self {
+        let entries = entries.iter().filter_map(|entry| entry.split_once('='));
+        let named = |(tenant, place): (&str, &str)| Some((tenant.parse().ok()?, place.to_owned()));
+        let private_of_tenants: Vec<(TenantId, String)> = entries.filter_map(named).collect();
+        let places = private_of_tenants.iter().filter_map(|(_, place)| place.parse().ok());
+        let places: Vec<AllowedPlace> = places.collect();
+        let is_own = |host: &String| places.iter().any(|place| place.holds_registry(host));
+        let (insecure_of_tenants, insecure) = self.insecure.into_iter().partition(is_own);
+        Self { insecure, insecure_of_tenants, private_of_tenants, ..self }
+    }
+
+    /// The same for a tenant that has places of its own; none for one that has none.
+    pub(crate) fn of_tenant(&self, tenant: &TenantId) -> Option<Self> {
+        let own = self.private_of_tenants.iter().filter(|(of, _)| of == tenant);
+        let mut own: Vec<String> = own.map(|(_, place)| place.clone()).collect();
+        let has_any = !own.is_empty();
+        own.extend_from_slice(&self.allowed_private);
+        has_any.then(|| Self { allowed_private: own, ..self.clone() })
+    }
+
+    /// The clients of the tenants that have places of their own.
+    pub(crate) fn of_tenants(&self) -> HashMap<TenantId, ClientOptions> {
+        let tenants = self.private_of_tenants.iter().map(|(tenant, _)| tenant);
+        let client = |tenant: &TenantId| self.of_tenant(tenant).map(|spec| spec.client_options());
+        tenants.filter_map(|tenant| Some((tenant.clone(), client(tenant)?))).collect()
+    }
+
     /// The same for the client. No file and no environment of the service's user takes part, and
     /// nobody but the operator leads to a place that is not public.
     pub(crate) fn client_options(&self) -> ClientOptions {
@@ -90,6 +131,8 @@ impl RegistrySpec {
         // What an older program cannot read allows nothing.
         let allowed = self.allowed_private.iter().filter_map(|place| place.parse().ok()).collect();
         options.close_egress(allowed, self.blocked_domains.clone());
+        // Behind what opens doors: this says how they are spoken to alone.
+        options.plain_http.extend(self.insecure_of_tenants.iter().cloned());
         if let Some(sent) = &self.credentials {
             let secret = SecretString::from(sent.secret.clone());
             let credentials = match sent.username.is_empty() {
@@ -138,6 +181,9 @@ pub(crate) struct ChildSpec {
     /// What must stand between foreign bytes and this host.
     #[serde(default)]
     pub(crate) walls: Vec<Wall>,
+    /// Whether this host lets the process see the build's own directories alone.
+    #[serde(default)]
+    pub(crate) has_own_files: bool,
 }
 
 /// What a child says, one JSON object per line.
@@ -172,19 +218,71 @@ pub(super) struct ChildReport {
 /// When its pipes are of no use; the build's own failure is a line and no error.
 pub(crate) fn main() -> io::Result<()> {
     // Whoever started us may be killed at any moment; then nobody would want the result.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let end_with_parent = || rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    end_with_parent()?;
     let mut text = String::new();
     io::stdin().lock().read_to_string(&mut text)?;
+    if text.is_empty() {
+        sandbox::narrow(&[]).map_err(io::Error::other)?;
+        println!("{}", Wall::OwnFiles);
+        return Ok(());
+    }
     let spec: ChildSpec = serde_json::from_str(&text)?;
     drop(text);
     limit(Resource::Data, spec.memory_bytes)?;
     limit(Resource::Fsize, spec.disk_bytes)?;
+    shut_in(&spec)?;
+    // Forgotten where rights change: prctl(2).
+    end_with_parent()?;
     let speaker = Speaker(Mutex::new(io::stdout()));
     let line = match run(&spec, &speaker) {
         Ok(report) => ChildLine::Done(Box::new(report)),
         Err(failure) => ChildLine::Failed(failure),
     };
     speaker.say(&line)
+}
+
+/// Tries whether this host lets the process of a build see the build's own directories alone.
+///
+/// # Errors
+/// Why it does not.
+pub(super) fn probe() -> Result<(), String> {
+    let failed = |error: &dyn std::error::Error| chain(error);
+    let program = File::open("/proc/self/exe").map_err(|error| failed(&error))?;
+    let arguments = [c"builderd", c"build-child"];
+    let (mut process, pipes) =
+        Sandbox::spawn_beside(&program, &arguments, &[]).map_err(|error| failed(&error))?;
+    // Nothing to build: that is the question.
+    drop(pipes.stdin);
+    let (mut said, mut complaint) = (String::new(), String::new());
+    let read = pipes.stdout.take(PROBE_BYTES_MAX).read_to_string(&mut said);
+    let read = read.and_then(|_| pipes.stderr.take(PROBE_BYTES_MAX).read_to_string(&mut complaint));
+    let outcome = read.and_then(|_| process.wait()).map_err(|error| failed(&error))?;
+    match (outcome, said.trim() == Wall::OwnFiles.as_str()) {
+        (Outcome::Exited(0), true) => Ok(()),
+        _ if complaint.is_empty() => Err(format!("a process that tried it ended: {outcome}")),
+        _ => {
+            let plain = |line: &str| {
+                let line = line.trim();
+                let line = line.strip_prefix("error: ").unwrap_or(line);
+                line.strip_prefix("caused by: ").unwrap_or(line).to_owned()
+            };
+            Err(complaint.lines().map(plain).collect::<Vec<_>>().join(": "))
+        }
+    }
+}
+
+/// Leaves the directories of this build alone, before anything foreign is read. A build with
+/// commands mounts file systems and starts a runtime: it keeps what its server has.
+fn shut_in(spec: &ChildSpec) -> io::Result<()> {
+    if spec.commands.is_some() || !spec.has_own_files {
+        return Ok(());
+    }
+    let packs = spec.packs.as_ref().map(|packs| packs.directory.as_path());
+    let kept: Vec<&Path> = spec.output.parent().into_iter().chain(packs).collect();
+    let place = std::env::current_dir()?;
+    sandbox::narrow(&kept).map_err(io::Error::other)?;
+    std::env::set_current_dir(place)
 }
 
 fn limit(resource: Resource, bytes: u64) -> io::Result<()> {
@@ -353,6 +451,43 @@ mod tests {
             assert!(!reaches(image), "{image}");
         }
         assert!(!RegistrySpec::default().client_options().egress.is_open());
+    }
+
+    #[test]
+    fn a_place_that_is_named_for_a_tenant_is_closed_to_the_others() {
+        let spec = RegistrySpec {
+            insecure: vec!["10.0.0.8:5000".into(), "10.7.1.1:80".into(), "10.0.0.9:5000".into()],
+            ..RegistrySpec::default()
+        };
+        let entries =
+            ["acme=10.0.0.8:5000", "acme=10.7.0.0/16", "bank=10.8.0.0/16", "acme=10.9.9.9"];
+        let spec = spec.with_places_of_tenants(&entries.map(str::to_owned));
+        let clients = spec.of_tenants();
+        assert_eq!(clients.len(), 2);
+        let reaches = |tenant: &str, image: &str| {
+            let own = clients.get(&tenant.parse().unwrap()).cloned();
+            let options = own.unwrap_or_else(|| spec.client_options());
+            options.check_registry(&image.parse().unwrap()).is_ok()
+        };
+        for image in ["10.0.0.8:5000/x", "10.7.1.1:80/x", "10.7.3.3/x", "10.9.9.9:7/x"] {
+            assert!(reaches("acme", image), "{image}");
+            assert!(!reaches("bank", image) && !reaches("other", image), "{image}");
+        }
+        assert!(reaches("bank", "10.8.1.1/x") && !reaches("acme", "10.8.1.1/x"));
+        // What is named for nobody is for all, and metadata services for none.
+        for tenant in ["acme", "bank", "other"] {
+            assert!(reaches(tenant, "10.0.0.9:5000/x") && reaches(tenant, "nginx"));
+            assert!(!reaches(tenant, "169.254.169.254/x") && !reaches(tenant, "10.0.0.8:5001/x"));
+        }
+        // A child is told of its own tenant's places alone, and may speak plain HTTP there.
+        let own = spec.of_tenant(&"acme".parse().unwrap()).unwrap();
+        let text = serde_json::to_string(&own).unwrap();
+        assert!(!text.contains("bank") && !text.contains("10.8.0.0"), "{text}");
+        let own: RegistrySpec = serde_json::from_str(&text).unwrap();
+        let options = own.client_options();
+        assert!(options.check_registry(&"10.0.0.8:5000/x".parse().unwrap()).is_ok());
+        assert!(options.plain_http.contains("10.0.0.8:5000"));
+        assert!(spec.of_tenant(&"other".parse().unwrap()).is_none());
     }
 
     #[test]

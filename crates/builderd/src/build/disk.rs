@@ -113,12 +113,18 @@ impl Lane {
         Self { cached_bytes: 0, direct_bytes: 0, ..self.clone() }
     }
 
-    /// Takes over what somebody else saw since, and the bytes that it moved.
+    /// Takes over what somebody else saw since, and the bytes that it moved: no more than can be,
+    /// so that sums of them are numbers still.
     fn learn(&mut self, seen: &Self) {
-        let (cached_bytes, direct_bytes) = (self.cached_bytes, self.direct_bytes);
-        *self = seen.clone();
-        self.cached_bytes = self.cached_bytes.saturating_add(cached_bytes);
-        self.direct_bytes = self.direct_bytes.saturating_add(direct_bytes);
+        const MOST: u64 = 1 << 48;
+        let pace = |pace: Pace| Pace { bytes: pace.bytes.min(MOST), nanos: pace.nanos.min(MOST) };
+        *self = Self {
+            cached: pace(seen.cached),
+            direct: pace(seen.direct),
+            accesses: seen.accesses,
+            cached_bytes: seen.cached_bytes.saturating_add(self.cached_bytes).min(MOST),
+            direct_bytes: seen.direct_bytes.saturating_add(self.direct_bytes).min(MOST),
+        };
     }
 
     fn choose(&mut self, liking: Liking) -> Way {
@@ -161,12 +167,22 @@ pub(super) struct Disk {
 
 /// The same file, past the page cache. Not on every file system.
 pub(super) fn direct_twin(file: &File) -> Option<File> {
-    // Another open file description: the flag must not touch who else uses `file`.
+    // Another open file description: the flag must not touch who else uses `file`. Who was given a
+    // file to read must not get one to write.
     let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
     let open =
         |write| OpenOptions::new().read(true).write(write).custom_flags(flags).open(&itself).ok();
-    open(true).or_else(|| open(false))
+    match is_writable(file) {
+        true => open(true).or_else(|| open(false)),
+        false => open(false),
+    }
+}
+
+/// Whether the file was opened to be written.
+pub(super) fn is_writable(file: &File) -> bool {
+    let flags = rustix::fs::fcntl_getfl(file);
+    flags.is_ok_and(|flags| flags.intersects(OFlags::WRONLY | OFlags::RDWR))
 }
 
 impl Disk {

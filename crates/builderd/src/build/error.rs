@@ -5,7 +5,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
-use ::commands::{CommandEnd, CommandsError};
+use ::commands::CommandsError;
 use ext4::{LayoutError, WriteError};
 use oci::{Digest, EgressDenied, PullError, Source};
 use rootfs::{FileTree, FlattenError, PackError, PackReadError};
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::confined::ToldError;
 use super::record::{Failure, FailureCode};
 use super::{Phase, commands};
+use crate::causes::chain;
 use crate::packs::CacheError;
 
 /// Whose fault a failure is.
@@ -173,6 +174,20 @@ pub enum BuildError {
         /// What it said on standard error.
         complaint: String,
     },
+    /// A confined worker was ended for what it did.
+    #[error(
+        "the process of the {} step {problem}, and was ended{}",
+        phase.as_str(),
+        said(complaint)
+    )]
+    WorkerStopped {
+        /// In which step.
+        phase: Phase,
+        /// What it did, in words that go on after its name.
+        problem: &'static str,
+        /// What it said on standard error.
+        complaint: String,
+    },
     /// The host does not give a confined worker what the build asks for.
     #[error(
         "this host cannot shut a worker in: no {}",
@@ -235,6 +250,7 @@ impl BuildError {
             | Self::Output { .. }
             | Self::Worker { .. }
             | Self::WorkerEnded { .. }
+            | Self::WorkerStopped { .. }
             | Self::Walls { .. }
             | Self::WorkerLost { .. } => Blame::Ours,
         }
@@ -277,7 +293,7 @@ impl BuildError {
             Self::Pack { source: PackError::ImageDataBytes(_), .. } => {
                 Some("use a smaller image, or allow a build more disk".to_owned())
             }
-            Self::WorkerLost { .. } | Self::WorkerEnded { .. } => {
+            Self::WorkerLost { .. } | Self::WorkerEnded { .. } | Self::WorkerStopped { .. } => {
                 Some("please report this as a bug of builderd".to_owned())
             }
             Self::Pack { .. }
@@ -295,19 +311,40 @@ impl BuildError {
     /// The failure as data, for a build that runs for somebody else.
     #[must_use]
     pub fn failure(&self, step: Phase) -> Failure {
-        let mut cause = self.to_string();
-        let mut next = std::error::Error::source(self);
-        while let Some(error) = next {
-            cause.push_str(": ");
-            cause.push_str(&error.to_string());
-            next = error.source();
-        }
         Failure {
             code: self.code(),
             step: step.as_str().to_owned(),
-            cause,
+            cause: chain(self),
             blame: self.blame().as_str().to_owned(),
-            remedy: self.hint().unwrap_or_default(),
+            remedy: self.remedy().unwrap_or_default(),
+        }
+    }
+
+    /// What to do for somebody who asked a service to build: he has neither its disk nor its
+    /// command line.
+    fn remedy(&self) -> Option<String> {
+        if self.is_out_of_space() {
+            return Some("try again later: the service is out of disk space".to_owned());
+        }
+        match self.code() {
+            FailureCode::AuthenticationFailed => Some(
+                "check the image's name, and send credentials for its registry with the build: \
+                 registries answer like this to private images and to ones that do not exist"
+                    .to_owned(),
+            ),
+            FailureCode::RegistryRateLimit => Some(
+                "wait, or send credentials for the registry with the build: limits are higher for \
+                 known users"
+                    .to_owned(),
+            ),
+            FailureCode::QuotaExceeded
+            | FailureCode::InvalidSource
+            | FailureCode::BuildTimeout
+            | FailureCode::StorageFull
+            | FailureCode::NetworkDenied
+            | FailureCode::NetworkError
+            | FailureCode::TemporaryResourceError
+            | FailureCode::Internal => self.hint(),
         }
     }
 
@@ -319,7 +356,8 @@ impl BuildError {
         match self {
             Self::Pull { source, .. } => pull_code(source),
             Self::Told(told) => told.code,
-            Self::Commands(CommandsError::Failed { end: CommandEnd::OutOfMemory, .. }) => {
+            Self::Commands(CommandsError::Denied { .. }) => FailureCode::NetworkDenied,
+            Self::Commands(CommandsError::Failed { end, .. }) if end.is_limit() => {
                 FailureCode::QuotaExceeded
             }
             Self::Commands(error) if error.is_theirs() => FailureCode::InvalidSource,
@@ -333,6 +371,7 @@ impl BuildError {
             | Self::OutputName { source: Some(_), .. }
             | Self::Walls { .. }
             | Self::WorkerEnded { .. }
+            | Self::WorkerStopped { .. }
             | Self::Worker { .. } => FailureCode::TemporaryResourceError,
             Self::Pack { source: PackError::ImageDataBytes(_), .. } => FailureCode::QuotaExceeded,
             Self::Pack { .. }

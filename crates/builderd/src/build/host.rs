@@ -6,7 +6,8 @@ use std::path::Path;
 use sandbox::{Cgroup, CgroupLimits, CgroupRoot, CgroupUsage, SandboxError, Wall};
 use sha2::{Digest as _, Sha256};
 
-use super::{confined, hex};
+use super::{child, confined, hex};
+use crate::causes::chain;
 
 /// Processes and threads of one build: those of its workers, and room for what they start.
 const PIDS_MAX: u64 = 1024;
@@ -29,14 +30,18 @@ impl Host {
                 host.stand = stand;
                 "the kernel or its settings refuse it".to_owned()
             }
-            Err(error) => confined::chain(&error),
+            Err(error) => chain(&error),
         };
+        match child::probe() {
+            Ok(()) => host.stand.push(Wall::OwnFiles),
+            Err(reason) => host.missing.push((Wall::OwnFiles, reason)),
+        }
         match CgroupRoot::open(&group_name(place)) {
             Ok(groups) => {
                 host.groups = Some(groups);
                 host.stand.push(Wall::Cgroup);
             }
-            Err(error) => host.missing.push((Wall::Cgroup, confined::chain(&error))),
+            Err(error) => host.missing.push((Wall::Cgroup, chain(&error))),
         }
         for wall in Wall::ALL {
             let is_known = host.missing.iter().any(|(missing, _)| *missing == wall);
@@ -55,7 +60,7 @@ impl Host {
 
     /// Those that every worker must find: none may be missing later that stood at the start.
     pub(crate) fn worker_walls(&self) -> Vec<Wall> {
-        self.stand.iter().copied().filter(|wall| *wall != Wall::Cgroup).collect()
+        self.stand.iter().copied().filter(|wall| !Wall::AROUND_BUILDS.contains(wall)).collect()
     }
 
     /// Those that this host cannot give, and why.
@@ -110,6 +115,14 @@ impl Group {
     /// [`SandboxError`] when the kernel refuses.
     pub(crate) fn add(&self, pid: u32) -> Result<(), SandboxError> {
         self.0.as_ref().map_or(Ok(()), |group| group.add(pid))
+    }
+
+    /// Which share of the CPUs they have beside other builds: 1 to 10,000.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the kernel refuses.
+    pub(crate) fn set_cpu_weight(&self, weight: u64) -> Result<(), SandboxError> {
+        self.0.as_ref().map_or(Ok(()), |group| group.set_cpu_weight(weight))
     }
 
     /// What they have taken together.

@@ -209,9 +209,13 @@ impl Job<'_> {
         let staged = cache.stage(&key)?;
         let file = shared(staged.file())?;
         let summary = self.fetch_and_pack(index, layer, &file, 0..u64::MAX).await?;
-        let file = cache.commit(&key, staged)?;
+        // What gets a name is for others too: it must be the pack that they will look for.
+        let whole_bytes = file.metadata().map_err(reopening)?.len();
+        let mut open = open_pack(index, layer, file, 0, summary.pack_bytes.max(whole_bytes))?;
+        self.check_diff_id(index, layer, &open.diff_id)?;
+        open.file = Arc::new(cache.commit(&key, staged)?);
         drop(lock);
-        Ok((LayerOrigin::Packed, open_pack(index, layer, file.into(), 0, summary.pack_bytes)?))
+        Ok((LayerOrigin::Packed, open))
     }
 
     /// Says so before it waits for whoever makes the pack.

@@ -25,6 +25,7 @@ mod process;
 mod progress;
 pub mod record;
 pub mod service;
+mod shares;
 pub mod state;
 pub(crate) mod worker;
 
@@ -35,7 +36,7 @@ use rootfs::{Limits, TreeLimits};
 use sandbox::Wall;
 use serde::{Deserialize, Serialize};
 
-pub use commands::CommandsSpec;
+pub use commands::{CommandsSpec, EgressSpec};
 pub use confined::ToldError;
 pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};

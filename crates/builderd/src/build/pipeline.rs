@@ -19,7 +19,6 @@ use super::layers::{self, LayerPacks};
 use super::metadata::{
     ArtifactMetadata, FilesystemMetadata, ImageMetadata, checksum_line, directory_of,
 };
-use super::output;
 use super::{
     BuildError, BuildEvent, BuildReport, BuildSpec, Checksum, Compression, Observer, PackStorage,
     Phase, SumBy,
@@ -218,19 +217,10 @@ fn write(
         compressed,
     };
     let timing = Timing { observer: phases.observer, secs: Mutex::default() };
-    let (mut made, taken) = confined::image(task, &files, &spec.walls, &timing)?;
+    let is_summed_here = spec.checksum == Checksum::Sha256 && spec.sum_by == SumBy::Parent;
+    let (made, taken) = confined::image(task, &files, &spec.walls, &timing, is_summed_here)?;
     drop(files);
     phases.secs.append(&mut lock(&timing.secs));
-    // A worker that was taken over must not have one file summed and another one published.
-    let is_image = made.image == 0 || Some(made.image) == slabs;
-    let is_result = made.file == compressed.unwrap_or(made.image)
-        && made.compressed_bytes.is_some() == compressed.is_some();
-    if !(is_image && is_result) {
-        return Err(BuildError::WorkerLost { phase: Phase::Write });
-    }
-    if spec.checksum == Checksum::Sha256 && spec.sum_by == SumBy::Parent {
-        sum(spec, &staged, &mut made)?;
-    }
     packs.taken.push(taken);
     Ok(Written {
         staged: staged.swap_remove(made.file),
@@ -265,24 +255,6 @@ fn layer_parts<'a>(
         LayerPart { digest, file, base: open.base, length: open.length() }
     });
     parts.collect()
-}
-
-/// The sums of what a worker has made, from the files themselves, and their sizes.
-fn sum(spec: &BuildSpec, staged: &[Staged], made: &mut ImageMade) -> Result<(), BuildError> {
-    let failed =
-        |source| BuildError::Output { action: "read back", path: spec.output.clone(), source };
-    let of = |number: usize| -> Result<(u64, Option<String>), BuildError> {
-        let file = staged.get(number).map(Staged::file);
-        let file = file.ok_or(BuildError::WorkerLost { phase: Phase::Write })?;
-        let bytes = file.metadata().map_err(failed)?.len();
-        Ok((bytes, Some(output::sum(file, bytes).map_err(failed)?)))
-    };
-    (made.image_bytes, made.image_sha256) = of(made.image)?;
-    if made.compressed_bytes.is_some() {
-        let (bytes, sha256) = of(made.file)?;
-        (made.compressed_bytes, made.compressed_sha256) = (Some(bytes), sha256);
-    }
-    Ok(())
 }
 
 /// What workers took: those of layers ran beside each other, so many at a time.

@@ -363,6 +363,8 @@ pub struct Build {
     pub usage: Option<LiveUsage>,
     /// W3C trace context of the request.
     pub traceparent: Option<String>,
+    /// Whether all of it could be read; what could not be is missing, or as it is by default.
+    pub is_whole: bool,
 }
 
 /// What a tenant uses.

@@ -4,6 +4,7 @@
 //! tenant's rows alone. A build of somebody else is not there. It knows neither messages nor
 //! HTTP; the doors translate. Running builds is `worker`'s business.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use crate::store::{
     Seen, Store, StoreError,
 };
 use crate::telemetry::Metrics;
-use crate::tenant::{Denied, Principal, Right, TenantLimits, Tier};
+use crate::tenant::{Denied, Principal, Right, TenantId, TenantLimits, Tier};
 
 /// Most lines of one read of a log.
 pub const LOG_LINES_MAX: u32 = 1000;
@@ -205,6 +206,8 @@ pub(crate) struct ServiceRules {
     pub(crate) allowed_registries: Vec<String>,
     /// How builds reach registries, and which they can never.
     pub(crate) registries: oci::ClientOptions,
+    /// The same for tenants that may reach more.
+    pub(crate) registries_of_tenants: HashMap<TenantId, oci::ClientOptions>,
     /// The longest any build may take, in seconds.
     pub(crate) build_secs_max: u64,
     /// Why builds run no commands here, if they run none.
@@ -263,7 +266,7 @@ impl BuildService {
     pub async fn create(&self, who: &Principal, order: Order) -> Result<Build, ServiceError> {
         let permit = who.permit(Right::BuildCreate)?;
         let tenant_limits = self.limits(who).await?;
-        self.check_source(&tenant_limits, &order)?;
+        self.check_source(who.tenant(), &tenant_limits, &order)?;
         let limits = self.lowered(&tenant_limits, order.lower);
         let id = BuildId::new();
         let sealed_credentials = match &order.credentials {
@@ -299,7 +302,12 @@ impl BuildService {
     }
 
     /// What can be said of a source before anything is fetched.
-    fn check_source(&self, limits: &TenantLimits, order: &Order) -> Result<(), ServiceError> {
+    fn check_source(
+        &self,
+        tenant: &TenantId,
+        limits: &TenantLimits,
+        order: &Order,
+    ) -> Result<(), ServiceError> {
         let invalid = |problem: String| ServiceError::Invalid {
             field: "config.source.docker_image.image_uri".into(),
             problem,
@@ -312,7 +320,8 @@ impl BuildService {
                 return Err(ServiceError::RegistryDenied { registry, allowed: allowed.join(", ") });
             }
         }
-        let reachable = self.rules.registries.check_registry(&reference);
+        let own = self.rules.registries_of_tenants.get(tenant);
+        let reachable = own.unwrap_or(&self.rules.registries).check_registry(&reference);
         reachable.map_err(|rule| ServiceError::RegistryUnreachable { registry, rule })?;
         if let Some(reason) = &self.rules.no_commands
             && !order.request.commands.is_empty()
@@ -531,7 +540,14 @@ impl BuildService {
         if build.state != BuildState::Completed {
             return Err(ServiceError::NoArtifact(build.state));
         }
-        let result = build.result.ok_or(ServiceError::ArtifactGone)?;
+        let result = match build.result {
+            Some(result) => result,
+            None if build.is_whole => return Err(ServiceError::ArtifactGone),
+            None => {
+                let problem = format!("what came of {id} cannot be read");
+                return Err(ServiceError::Store(StoreError::Corrupt(problem)));
+            }
+        };
         match self.artifacts.open(&result.artifact_key).await {
             Ok(Some(open)) => Ok((result, open)),
             Ok(None) => Err(ServiceError::ArtifactGone),

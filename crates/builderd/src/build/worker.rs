@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use commands::Runtime;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -34,9 +35,11 @@ use super::child::RegistrySpec;
 use super::disk::lock;
 use super::host::Host;
 use super::record::{Build, BuildResult, Failure, FailureCode, Micros};
+use super::shares::CpuShares;
 use super::state::BuildState;
 use crate::artifact::ArtifactStore;
 use crate::clock::Clock;
+use crate::config::CommandsEgress;
 use crate::keys::TenantKeys;
 use crate::seal::{KeyWrapper, MasterKey};
 use crate::store::{ArtifactName, Claimed, Fenced, Lease, Outcome, Store, StoreError};
@@ -74,7 +77,9 @@ pub(crate) struct WorkerRules {
     /// This program.
     pub(crate) program: PathBuf,
     /// The OCI runtime, where builds may run commands.
-    pub(crate) runtime: Option<PathBuf>,
+    pub(crate) runtime: Option<Runtime>,
+    /// What commands may reach.
+    pub(crate) commands_egress: CommandsEgress,
     /// How long a shutdown waits for running builds.
     pub(crate) shutdown_timeout: Duration,
 }
@@ -94,6 +99,8 @@ pub(crate) struct Workers {
     flights: Mutex<HashMap<String, Arc<Semaphore>>>,
     /// Which of them fit beside each other.
     admission: Arc<Admission>,
+    /// Which of them the CPUs are for.
+    cpus: CpuShares,
 }
 
 impl Workers {
@@ -113,8 +120,19 @@ impl Workers {
         );
         let mut directories = vec![artifacts.staging().to_owned()];
         directories.extend(rules.packs.iter().map(|(directory, _)| directory.clone()));
-        let (admission, flights) = (Admission::new(directories), Mutex::default());
-        Self { store, artifacts, key, keys, clock, metrics, rules, name, flights, admission }
+        Self {
+            store,
+            artifacts,
+            key,
+            keys,
+            clock,
+            metrics,
+            rules,
+            name,
+            flights: Mutex::default(),
+            admission: Admission::new(directories),
+            cpus: CpuShares::default(),
+        }
     }
 
     /// Works until `stop` is set; then takes nothing more, waits for what runs as long as the
@@ -189,13 +207,15 @@ impl Workers {
     /// Writes how a try ended; nothing if the lease was lost.
     async fn conclude(&self, lease: &Lease, build: &Build, started: Micros, end: End) {
         let now = self.clock.now();
+        let mut turn = None;
         let (name, outcome) = match end {
             End::Lost => {
                 tracing::warn!("the lease was lost; another worker has the build");
                 return;
             }
-            End::Made(name, result) => {
+            End::Made(name, result, of) => {
                 self.measure(&result);
+                turn = Some(of);
                 (Some(name), Outcome::Completed(result))
             }
             End::Cancelled => (None, Outcome::Cancelled),
@@ -222,6 +242,8 @@ impl Workers {
             Ok(None) => tracing::warn!("the lease was lost before the build could end"),
             Err(error) => tracing::error!(%error, "the end of the build could not be written"),
         }
+        // From here on whoever waited for it finds what was made.
+        drop(turn);
     }
 
     /// What an artifact took, unless it was there already.
@@ -318,7 +340,8 @@ pub(crate) fn clear_leftovers(staging: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(staging)? {
         let path = entry?.path();
         match path.is_dir() && !path.is_symlink() {
-            true => std::fs::remove_dir_all(&path)?,
+            // However deep commands have made directories.
+            true => commands::remove_tree(&path)?,
             false => std::fs::remove_file(&path)?,
         }
     }

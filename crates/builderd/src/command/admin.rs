@@ -122,7 +122,7 @@ async fn check_all(config: &Config) -> Result<(), Failure> {
 async fn forget_key(config: &Config) -> Result<(), Failure> {
     let store = match &config.database {
         // Not attached but opened: a server that runs goes on with the old key.
-        DatabaseConfig::Sqlite => Store::open_sqlite(&config.data_dir).await?,
+        DatabaseConfig::Sqlite => Store::reopen_sqlite(&config.data_dir).await?,
         DatabaseConfig::Postgres { url, .. } => Store::attach_postgres(url.expose_secret()).await?,
     };
     let author = Author::command();
@@ -147,7 +147,7 @@ async fn forget_key(config: &Config) -> Result<(), Failure> {
 
 async fn migrate(from: &Path, to: &str) -> Result<(), Failure> {
     // Not attached but opened: no server may write to it meanwhile.
-    let source = Store::open_sqlite(from).await?;
+    let source = Store::reopen_sqlite(from).await?;
     let target = Store::attach_postgres(to).await?;
     let copied = migrate_store(&source, &target).await;
     let noted = match &copied {

@@ -314,8 +314,20 @@ fn ended(build: &Value) -> Result<(), Failure> {
             };
             let remedy = words(&failure["remedy"]);
             let hint = Some(remedy).filter(|remedy| !remedy.is_empty());
-            Err(Failure { code, error: format!("the build {id} is {other}: {cause}").into(), hint })
+            Err(Failure {
+                code,
+                error: format!("the build {id} {}: {cause}", verb(other)).into(),
+                hint,
+            })
         }
+    }
+}
+
+/// What a build did that ended so.
+fn verb(state: &str) -> &str {
+    match state {
+        "timeout" => "took too long",
+        other => other,
     }
 }
 
@@ -429,6 +441,7 @@ fn show(build: &Value) {
     }
     row("sha256", &word(&build["rootfsChecksum"]));
     row("stored as", &word(&build["rootfsPath"]));
+    row("reason", &word(&build["cancelReason"]));
     let failure = &build["failure"];
     row("failure", &word(&failure["code"]));
     row("cause", &word(&failure["cause"]));

@@ -16,7 +16,7 @@ impl From<KeyError> for Failure {
     fn from(error: KeyError) -> Self {
         match error {
             KeyError::Store(error) => error.into(),
-            KeyError::Seal(_) | KeyError::Id { .. } => Self::ours(error),
+            KeyError::Seal(_) | KeyError::Gone { .. } | KeyError::Id { .. } => Self::ours(error),
         }
     }
 }

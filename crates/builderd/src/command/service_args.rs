@@ -35,12 +35,12 @@ Exit codes:
 #[derive(Debug, Args)]
 pub(super) struct SettingsArgs {
     /// A TOML file with settings [env: UNKEY_BUILDERD_CONFIG]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", global = true)]
     pub(super) config: Option<PathBuf>,
 
     /// Development mode: on the loopback address alone, everybody is believed, and data goes
     /// below ./builderd-data
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(super) dev: bool,
 }
 
@@ -412,7 +412,7 @@ pub(super) enum TokenCommand {
         #[arg(long, value_name = "RIGHT", value_parser = parse_right)]
         permission: Vec<Right>,
         /// How long it works, such as 90d [default: until it is revoked]
-        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+        #[arg(long, value_name = "DURATION", value_parser = parse_life)]
         expires: Option<Duration>,
         /// A note for the list
         #[arg(long, default_value = "")]
@@ -493,6 +493,12 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("expected KEY=VALUE".to_owned()),
     }
+}
+
+/// A token that works for no moment is a slip.
+fn parse_life(text: &str) -> Result<Duration, String> {
+    let life = parse_duration(text)?;
+    if life.is_zero() { Err("expected more than 0".to_owned()) } else { Ok(life) }
 }
 
 fn parse_tier(text: &str) -> Result<Tier, String> {

@@ -44,7 +44,8 @@ impl From<StoreError> for Failure {
 }
 
 pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
-    with_store(&args.settings, async |store, config| match &args.command {
+    let prepares = matches!(args.command, TokenCommand::Create { .. });
+    with_store(&args.settings, prepares, async |store, config| match &args.command {
         TokenCommand::Create { tenant, tier, customer, permission, expires, note, format } => {
             let tier = put_tier(&store, &config, tenant, *tier).await?;
             let now = WallClock.now();
@@ -86,7 +87,8 @@ pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
 }
 
 pub(super) fn tenants(args: &TenantArgs) -> Result<(), Failure> {
-    with_store(&args.settings, async |store, config| match &args.command {
+    let prepares = matches!(args.command, TenantCommand::Set(_));
+    with_store(&args.settings, prepares, async |store, config| match &args.command {
         TenantCommand::Set(args) => {
             let old = store.system().tenant(&args.tenant).await?;
             let row = changed(args, old, &config);
@@ -102,14 +104,22 @@ pub(super) fn tenants(args: &TenantArgs) -> Result<(), Failure> {
     })
 }
 
-/// Opens the database that the settings name, and closes it whatever happens.
-fn with_store<W>(args: &SettingsArgs, work: impl FnOnce(Store, Config) -> W) -> Result<(), Failure>
+/// Opens the database that the settings name, and closes it whatever happens. Who `prepares` a
+/// server's first start may have to make it.
+fn with_store<W>(
+    args: &SettingsArgs,
+    prepares: bool,
+    work: impl FnOnce(Store, Config) -> W,
+) -> Result<(), Failure>
 where
     W: Future<Output = Result<(), Failure>>,
 {
     let config = super::config::load(args, Vec::new())?;
     super::builds::block_on(async {
         let store = match &config.database {
+            DatabaseConfig::Sqlite if prepares => {
+                Store::attach_or_make_sqlite(&config.data_dir).await?
+            }
             DatabaseConfig::Sqlite => Store::attach_sqlite(&config.data_dir).await?,
             DatabaseConfig::Postgres { url, .. } => {
                 Store::attach_postgres(url.expose_secret()).await?
@@ -189,7 +199,7 @@ fn list_tokens(tokens: &[TokenRow], format: &FormatArgs) {
         put!(
             "{:<22} {:<20} {:<8} {:<20} {}{}",
             token.id,
-            token.tenant,
+            token.tenant.as_str(),
             token_state(token, now),
             moment(token.created_at),
             token.rights.join(","),
@@ -292,7 +302,7 @@ fn list_tenants(tenants: &[TenantRow], config: &Config, as_json: bool) {
         let limits = row.limits.clone().unwrap_or_else(|| of_tier(config, row.tier));
         put!(
             "{:<24} {:<11} {:>8} {:>8} {:>11} {}",
-            row.id,
+            row.id.as_str(),
             row.tier.as_str(),
             limits.concurrent_builds,
             limits.daily_builds,

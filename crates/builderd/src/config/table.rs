@@ -50,6 +50,12 @@ pub(crate) enum Kind {
     Registries,
     /// Hosts and networks that are not public, each with a port perhaps, several with commas.
     Places,
+    /// The same, each with a tenant and `=` before it.
+    PlacesOfTenants,
+    /// Hosts that commands may reach, each with a tier and `=` before it, several with commas.
+    NamesOfTiers,
+    /// The same, each with a tenant and `=` before it.
+    NamesOfTenants,
     /// Domains, several with commas.
     Domains,
     /// An IP address, or `localhost`.
@@ -82,9 +88,14 @@ impl Kind {
             Self::Ratio => "0.0 to 1.0".into(),
             Self::Duration => "duration".into(),
             Self::Size => "size".into(),
-            Self::Names | Self::Hosts | Self::Registries | Self::Places | Self::Domains => {
-                "list".into()
-            }
+            Self::Names
+            | Self::Hosts
+            | Self::Registries
+            | Self::Places
+            | Self::PlacesOfTenants
+            | Self::NamesOfTiers
+            | Self::NamesOfTenants
+            | Self::Domains => "list".into(),
             Self::OneOf(words) | Self::Choice { words, .. } => words.join(", "),
             Self::Ip => "address".into(),
             Self::Later { accepts, .. } if !accepts.is_empty() => accepts.join(", "),
@@ -302,6 +313,31 @@ const SERVER: &[Setting] = &[
         "ours",
         "Known holes that the runtime may have, each by its name, as `CVE-2025-31133`; without \
          them a runc before 1.2.8, 1.3.3 or 1.4.0 runs no commands.",
+    ),
+    setting(
+        "COMMANDS_EGRESS",
+        Kind::NamesOfTiers,
+        "",
+        "ours",
+        "Hosts that the commands of builds may reach, each `TIER=HOST`, `TIER=HOST:PORT`, \
+         `TIER=*.DOMAIN` or `TIER=*`, without a port at 80 and 443: for that tier and those above. \
+         Commands of the free tier reach nothing, and none do when empty. They go through a proxy, \
+         by HTTP or CONNECT, which is in `http_proxy` and its like. A name that leads to a private \
+         address needs EGRESS_ALLOWED_PRIVATE as well; BLOCKED_DOMAINS counts here, too.",
+    ),
+    setting(
+        "COMMANDS_EGRESS_OF_TENANTS",
+        Kind::NamesOfTenants,
+        "",
+        "ours",
+        "The same for one tenant of any tier, each `TENANT=` and hosts as in COMMANDS_EGRESS.",
+    ),
+    setting(
+        "COMMANDS_EGRESS_MAX_SIZE_GB",
+        Kind::Size,
+        "5",
+        "ours",
+        "What the commands of one build may send and get together.",
     ),
     setting(
         "CORS_ALLOWED_ORIGINS",
@@ -582,6 +618,15 @@ const REGISTRIES: &[Setting] = &[
         "Places that are not public and that builds may fetch from all the same, each `HOST`, \
          `HOST:PORT`, `10.0.0.0/8` or `10.0.0.0/8:PORT`. Mirrors and DOCKER_INSECURE_REGISTRIES \
          need not be named again; metadata services cannot be allowed.",
+    ),
+    setting(
+        "EGRESS_ALLOWED_PRIVATE_OF_TENANTS",
+        Kind::PlacesOfTenants,
+        "",
+        "ours",
+        "The same for one tenant alone, each `TENANT=` and a place as in EGRESS_ALLOWED_PRIVATE. A \
+         registry of DOCKER_INSECURE_REGISTRIES that stands here as well is for the tenants alone \
+         that it is named for. What is fetched like that is shared with no other tenant.",
     ),
     setting(
         "BLOCKED_DOMAINS",

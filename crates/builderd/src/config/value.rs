@@ -11,6 +11,7 @@ use std::time::Duration;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::table::Kind;
+use crate::tenant::TenantId;
 
 /// A setting's value.
 #[derive(Clone, Debug)]
@@ -88,6 +89,9 @@ impl Kind {
             Self::Hosts => each(text, host),
             Self::Registries => each(text, registry),
             Self::Places => each(text, place),
+            Self::PlacesOfTenants => each(text, place_of_tenant),
+            Self::NamesOfTiers => each(text, super::egress::name_of_tier),
+            Self::NamesOfTenants => each(text, super::egress::name_of_tenant),
             Self::Domains => each(text, domain),
             Self::OneOf(words) => one_of(text, words),
             Self::Choice { words, later, why } => match one_of(text, later) {
@@ -189,6 +193,15 @@ fn place(text: &str) -> Result<String, String> {
             format!("a place that can be allowed: {problem}")
         }
     })
+}
+
+/// `TENANT=PLACE`.
+fn place_of_tenant(text: &str) -> Result<String, String> {
+    let Some((tenant, of)) = text.split_once('=') else {
+        return Err("`TENANT=HOST[:PORT]`, such as `acme=hub.internal:5000`".into());
+    };
+    let tenant: TenantId = tenant.trim().parse().map_err(|error| format!("a tenant: {error}"))?;
+    Ok(format!("{tenant}={}", place(of.trim())?))
 }
 
 /// A domain, which stands for all below it; `*.` says the same.
@@ -423,6 +436,20 @@ mod tests {
         assert!(places("http://hub.internal").unwrap_err().contains("without a scheme"));
         assert!(places("10.0.0.5/8").unwrap_err().contains("write `10.0.0.0/8`"));
         assert!(places("169.254.169.254").unwrap_err().contains("cannot be allowed"));
+        let of = |text| Kind::PlacesOfTenants.read("EGRESS_ALLOWED_PRIVATE_OF_TENANTS", text);
+        let all = "acme=Hub.internal:5000, a.b = 10.0.0.0/8,acme=[fd00::/8]:443";
+        let shown = "acme=hub.internal:5000,a.b=10.0.0.0/8,acme=[fd00::/8]:443";
+        assert_eq!(of(all).unwrap().to_string(), shown);
+        for (bad, word) in [
+            ("hub.internal", "acme=hub.internal:5000"),
+            ("=hub.internal", "a tenant"),
+            ("../x=hub.internal", "a tenant"),
+            ("acme=", "HOST[:PORT]"),
+            ("acme=http://hub.internal", "without a scheme"),
+            ("acme=169.254.169.254", "cannot be allowed"),
+        ] {
+            assert!(of(bad).unwrap_err().contains(word), "{bad}");
+        }
         let domains = |text| Kind::Domains.read("BLOCKED_DOMAINS", text);
         assert_eq!(domains("*.Evil.example,a.b").unwrap().to_string(), "evil.example,a.b");
         for bad in ["https://evil.example", "a.b:80", "a b", "*", "[::1]"] {

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::{PREFIX, Settings, Sources};
+use crate::store::audit::AuditFilter;
+use crate::store::tests::hang;
 
 /// Settings of a server below `directory`.
 fn config(directory: &Path) -> Config {
@@ -52,6 +54,41 @@ async fn a_server_whose_door_is_broken_ends() {
     // What it held is free again.
     claim_directory(&directory.path().join("rootfs")).unwrap();
     Store::open_sqlite(&directory.path().join("data")).await.unwrap();
+}
+
+/// Whoever is refused just before the end is in the audit log, though the database is slow.
+#[tokio::test]
+async fn a_server_that_stops_writes_down_whom_it_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let url = format!("http://{address}/{}/GetBuild", ::api::SERVICE);
+    let (stop, stopped) = watch::channel(false);
+    let (config, metrics) = (config(directory.path()), telemetry::Metrics::unread());
+    let server = serve(config, Host::default(), (listener, None), metrics, stopped);
+    let mut server = tokio::spawn(server);
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let ask = async || {
+        let request = client.post(&url).header("content-type", "application/json").body("{}");
+        request.send().await.map(|response| response.status().as_u16())
+    };
+    assert_eq!(ask().await.unwrap(), 401);
+    let store = Store::attach_sqlite(&directory.path().join("data")).await.unwrap();
+    let slow = hang(&store).await;
+    assert_eq!(ask().await.unwrap(), 401);
+    stop.send_replace(true);
+    let mut refused = 2;
+    // Until the doors are closed.
+    while ask().await.is_ok() {
+        refused += 1;
+    }
+    let early = tokio::time::timeout(Duration::from_millis(500), &mut server).await;
+    assert!(early.is_err(), "it ends without the rows: {early:?}");
+    drop(slow);
+    server.await.unwrap().unwrap();
+    let rows = store.system().audit_page(&AuditFilter::default(), None).await.unwrap();
+    let outcomes: Vec<&str> = rows.iter().map(|row| row.outcome.as_str()).collect();
+    assert_eq!(outcomes, vec!["unauthenticated"; refused]);
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 //! what they are for.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use sqlx::sqlite::SqliteJournalMode;
@@ -604,13 +604,14 @@ pub async fn backup(data_dir: &Path, file: &Path) -> Result<(), AdminError> {
     }
     remove_if_there(&partial)?;
     let target = partial.to_str().ok_or_else(|| file_error(file, "the name is not UTF-8"))?;
-    let written = async {
+    // Where it cannot be made, SQLite would say that it cannot open a database. It takes an empty
+    // one (lang_vacuum.html), which nobody else may read.
+    let made = File::options().write(true).create_new(true).mode(0o600).open(&partial);
+    made.map_err(|error| file_error(file, error))?;
+    let copied = async {
         let mut source = sqlite_options(&source).connect().await?;
         sqlx::query("VACUUM INTO $1").bind(target.to_owned()).execute(&mut source).await?;
-        source.close().await
-    };
-    written.await.map_err(StoreError::from)?;
-    let erased = async {
+        source.close().await?;
         let options = sqlite_options(&partial).journal_mode(SqliteJournalMode::Delete);
         let mut copy = options.connect().await?;
         let erase = "UPDATE build SET sealed_credentials = NULL \
@@ -620,8 +621,15 @@ pub async fn backup(data_dir: &Path, file: &Path) -> Result<(), AdminError> {
         sqlx::query("VACUUM").execute(&mut copy).await?;
         copy.close().await
     };
-    erased.await.map_err(StoreError::from)?;
-    publish(&partial, file)
+    let done = match copied.await.map_err(StoreError::from) {
+        Ok(()) => publish(&partial, file),
+        Err(error) => Err(error.into()),
+    };
+    if done.is_err() {
+        // It may hold what a backup must not, and takes room on a disk that is full.
+        remove_if_there(&partial)?;
+    }
+    done
 }
 
 /// Puts a [`backup`] into a data directory that has no database. The master key is not part of

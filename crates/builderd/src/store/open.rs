@@ -86,12 +86,31 @@ impl Store {
         Self::sqlite(data_dir, Some(lock(data_dir).await?)).await
     }
 
-    /// Opens the database in `data_dir` beside the server that may be using it: for an
-    /// operator's commands, which do not take builds from the queue.
+    /// Opens the database in `data_dir`, which must be there, as [`open`](Self::open_sqlite) does.
+    ///
+    /// # Errors
+    /// [`StoreError::DataDirectory`] if there is no database, and as for `open`.
+    pub async fn reopen_sqlite(data_dir: &Path) -> Result<Self, StoreError> {
+        expect_database(data_dir)?;
+        Self::open_sqlite(data_dir).await
+    }
+
+    /// Opens the database in `data_dir`, which must be there, beside the server that may be using
+    /// it: for an operator's commands, which do not take builds from the queue.
+    ///
+    /// # Errors
+    /// [`StoreError::DataDirectory`] if there is no database: nothing is true of one that the
+    /// command would have to make.
+    pub async fn attach_sqlite(data_dir: &Path) -> Result<Self, StoreError> {
+        expect_database(data_dir)?;
+        Self::attach_or_make_sqlite(data_dir).await
+    }
+
+    /// The same for commands that prepare a server's first start: they make the database.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn attach_sqlite(data_dir: &Path) -> Result<Self, StoreError> {
+    pub async fn attach_or_make_sqlite(data_dir: &Path) -> Result<Self, StoreError> {
         make_directory(data_dir)?;
         // A server that is there has brought the schema up to date; else that is done here, and
         // no server may start meanwhile.
@@ -186,6 +205,8 @@ pub(super) fn sqlite_options(file: &Path) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         .busy_timeout(BUSY_TIMEOUT)
         .foreign_keys(true)
+        // What is deleted (wrapped keys, sealed credentials) is not left in free pages.
+        .pragma("secure_delete", "ON")
 }
 
 /// Nodes of a fleet are not all replaced at once: one that is older meets migrations it does
@@ -209,6 +230,17 @@ pub(super) fn migrator(dialect: Dialect) -> Migrator {
 
 fn directory_error(path: &Path, problem: impl ToString) -> StoreError {
     StoreError::DataDirectory { path: path.to_owned(), problem: problem.to_string() }
+}
+
+fn expect_database(data_dir: &Path) -> Result<(), StoreError> {
+    match data_dir.join(DATABASE_FILE).exists() {
+        true => Ok(()),
+        false => Err(directory_error(
+            data_dir,
+            "there is no database in it: give the server's own settings (--config, --dev, or its \
+             environment)",
+        )),
+    }
 }
 
 fn make_directory(data_dir: &Path) -> Result<(), StoreError> {

@@ -105,10 +105,15 @@ fn check_id(id: &str) -> Result<(), String> {
     let is_uri = id.split_once(':').is_some_and(|(scheme, rest)| {
         scheme.starts_with(|sign: char| sign.is_ascii_alphabetic()) && !rest.is_empty()
     });
-    match is_uri && id.len() <= ID_BYTES_MAX && id.bytes().all(|byte| byte.is_ascii_graphic()) {
+    match is_uri && is_writable(id) {
         true => Ok(()),
         false => Err("expected a URI, such as `spiffe://example.org/ci`".to_owned()),
     }
+}
+
+/// Whether an id may be one at all: it gets into rows, and lines, that people read.
+fn is_writable(id: &str) -> bool {
+    id.len() <= ID_BYTES_MAX && id.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 impl WrittenClient {
@@ -150,7 +155,7 @@ impl WrittenClient {
 pub(crate) fn id_of(certificate: &CertificateDer<'_>) -> Option<Arc<str>> {
     let certificate = webpki::EndEntityCert::try_from(certificate).ok()?;
     let mut ids = certificate.valid_uri_names();
-    let id = ids.next().filter(|id| id.len() <= ID_BYTES_MAX)?;
+    let id = ids.next().filter(|id| is_writable(id))?;
     ids.next().is_none().then(|| id.into())
 }
 

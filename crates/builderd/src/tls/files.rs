@@ -3,14 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use sha2::{Digest as _, Sha256};
 
 use super::TlsError;
 use super::clients::Clients;
-use super::material::{self, Demands};
+use super::material::{self, Demands, Ready};
 use crate::config::ClientAuth;
 
 /// Which files, and what they are for.
@@ -68,7 +67,7 @@ impl Files {
     }
 
     /// What the doors answer handshakes with.
-    pub(super) fn server_config(&self, contents: &Contents) -> Result<ServerConfig, TlsError> {
+    pub(super) fn ready(&self, contents: &Contents) -> Result<Ready, TlsError> {
         let chain = certificates(&self.certificate, &contents.certificate)?;
         let key = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|error| TlsError::Pem {
             path: self.key.clone(),
@@ -79,7 +78,7 @@ impl Files {
             _ => Vec::new(),
         };
         let demands = Demands { auth: self.client_auth, authorities, admits: None };
-        material::server_config(chain, key, demands).map_err(|source| TlsError::Unusable {
+        material::ready(chain, key, demands).map_err(|source| TlsError::Unusable {
             what: self.certificate.display().to_string(),
             source,
         })

@@ -1,7 +1,8 @@
 //! From a certificate chain, a key and the authorities of clients to what rustls works with.
 //!
 //! One provider of cryptography (aws-lc), TLS 1.3 and 1.2, HTTP/2 and HTTP/1.1. A session is
-//! never resumed: each handshake checks the client's certificate as of now.
+//! never resumed: each handshake checks the client's certificate as of now. What checks it is kept
+//! beside, so that a connection that is open is asked the same again.
 
 use std::fmt;
 use std::sync::Arc;
@@ -32,25 +33,41 @@ pub(super) struct Demands {
 /// Whether a client with this id may come in.
 pub(super) type Admits = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
+/// What handshakes are answered with.
+#[derive(Debug)]
+pub(super) struct Ready {
+    /// For rustls.
+    pub(super) config: Arc<ServerConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+impl Ready {
+    /// Whether a client with these certificates, its own first, would come in at `now`.
+    pub(super) fn lets_in(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> bool {
+        let Some((own, others)) = chain.split_first() else { return false };
+        self.verifier.verify_client_cert(own, others, now).is_ok()
+    }
+}
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
 /// What the doors answer handshakes with.
-pub(super) fn server_config(
+pub(super) fn ready(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     demands: Demands,
-) -> Result<ServerConfig, Error> {
+) -> Result<Ready, Error> {
     let verifier = verifier(demands)?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(Arc::clone(&verifier))
         .with_single_cert(chain, key)?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(config)
+    Ok(Ready { config: Arc::new(config), verifier })
 }
 
 fn verifier(demands: Demands) -> Result<Arc<dyn ClientCertVerifier>, Error> {

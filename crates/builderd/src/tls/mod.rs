@@ -2,9 +2,10 @@
 //! whose client certificates are known.
 //!
 //! `files` reads them from disk, `workload` has them from SPIFFE's Workload API; both end in one
-//! `ServerConfig` (`material`), which a handshake takes as it is at that moment. Connections that
-//! are open keep theirs. Whoever asked for TLS never gets plain text: what cannot be had stops
-//! the start, and an identity that is withdrawn closes the doors.
+//! `Ready` (`material`), which a handshake takes as it is at that moment. Connections that are open
+//! keep theirs, but for a client's certificate that would not be let in any more: it stands for
+//! nobody then. Whoever asked for TLS never gets plain text: what cannot be had stops the start,
+//! and an identity that is withdrawn closes the doors.
 //!
 //! It does not know HTTP, nor what a client may do to a build.
 
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::ServerConfig;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -30,12 +31,15 @@ use tokio_rustls::server::TlsStream;
 
 pub(crate) use clients::{Client, Clients, Whose};
 use files::{Files, Print};
+use material::Ready;
 use workload::Workload;
 
+use crate::causes::chain;
 use crate::config::{TlsConfig, TlsSource};
 use crate::telemetry::Metrics;
 
-/// How often files are looked at without anybody saying so.
+/// How often files, and certificates of clients that are connected, are looked at without anybody
+/// saying so.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// How long a handshake may take.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -103,7 +107,7 @@ pub(crate) enum TlsError {
 #[derive(Clone, Debug)]
 pub(crate) struct Tls {
     /// None while there is no identity to show.
-    config: watch::Receiver<Option<Arc<ServerConfig>>>,
+    ready: watch::Receiver<Option<Arc<Ready>>>,
     clients: watch::Receiver<Arc<Clients>>,
 }
 
@@ -113,20 +117,65 @@ impl Tls {
         self.clients.clone()
     }
 
-    /// Answers a handshake in time, or not at all; gives the stream, and the id in the client's
-    /// certificate if it showed one with an id.
-    pub(crate) async fn accept<S>(&self, stream: S) -> io::Result<(TlsStream<S>, Option<Arc<str>>)>
+    /// Answers a handshake in time, or not at all; gives the stream, and the certificate that the
+    /// client showed, if it did.
+    pub(crate) async fn accept<S>(&self, stream: S) -> io::Result<(TlsStream<S>, Option<Shown>)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let config = self.config.borrow().clone();
-        let config = config.ok_or_else(|| io::Error::other("there is no identity to show"))?;
-        let handshake = TlsAcceptor::from(config).accept(stream);
+        let ready = self.ready.borrow().clone();
+        let ready = ready.ok_or_else(|| io::Error::other("there is no identity to show"))?;
+        let handshake = TlsAcceptor::from(Arc::clone(&ready.config)).accept(stream);
         let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await??;
         let (_, session) = stream.get_ref();
-        let certificate = session.peer_certificates().and_then(<[_]>::first);
-        let id = certificate.and_then(clients::id_of);
-        Ok((stream, id))
+        let chain = session.peer_certificates().unwrap_or_default();
+        let shown = (!chain.is_empty()).then(|| Shown {
+            id: chain.first().and_then(clients::id_of),
+            chain: chain.iter().map(|one| one.clone().into_owned()).collect(),
+            now: self.clone(),
+        });
+        Ok((stream, shown))
+    }
+}
+
+/// The certificate that a client showed on a connection.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    id: Option<Arc<str>>,
+    chain: Vec<CertificateDer<'static>>,
+    now: Tls,
+}
+
+impl Shown {
+    /// The id in it, if it has one.
+    pub(crate) fn id(&self) -> Option<&Arc<str>> {
+        self.id.as_ref()
+    }
+
+    /// Waits until it would not be let in any more: it has run out, who signed it is not trusted
+    /// any more, its id may not come in, or there is nobody to say so.
+    pub(crate) async fn ended(mut self) {
+        loop {
+            let told = async {
+                let (ready, clients) = (self.now.ready.changed(), self.now.clients.changed());
+                tokio::select! {
+                    told = ready => told,
+                    told = clients => told,
+                }
+            };
+            // Who says what holds ends with the service alone.
+            if let Ok(Err(_)) = tokio::time::timeout(LOOK_EVERY, told).await {
+                return std::future::pending().await;
+            }
+            if !self.is_good_at(UnixTime::now()) {
+                return;
+            }
+        }
+    }
+
+    fn is_good_at(&self, now: UnixTime) -> bool {
+        let ready = self.now.ready.borrow().clone();
+        ready.is_some_and(|ready| ready.lets_in(&self.chain, now))
     }
 }
 
@@ -135,7 +184,7 @@ impl Tls {
 pub(crate) struct Keeper {
     source: Source,
     clients_file: Option<PathBuf>,
-    config: watch::Sender<Option<Arc<ServerConfig>>>,
+    ready: watch::Sender<Option<Arc<Ready>>>,
     clients: watch::Sender<Arc<Clients>>,
     metrics: Arc<Metrics>,
     seen: Seen,
@@ -194,29 +243,29 @@ pub(crate) async fn start(
                 client_auth: settings.client_auth,
             };
             let contents = files.contents()?;
-            let first = files.server_config(&contents)?;
+            let first = files.ready(&contents)?;
             seen.certificates = Look::Good(contents.print());
             (Source::Files(files), first)
         }
         TlsSource::Spiffe { socket } => {
             let only = settings.clients_file.is_some().then(|| told_clients.clone());
             let workload = Workload::connect(socket, settings.client_auth, only).await?;
-            let first = workload.server_config()?;
+            let first = workload.ready()?;
             (Source::Workload(workload), first)
         }
     };
-    let (config, told_config) = watch::channel(Some(Arc::new(first)));
+    let (ready, told_ready) = watch::channel(Some(Arc::new(first)));
     tracing::info!(clients = known, demand = settings.client_auth.as_str(), "TLS is ready");
     let keeper = Keeper {
         source,
         clients_file: settings.clients_file.clone(),
-        config,
+        ready,
         clients,
         metrics,
         seen,
         hangup,
     };
-    Ok((Tls { config: told_config, clients: told_clients }, keeper))
+    Ok((Tls { ready: told_ready, clients: told_clients }, keeper))
 }
 
 impl Keeper {
@@ -258,23 +307,23 @@ impl Keeper {
             Look::Never | Look::Bad(_) => None,
         };
         let read = tokio::task::spawn_blocking(move || {
-            let config = source.map(|files| {
+            let ready = source.map(|files| {
                 let contents = files.contents()?;
                 let print = contents.print();
-                let config = match before == Some(print) {
+                let ready = match before == Some(print) {
                     true => None,
-                    false => Some(files.server_config(&contents)?),
+                    false => Some(files.ready(&contents)?),
                 };
-                Ok::<_, TlsError>((print, config))
+                Ok::<_, TlsError>((print, ready))
             });
-            (config, files::clients(path.as_deref()))
+            (ready, files::clients(path.as_deref()))
         });
         // It only reads: should it ever panic, the next look tries again.
-        let Ok((config, clients)) = read.await else { return };
-        if let Some(config) = config {
-            let config = config.map(|(print, config)| (print, config.map(Arc::new)));
-            if let Some(Some(config)) = note(&mut self.seen.certificates, config, &self.metrics) {
-                self.config.send_replace(Some(config));
+        let Ok((ready, clients)) = read.await else { return };
+        if let Some(ready) = ready {
+            let ready = ready.map(|(print, ready)| (print, ready.map(Arc::new)));
+            if let Some(Some(ready)) = note(&mut self.seen.certificates, ready, &self.metrics) {
+                self.ready.send_replace(Some(ready));
                 tracing::info!("new certificates are in use");
             }
         }
@@ -287,15 +336,15 @@ impl Keeper {
     /// Takes what the Workload API has sent.
     fn take(&self) {
         let Source::Workload(workload) = &self.source else { return };
-        match workload.server_config() {
-            Ok(config) => {
-                self.config.send_replace(Some(Arc::new(config)));
+        match workload.ready() {
+            Ok(ready) => {
+                self.ready.send_replace(Some(Arc::new(ready)));
                 self.metrics.tls_reload(true);
                 tracing::info!("a new identity is in use");
             }
             Err(error) => {
                 if workload.is_withdrawn() {
-                    self.config.send_replace(None);
+                    self.ready.send_replace(None);
                 }
                 self.metrics.tls_reload(false);
                 let error = chain(&error);
@@ -334,15 +383,4 @@ impl Source {
 
 fn wrap(error: TlsError) -> io::Error {
     io::Error::other(error)
-}
-
-/// An error with its causes, for one line of the log.
-fn chain(error: &TlsError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -8,14 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use spiffe::{SpiffeId, TrustDomain, X509Source, X509SourceBuilder, X509SourceError};
 use tokio::sync::watch;
 
 use super::TlsError;
 use super::clients::Clients;
-use super::material::{self, Admits, Demands};
+use super::material::{self, Admits, Demands, Ready};
 use crate::config::ClientAuth;
 
 /// How long the agent may take to say who we are, at the start: it would be asked for ever.
@@ -69,7 +68,7 @@ impl Workload {
     }
 
     /// What the doors answer handshakes with, by what was sent last.
-    pub(super) fn server_config(&self) -> Result<ServerConfig, TlsError> {
+    pub(super) fn ready(&self) -> Result<Ready, TlsError> {
         let state = self.source.state();
         let svid = state.svid().map_err(|source| failed(&self.socket, source))?;
         let context = state.context().map_err(|source| failed(&self.socket, source))?;
@@ -89,7 +88,7 @@ impl Workload {
             authorities: bundle.authorities().iter().map(der).collect(),
             admits: Some(self.admits(domain.clone())),
         };
-        material::server_config(chain, PrivateKeyDer::from(key), demands)
+        material::ready(chain, PrivateKeyDer::from(key), demands)
             .map_err(|source| TlsError::Unusable { what: id.to_string(), source })
     }
 

@@ -215,6 +215,8 @@ fn a_token_allows_what_it_names() {
     let unknown = site.operate(&["token", "create", "--tenant", "a", "--permission", "build:eat"]);
     assert_eq!(unknown.status.code(), Some(2));
     assert!(stderr(&unknown).contains("artifact:read"), "{}", stderr(&unknown));
+    let over = site.operate(&["token", "create", "--tenant", "a", "--expires", "0s"]);
+    assert_eq!(over.status.code(), Some(2), "{}", stderr(&over));
 }
 
 #[test]
@@ -238,4 +240,43 @@ fn a_tenants_tier_and_limits_are_the_operators() {
     assert_eq!(daily(&token), 1000);
     let list = stdout(&site.operate(&["tenant", "list"]));
     assert!(list.contains("acme") && list.contains("enterprise"), "{list}");
+}
+
+#[test]
+fn a_command_that_looks_at_a_database_makes_none() {
+    let workshop = Workshop::new();
+    let (data, empty) = (workshop.path("data"), workshop.path("empty"));
+    let run = |arguments: &[&str]| {
+        let mut command = workshop.command(arguments);
+        settings(&mut command, &workshop);
+        command.output().unwrap()
+    };
+    std::fs::create_dir(&empty).unwrap();
+    let from = empty.to_str().unwrap();
+    let to = "postgres://nobody@127.0.0.1:1/none";
+    for arguments in [
+        &["token", "list"][..],
+        &["token", "revoke", "x"],
+        &["tenant", "list"],
+        &["admin", "check"],
+        &["admin", "audit", "verify"],
+        &["admin", "audit", "export"],
+        &["admin", "rotate-key", "acme"],
+        &["admin", "destroy-keys", "acme"],
+        &["admin", "forget-key"],
+        &["admin", "migrate-store", "--from", from, "--to", to],
+    ] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("there is no database"), "{}", stderr(&output));
+        assert!(!data.exists() && std::fs::read_dir(&empty).unwrap().next().is_none());
+    }
+    // Who prepares the first start makes it. Where a flag stands makes no difference.
+    assert!(run(&["tenant", "set", "acme", "--tier", "pro"]).status.success());
+    let first = stdout(&run(&["tenant", "--dev", "list"]));
+    assert_eq!(stdout(&run(&["tenant", "list", "--dev"])), first);
+    let (head, row) = first.trim_end().split_once('\n').unwrap();
+    assert_eq!(row.split_whitespace().next(), Some("acme"), "{first}");
+    assert_eq!(row.find("pro"), head.find("TIER"), "columns stand below each other: {first}");
+    assert!(stdout(&run(&["admin", "check"])).contains("every rule holds"));
 }

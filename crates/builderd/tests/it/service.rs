@@ -12,6 +12,8 @@ use crate::support::{Layer, TestImage, Workshop, stderr};
 
 mod commands;
 mod encryption;
+mod hosts;
+mod view;
 
 const RPC: &str = "/builder.v1.BuilderService";
 /// Long enough for the slowest machine; a story that works never waits so long.
@@ -26,7 +28,11 @@ struct Server {
 
 impl Server {
     fn start(directory: &Path, settings: &[(&str, &str)]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_builderd"));
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_builderd")), directory, settings)
+    }
+
+    /// By a command that takes the program's arguments.
+    fn start_by(mut command: Command, directory: &Path, settings: &[(&str, &str)]) -> Self {
         command
             .args(["serve", "--dev", "--listen", "127.0.0.1:0"])
             .env_clear()
@@ -55,6 +61,7 @@ impl Server {
                 break field.unwrap().to_owned();
             }
         };
+        assert!(said.contains("\"development mode: "), "each start says so: {said}");
         // The server must not wait for a full pipe.
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
@@ -232,6 +239,11 @@ impl Stage {
 
     /// Build processes of this stage's server.
     fn children(&self) -> usize {
+        self.processes().len()
+    }
+
+    /// Their directories in `/proc`.
+    fn processes(&self) -> Vec<PathBuf> {
         let staging = self.workshop.path("rootfs/staging");
         let is_ours = |pid: &PathBuf| {
             std::fs::read_link(pid.join("cwd")).is_ok_and(|cwd| cwd.starts_with(&staging))
@@ -240,7 +252,7 @@ impl Stage {
             .unwrap()
             .map(|entry| entry.unwrap().path())
             .filter(is_ours)
-            .count()
+            .collect()
     }
 }
 
@@ -310,6 +322,8 @@ fn what_was_pulled_with_credentials_is_not_shared_and_the_password_is_nowhere() 
     assert_eq!(other["state"], "BUILD_STATE_FAILED");
     assert_eq!(other["failure"]["code"], "AUTHENTICATION_FAILED", "{other:#}");
     assert_eq!(other["failure"]["blame"], "yours");
+    let remedy = other["failure"]["remedy"].as_str().unwrap();
+    assert!(remedy.contains("with the build") && !remedy.contains("docker login"), "{remedy}");
     let said = format!("{build}{}", server.log("t1", &id));
     assert!(!said.contains(canary));
     drop(server);
@@ -513,6 +527,21 @@ fn a_name_that_is_a_file_for_the_command_is_an_image_for_the_service() {
         assert!(said.contains("docker.io/library/"), "{said}");
         assert!(!said.contains("archive is"), "{said}");
     }
+}
+
+#[test]
+fn builds_of_one_image_at_once_make_it_once() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    // Long enough for all of them to be there before the first has ended.
+    let ids: Vec<String> =
+        (0..4).map(|_| server.create("t1", &stage.reference("latest"))).collect();
+    let made = ids.iter().filter(|id| {
+        let build = server.finished("t1", id);
+        assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+        !server.log("t1", id).contains("the same image was built before")
+    });
+    assert_eq!(made.count(), 1);
 }
 
 #[test]

@@ -55,6 +55,14 @@ async fn a_backup_is_taken_beside_a_server_and_restored() {
     server.system().add_token(&token("one")).await.unwrap();
     admin::backup(&data, &file).await.unwrap();
     server.system().add_token(&token("two")).await.unwrap();
+    let nowhere = admin::backup(&data, &workshop.path("nowhere/backup.db")).await;
+    assert!(matches!(nowhere, Err(AdminError::File { .. })), "{nowhere:?}");
+    // What breaks off leaves nothing: this one is no database.
+    let broken = workshop.path("broken");
+    std::fs::create_dir(&broken).unwrap();
+    std::fs::write(broken.join("builderd.db"), [7; 10_000]).unwrap();
+    assert!(admin::backup(&broken, &broken.join("backup.db")).await.is_err());
+    assert_eq!(std::fs::read_dir(&broken).unwrap().count(), 1, "of the backup nothing is left");
     let again = admin::backup(&data, &file).await;
     assert!(matches!(again, Err(AdminError::File { .. })), "{again:?}");
 

@@ -337,10 +337,16 @@ pub(in super::super) fn filter(
     for wanted in &request.state_filter {
         known("state_filter", *wanted)?;
     }
-    let is_filtered = request.state_filter.iter().any(|wanted| wanted.to_i32() != 0);
+    let mut is_filtered = request.state_filter.iter().any(|wanted| wanted.to_i32() != 0);
     let is_wanted =
         |state: &BuildState| request.state_filter.contains(&EnumValue::from(super::state(*state)));
-    let states: Vec<BuildState> = BuildState::ALL.into_iter().filter(is_wanted).collect();
+    let mut states: Vec<BuildState> = BuildState::ALL.into_iter().filter(is_wanted).collect();
+    if !request.status.is_empty() {
+        if is_filtered {
+            return Err(invalid("status", "stands beside state_filter: give one of them"));
+        }
+        (is_filtered, states) = (true, states_of_status(&request.status)?);
+    }
     if is_filtered && states.is_empty() {
         return Ok(None);
     }
@@ -350,8 +356,16 @@ pub(in super::super) fn filter(
             invalid("page_token", "is not one: take it from the answer's next_page_token")
         })?),
     };
-    let limit = page_limit("page_size", i64::from(request.page_size))?;
-    Ok(Some(Filter { states, before, offset: 0, limit }))
+    let (field, size) = match (request.page_size, request.limit) {
+        (0, limit) => ("limit", limit),
+        (size, 0) => ("page_size", size),
+        (size, limit) if size == limit => ("page_size", size),
+        _ => return Err(invalid("limit", "differs from page_size: give one of them")),
+    };
+    let limit = page_limit(field, i64::from(size))?;
+    let offset =
+        u64::try_from(request.offset).map_err(|_| invalid("offset", "must not be negative"))?;
+    Ok(Some(Filter { states, before, offset, limit }))
 }
 
 /// How many builds a page gets.
@@ -706,6 +720,18 @@ mod tests {
         assert_eq!(none.unwrap(), None);
         assert!(filtered(json!({"page_size": -1})).is_err());
         assert!(filtered(json!({"page_token": "x"})).is_err());
+        let plain = filtered(json!({"status": "failed", "limit": 7, "page_size": 7, "offset": 3}));
+        assert_eq!(plain.unwrap(), Some((vec![BuildState::Failed], 7)));
+        assert_eq!(filtered(json!({"status": "unknown"})).unwrap(), None);
+        for wrong in [
+            json!({"status": "sleeping"}),
+            json!({"status": "failed", "state_filter": ["BUILD_STATE_FAILED"]}),
+            json!({"limit": 7, "page_size": 8}),
+            json!({"limit": -1}),
+            json!({"offset": -1}),
+        ] {
+            assert!(filtered(wrong.clone()).is_err(), "{wrong}");
+        }
         let states = |status: &str| states_of_status(status).map_err(|error| error.to_string());
         assert_eq!(states("BUILD_STATUS_TIMEOUT"), Ok(vec![BuildState::Timeout]));
         assert_eq!(states("running").map(|states| states.len()), Ok(5));

@@ -94,6 +94,7 @@ pub(in super::super) fn job(
         updated_at: timestamp(build.updated_at).into(),
         failure: failure.map(failure_message).into(),
         attempts: build.attempts.iter().map(attempt).collect(),
+        cancel_reason: build.cancel_reason.clone().unwrap_or_default(),
         ..Default::default()
     }
 }

@@ -9,7 +9,7 @@ use crate::api::Mode;
 use crate::build::record::Micros;
 use crate::clock::{Clock as _, WallClock};
 use crate::store::Store;
-use crate::store::tests::{delete_build, rewrite_logs};
+use crate::store::tests::{delete_build, garble, rewrite_logs};
 use crate::tenant::Right;
 use api::v1;
 
@@ -120,5 +120,47 @@ async fn a_running_build_is_read_each_time() {
     assert_eq!(last_line(get(&server, &id).await), "new");
     server.complete(&claimed, b"an image", "none").await;
     assert_eq!(get(&server, &id).await.well()["build"]["status"], "BUILD_STATUS_COMPLETED");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_build_that_cannot_be_read_hides_neither_itself_nor_others() {
+    let server = Server::start(Mode::Development).await;
+    let (made, plain, waits) =
+        (ended(&server).await, server.create("t").await, server.create("t").await);
+    for id in [&made, &waits] {
+        garble(&server.store, id).await;
+    }
+    let ask = |method: &str, body| send(server.rpc(method, &body).header("x-tenant-id", "t"));
+    let list = ask("ListBuilds", json!({})).await.well();
+    let states = |list: &serde_json::Value| -> Vec<(String, String)> {
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        let builds = list["builds"].as_array().unwrap().iter();
+        builds.map(|build| (text(&build["build_id"]), text(&build["status"]))).collect()
+    };
+    let wanted = [
+        (waits.clone(), "BUILD_STATUS_QUEUED".to_owned()),
+        (plain, "BUILD_STATUS_QUEUED".to_owned()),
+        (made.clone(), "BUILD_STATUS_COMPLETED".to_owned()),
+    ];
+    assert_eq!(states(&list), wanted);
+    let page = send(server.plain("ListBuilds").header("x-tenant-id", "t")).await.well();
+    assert_eq!(states(&page), wanted);
+    for id in [&made, &waits] {
+        let build = get(&server, id).await.well()["build"].take();
+        let step = build["currentStep"].as_str().unwrap();
+        assert!(step.contains("cannot be read"), "{step}");
+    }
+    ask("GetBuildStats", json!({})).await.well();
+    send(server.plain(&format!("GetBuildLogs/{made}")).header("x-tenant-id", "t")).await.well();
+
+    // It had one, so nobody is told that it is gone.
+    let artifact = server.plain(&format!("GetBuildArtifact/{made}"));
+    let artifact = send(artifact.header("x-tenant-id", "t")).await;
+    assert_eq!(artifact.status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(ask("CancelBuild", json!({"build_id": waits})).await.well()["success"], true);
+    for id in [&made, &waits] {
+        assert_eq!(ask("DeleteBuild", json!({"build_id": id})).await.well()["success"], true);
+    }
     server.stop().await;
 }

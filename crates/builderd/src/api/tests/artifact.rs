@@ -64,7 +64,15 @@ async fn an_artifact_downloads_whole_with_its_checksum() {
         let known = download.get("", &[("if-none-match", tags)]).await;
         assert_eq!(known.status, StatusCode::NOT_MODIFIED, "{tags}");
         assert!(known.body.is_empty());
+        let head = download.ask(Method::HEAD, "", &[("if-none-match", tags)]).await;
+        assert_eq!(head.status, StatusCode::NOT_MODIFIED, "{tags}");
+        assert_ne!(head.header("content-length"), "0", "it has not become empty");
+        let wanted = download.ask(Method::HEAD, "", &[("if-match", tags)]).await;
+        let has_it = tags != format!("\"x\", W/{tag}");
+        assert_eq!(wanted.status == StatusCode::OK, has_it, "{tags}");
     }
+    let other = download.get("", &[("if-match", "\"x\""), ("range", "bytes=5-")]).await;
+    assert_eq!((other.status, other.body.len()), (StatusCode::PRECONDITION_FAILED, 0));
     download.server.stop().await;
 }
 

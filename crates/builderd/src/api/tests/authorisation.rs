@@ -98,7 +98,10 @@ async fn meaning(request: RequestBuilder) -> (String, String) {
     let word = match (reply.status, in_stream.filter(|_| is_stream)) {
         (_, Some(code)) => code,
         (StatusCode::OK, None) => "ok",
-        (StatusCode::UNAUTHORIZED, None) => "unauthenticated",
+        (StatusCode::UNAUTHORIZED, None) => {
+            assert_eq!(reply.header("www-authenticate"), "Bearer", "of what kind: {text}");
+            "unauthenticated"
+        }
         (StatusCode::FORBIDDEN, None) => "permission_denied",
         (StatusCode::NOT_FOUND, None) => "not_found",
         (status, None) => panic!("{status}: {text}"),

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, StatusCode};
+use serde_json::json;
 
+use super::stream::Follower;
 use super::{Reply, Server, rules, send};
 use crate::api::{ApiRules, Mode};
 use crate::config::Origins;
@@ -54,6 +56,35 @@ async fn a_database_that_can_only_be_read_is_no_health_until_it_is_written_again
         only_reads(&server.store, false).await;
     }
     health_when(&server, StatusCode::OK).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn who_watches_health_is_told_of_every_change_and_of_the_end() {
+    let server = Server::start(Mode::Tokens).await;
+    let path = "/grpc.health.v1.Health/Watch";
+    let mut watchers = Vec::new();
+    for service in ["", api::SERVICE] {
+        watchers.push(Follower::call("", &server, path, json!({"service": service})).await);
+    }
+    let mut told = async |wanted: &str| {
+        for watcher in &mut watchers {
+            let (flags, message) = watcher.frame().await;
+            assert_eq!((flags, message["status"].as_str()), (0, Some(wanted)));
+        }
+    };
+    told("SERVING").await;
+    for _ in 0..2 {
+        only_reads(&server.store, true).await;
+        told("NOT_SERVING").await;
+        only_reads(&server.store, false).await;
+        told("SERVING").await;
+    }
+    server.begin_stop();
+    told("NOT_SERVING").await;
+    for mut watcher in watchers {
+        assert_eq!(watcher.frame().await, (2, json!({})), "the stream ends with the service");
+    }
     server.stop().await;
 }
 

@@ -118,6 +118,7 @@ impl Server {
             registry_auth: true,
             allowed_registries: Vec::new(),
             registries: oci::ClientOptions::default(),
+            registries_of_tenants: std::collections::HashMap::new(),
             build_secs_max: 900,
             no_commands: Some("this is a test".into()),
             stop_wait: STOP_WAIT,

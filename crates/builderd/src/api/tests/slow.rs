@@ -1,7 +1,9 @@
 //! Callers who send the body of a request a little at a time.
 
+use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
+use futures_util::{StreamExt as _, stream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -69,6 +71,48 @@ async fn a_body_that_trickles_is_answered_and_its_connection_closed() {
 
     // Who sends at once is not held to it, however long the answer takes.
     send(server.rpc("CreateBuild", &create_body()).bearer_auth(&token)).await.well();
+    server.stop().await;
+}
+
+/// One question to reflection in Connect's frame.
+fn question(message: &str) -> Vec<u8> {
+    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    [&[0], &length[..], message.as_bytes()].concat()
+}
+
+/// Asks reflection what `body` says; what it answers until it has had enough.
+async fn reflected(server: &Server, body: reqwest::Body) -> String {
+    let client = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
+    let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    let request = client.post(server.url(path)).header("content-type", "application/connect+json");
+    let mut response = request.body(body).send().await.unwrap();
+    let mut answer = String::new();
+    let read = tokio::time::timeout(TRICKLE_MAX, async {
+        while let Ok(Some(chunk)) = response.chunk().await {
+            answer.push_str(&String::from_utf8_lossy(&chunk));
+        }
+    });
+    read.await.expect("the stream ends");
+    answer
+}
+
+#[tokio::test]
+async fn reflection_ends_in_time_and_answers_no_endless_list_of_questions() {
+    let server = serving().await;
+    // Whoever asks and then says nothing more, but does not go.
+    let list = question(r#"{"listServices":""}"#);
+    let silent = stream::iter([Ok::<_, Infallible>(list)]).chain(stream::pending());
+    let begun = Instant::now();
+    let answer = reflected(&server, reqwest::Body::wrap_stream(silent)).await;
+    assert!(answer.contains(api::SERVICE), "{answer}");
+    assert!(answer.contains("deadline_exceeded"), "{answer}");
+    assert!(begun.elapsed() >= BODY_MAX);
+
+    let long = question(&format!(r#"{{"fileContainingSymbol":"{}"}}"#, "x".repeat(12 << 10)));
+    let endless = stream::repeat_with(move || Ok::<_, Infallible>(long.clone()));
+    let answer = reflected(&server, reqwest::Body::wrap_stream(endless)).await;
+    let end = &answer[answer.len().saturating_sub(200)..];
+    assert!(end.contains("length limit exceeded"), "{end}");
     server.stop().await;
 }
 

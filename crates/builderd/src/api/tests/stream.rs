@@ -13,7 +13,7 @@ use crate::store::{Outcome, TokenRow};
 use crate::tenant::Right;
 
 /// A follower that speaks Connect's streaming JSON.
-struct Follower {
+pub(super) struct Follower {
     response: reqwest::Response,
     buffer: Vec<u8>,
 }
@@ -24,10 +24,15 @@ impl Follower {
     }
 
     async fn open_as(token: &str, server: &Server, body: Value) -> Self {
+        Self::call(token, server, &format!("/{}/StreamBuildLogs", api::SERVICE), body).await
+    }
+
+    /// Of any stream that takes one message.
+    pub(super) async fn call(token: &str, server: &Server, path: &str, body: Value) -> Self {
         let body = body.to_string();
         let length = u32::try_from(body.len()).unwrap().to_be_bytes();
         let response = server
-            .request(Method::POST, &format!("/{}/StreamBuildLogs", api::SERVICE))
+            .request(Method::POST, path)
             .header("content-type", "application/connect+json")
             .header("connect-protocol-version", "1")
             .header("x-tenant-id", "t")
@@ -41,7 +46,7 @@ impl Follower {
     }
 
     /// The next frame: its flags and its message.
-    async fn frame(&mut self) -> (u8, Value) {
+    pub(super) async fn frame(&mut self) -> (u8, Value) {
         let waiting = async {
             loop {
                 if let Some((head, rest)) = self.buffer.split_at_checked(5) {
@@ -249,5 +254,8 @@ async fn a_plain_log_is_read_page_by_page() {
     }
     let ours: Vec<&str> = messages.iter().map(String::as_str).filter(|m| m.len() == 1).collect();
     assert_eq!(ours, ["a", "b", "c"]);
+    let route = format!("GetBuildLogs/{id}?limit=0");
+    let page = super::send(server.plain(&route).header("x-tenant-id", "t")).await.well();
+    assert_eq!((&page["limit"], &page["is_end"]), (&json!(100), &json!(true)));
     server.stop().await;
 }

@@ -389,6 +389,9 @@ async fn a_queued_build_is_cancelled_and_a_running_one_is_told() {
         (&done["success"], &done["status"]),
         (&json!(true), &json!("BUILD_STATUS_CANCELLED"))
     );
+    let get = server.rpc("GetBuild", &json!({ "build_id": queued }));
+    let build = send(get.header("x-tenant-id", "t")).await.well()["build"].take();
+    assert_eq!(build["cancel_reason"], "User cancellation");
     let running = server.create("t").await;
     let claimed = server.claim().await;
     assert_eq!(claimed.lease.build().as_str(), running);

@@ -174,6 +174,12 @@ async fn a_damaged_artifact_breaks_off_and_is_never_garbage() {
         assert!(pieces.next().await.is_none(), "nothing follows");
         // Parts before it are good still.
         assert!(place.read(&name(GOOD), 0..100).await.unwrap() == content[..100]);
+        // A build does not take it, and makes it again though its header is good.
+        assert!(place.store.was_damaged(&name(GOOD)) && !place.store.was_damaged(&name(OTHER)));
+        place.publish(&content, &name(GOOD)).await;
+        assert!(place.read(&name(GOOD), 0..700_001).await.unwrap() == content);
+        assert!(!place.store.was_damaged(&name(GOOD)));
+        let whole = place.stored(&name(GOOD)).await;
 
         let cut = &whole[..HEADER_BYTES + 65_536 + 16];
         for broken in [&whole[..whole.len() - 1], cut, &whole[..50], &content, b""] {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -31,7 +32,8 @@ pub(crate) fn main() -> io::Result<()> {
     let status = File::open("/proc/self/status")?;
     let (files, disk) = files(&has_twin)?;
     let walls = sandbox::confine(&policy).map_err(io::Error::other)?;
-    let speaker = Speaker { out: Mutex::new(io::stdout()), status };
+    let (out, told_bytes) = (Mutex::new(io::stdout()), AtomicU64::new(0));
+    let speaker = Speaker { out, told_bytes, status };
     speaker.say(&Line::Walls(walls))?;
     let line = match task {
         Task::Probe => return Ok(()),
@@ -140,9 +142,14 @@ impl<T: Write> Write for Telling<'_, T> {
     }
 }
 
+/// Parts of the image between two words about how much of it is written.
+const PROGRESS_PARTS: u64 = 500;
+
 /// Writes lines to the parent.
 struct Speaker {
     out: Mutex<io::Stdout>,
+    /// Bytes of the image that were told last.
+    told_bytes: AtomicU64,
     /// Opened before the walls stood.
     status: File,
 }
@@ -170,6 +177,14 @@ impl Speaker {
 
 impl Observer for Speaker {
     fn event(&self, event: &BuildEvent) {
+        if let BuildEvent::WriteProgress { bytes, total_bytes } = *event {
+            let told_bytes = self.told_bytes.load(Ordering::Relaxed);
+            let is_news = bytes.saturating_sub(told_bytes) > total_bytes / PROGRESS_PARTS;
+            if !is_news && bytes != total_bytes {
+                return;
+            }
+            self.told_bytes.store(bytes, Ordering::Relaxed);
+        }
         let _ = self.say(&Line::Event(event.clone()));
     }
 }

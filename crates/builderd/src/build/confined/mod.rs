@@ -7,37 +7,33 @@
 //! parent trusts a worker's word about its own layer or image and nothing else; it
 //! hashes blobs itself and files packs by that digest.
 //!
-//! This half starts workers and listens; `inside` is what runs in them.
+//! This half says what workers are to do; `worker` starts them and listens, `claims` is
+//! what becomes of what they say, `inside` is what runs in them.
 
+mod claims;
 mod inside;
 mod told;
+mod worker;
 
 use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
+use std::io::{self, PipeWriter, Write as _};
 use std::ops::Range;
-use std::os::fd::{AsFd as _, BorrowedFd};
 
 use bytes::Bytes;
-use rootfs::{Limits, PackSummary, Tally, TreeLimits};
-use sandbox::{Outcome, Sandbox, SandboxPolicy, Wall};
+use rootfs::{Limits, PackError, PackSummary, Tally, TreeLimits};
+use sandbox::{Sandbox, SandboxPolicy, Wall};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use super::disk::{Disk, Lane, Liking, direct_twin};
+use super::disk::{Disk, Lane, Liking};
 use super::{BuildError, BuildEvent, Compression, ImageOptions, Observer, Phase};
+use claims::{Events, Wanted};
+use worker::{Handed, Program, Said, Worker, listen};
 
 pub(crate) use inside::main;
 pub use told::ToldError;
-pub(super) use told::chain;
+pub(super) use worker::read_only;
 
-/// Longest line that is read from a worker.
-const LINE_BYTES_MAX: u64 = 1 << 20;
-/// How much of a worker's complaints is kept.
-const COMPLAINT_BYTES_MAX: u64 = 4 << 10;
-/// A worker's threads: two or three to a layer, and those that compress.
-const THREADS_MAX: u64 = 160;
-/// Descriptors beside those that are handed over.
-const SPARE_FILES: u64 = 24;
 /// The pipe of a blob: fewer turns between the process that fetches and the one that inflates.
 const PIPE_BYTES: usize = 1 << 20;
 
@@ -165,18 +161,21 @@ enum Line {
 /// # Errors
 /// [`BuildError`] when there is no worker at all.
 pub(crate) fn probe() -> Result<Vec<Wall>, BuildError> {
-    let mut worker = Worker::start(Task::Probe, &[], Phase::Resolve)?;
+    let phase = Phase::Resolve;
+    let mut worker = Worker::start(&Program::own(phase)?, Task::Probe, &[], phase)?;
     drop(worker.stdin.take());
     let given = worker.sandbox.walls();
-    let result = listen(&mut worker.lines, &worker.sandbox, &[], |line| match line {
+    let heard = listen(&mut worker.lines, &worker.sandbox, &[], |line| match line {
         Line::Walls(mut walls) => {
             walls.extend_from_slice(given);
-            Ok(Some(walls))
+            Ok(Said::Last(walls))
         }
-        Line::Failed(told) => Err(BuildError::Told(told)),
-        Line::Event(_) | Line::Tally { .. } | Line::Packed { .. } | Line::Made { .. } => Ok(None),
+        Line::Failed(told) => Err(BuildError::Told(told.checked())),
+        Line::Event(_) | Line::Tally { .. } | Line::Packed { .. } | Line::Made { .. } => {
+            Ok(Said::Nonsense)
+        }
     });
-    worker.end(result)
+    worker.end(heard)
 }
 
 /// Makes the pack of one layer from the chunks of its blob.
@@ -191,65 +190,96 @@ pub(super) fn pack(
     tally: &Tally,
     disk: &Disk,
 ) -> Result<(PackSummary, Taken), BuildError> {
+    pack_by(&Program::own(Phase::Layers)?, task, file, chunks, walls, tally, disk)
+}
+
+fn pack_by(
+    program: &Program,
+    task: PackTask,
+    file: &File,
+    chunks: mpsc::Receiver<io::Result<Bytes>>,
+    walls: &[Wall],
+    tally: &Tally,
+    disk: &Disk,
+) -> Result<(PackSummary, Taken), BuildError> {
     let (layer, digest, limits) = (task.layer, task.digest, task.limits.clone());
+    let refused = |source| BuildError::Pack { layer, digest, source };
     let mut counted = task.counted;
-    let mut worker = Worker::start(Task::Pack(Box::new(task)), &[file], Phase::Layers)?;
+    let task = Task::Pack(Box::new(task));
+    let mut worker = Worker::start(program, task, &[Handed::ToWrite(file)], Phase::Layers)?;
     let stdin = worker.stdin.take();
-    let result = std::thread::scope(|scope| {
+    let (heard, fed) = std::thread::scope(|scope| {
         let sandbox = &worker.sandbox;
-        scope.spawn(move || feed(chunks, stdin, sandbox));
-        let told = listen(&mut worker.lines, sandbox, walls, |line| match line {
+        let feeding = scope.spawn(move || feed(chunks, stdin, sandbox));
+        let heard = listen(&mut worker.lines, sandbox, walls, |line| match line {
             Line::Tally { blob_bytes, tar_bytes, data_bytes } => {
-                let now = [blob_bytes, tar_bytes, data_bytes];
-                let more: Vec<u64> =
-                    now.iter().zip(counted).map(|(now, told)| now.saturating_sub(told)).collect();
-                counted = now;
-                tally
-                    .add(more[0], more[1], more[2], &limits)
-                    .map_err(|source| BuildError::Pack { layer, digest, source })
-                    .map(|()| None)
+                let [blob, tar, data] = grown(&mut counted, [blob_bytes, tar_bytes, data_bytes]);
+                tally.add(blob, tar, data, &limits).map_err(refused).map(|()| Said::More)
             }
             Line::Packed { summary, writes, taken } => {
                 disk.learn(&writes);
-                Ok(Some((summary, taken)))
+                Ok(Said::Last((summary, taken.bounded())))
             }
-            Line::Failed(told) => Err(BuildError::Told(told)),
-            Line::Walls(_) | Line::Event(_) | Line::Made { .. } => Ok(None),
+            Line::Failed(told) => Err(BuildError::Told(told.checked())),
+            Line::Walls(_) => Ok(Said::More),
+            Line::Event(_) | Line::Made { .. } => Ok(Said::Nonsense),
         });
-        if told.is_err() {
-            sandbox.kill();
-        }
-        told
+        (heard, feeding.join())
     });
-    worker.end(result)
+    let packed = worker.end(heard);
+    match fed {
+        Ok(Err((blob_bytes, source))) if packed.is_err() => {
+            // That it was ended for want of its blob is no word of its own.
+            Err(refused(PackError::Blob { blob_bytes, source }))
+        }
+        Ok(_) => packed,
+        Err(_) => Err(BuildError::WorkerLost { phase: Phase::Layers }),
+    }
+}
+
+/// By how much each sum has grown; none shrinks.
+fn grown(counted: &mut [u64; 3], now: [u64; 3]) -> [u64; 3] {
+    let mut more = [0; 3];
+    for ((more, counted), now) in more.iter_mut().zip(counted).zip(now) {
+        *more = now.saturating_sub(*counted);
+        *counted = now.max(*counted);
+    }
+    more
 }
 
 /// Hands the blob on. A worker that does not want more is no concern of this side; one whose blob
 /// will not come must not take what it has for all of it.
+///
+/// # Errors
+/// That it does not come, and how many bytes came before.
 fn feed(
     mut chunks: mpsc::Receiver<io::Result<Bytes>>,
     stdin: Option<PipeWriter>,
     sandbox: &Sandbox,
-) {
-    let Some(mut stdin) = stdin else { return };
+) -> Result<(), (u64, io::Error)> {
+    let Some(mut stdin) = stdin else { return Ok(()) };
     // Refused beyond the user's share of pipe memory; then it is as large as it was.
     let _ = rustix::pipe::fcntl_setpipe_size(&stdin, PIPE_BYTES);
+    let mut blob_bytes = 0;
     while let Some(chunk) = chunks.blocking_recv() {
         match chunk {
             Ok(chunk) => {
+                blob_bytes += chunk.len() as u64;
                 if stdin.write_all(&chunk).is_err() {
-                    return;
+                    return Ok(());
                 }
             }
-            Err(_) => {
+            Err(source) => {
                 sandbox.kill();
-                return;
+                return Err((blob_bytes, source));
             }
         }
     }
+    Ok(())
 }
 
-/// Makes the image from its packs.
+/// Makes the image from its packs. With `is_summed_here` its sums are those of the finished files,
+/// and the worker is not asked for any.
 ///
 /// # Errors
 /// As [`pack`].
@@ -258,120 +288,58 @@ pub(super) fn image(
     files: &[&File],
     walls: &[Wall],
     observer: &dyn Observer,
+    is_summed_here: bool,
 ) -> Result<(ImageMade, Taken), BuildError> {
-    let mut phase = Phase::Flatten;
-    let mut worker = Worker::start(Task::Image(Box::new(task)), files, phase)?;
-    drop(worker.stdin.take());
-    let result = listen(&mut worker.lines, &worker.sandbox, walls, |line| match line {
-        Line::Event(event) => {
-            if let BuildEvent::PhaseStarted { phase: next } = &event {
-                phase = *next;
-            }
-            observer.event(&event);
-            Ok(None)
-        }
-        Line::Made { made, taken } => Ok(Some((*made, taken))),
-        Line::Failed(told) => Err(BuildError::Told(told)),
-        Line::Walls(_) | Line::Tally { .. } | Line::Packed { .. } => Ok(None),
-    });
-    worker.phase = phase;
-    worker.end(result)
+    image_by(&Program::own(Phase::Flatten)?, task, files, walls, observer, is_summed_here)
 }
 
-/// A worker, from the parent's side.
-struct Worker {
-    sandbox: Sandbox,
-    phase: Phase,
-    stdin: Option<PipeWriter>,
-    lines: BufReader<PipeReader>,
-    stderr: PipeReader,
-}
-
-impl Worker {
-    fn start(task: Task, files: &[&File], phase: Phase) -> Result<Self, BuildError> {
-        let failed = |source| BuildError::Worker { phase, source };
-        let twins: Vec<Option<File>> = files.iter().map(|file| direct_twin(file)).collect();
-        let mut handed: Vec<BorrowedFd<'_>> = Vec::with_capacity(2 * files.len());
-        for (file, twin) in files.iter().zip(&twins) {
-            handed.push(file.as_fd());
-            handed.extend(twin.as_ref().map(|twin| twin.as_fd()));
-        }
-        let policy = SandboxPolicy {
-            // Those of this process, which are the build's, are inherited.
-            memory_bytes_max: None,
-            file_bytes_max: None,
-            files_max: 2 * handed.len() as u64 + SPARE_FILES,
-            threads_max: THREADS_MAX,
-        };
-        let has_twin = twins.iter().map(Option::is_some).collect();
-        let order = serde_json::to_vec(&Order { policy, has_twin, task })
-            .map_err(|error| failed(error.into()))?;
-        let program = File::open("/proc/self/exe").map_err(failed)?;
-        let (sandbox, pipes) = Sandbox::spawn(&program, &[c"builderd", c"confined"], &handed)
-            .map_err(|error| failed(io::Error::other(chain(&error))))?;
-        let mut stdin = pipes.stdin;
-        let length = u32::try_from(order.len()).map_err(|error| failed(io::Error::other(error)))?;
-        // One that ended at once says why on its standard error.
-        let _ = stdin.write_all(&length.to_le_bytes()).and_then(|()| stdin.write_all(&order));
-        let lines = BufReader::new(pipes.stdout);
-        Ok(Self { sandbox, phase, stdin: Some(stdin), lines, stderr: pipes.stderr })
-    }
-
-    /// Waits for the worker's end. Without a result its end is the reason.
-    fn end<T>(mut self, result: Result<Option<T>, BuildError>) -> Result<T, BuildError> {
-        drop(self.lines);
-        if let Some(result) = result? {
-            return Ok(result);
-        }
-        let phase = self.phase;
-        let mut complaint = Vec::new();
-        let _ = (&mut self.stderr).take(COMPLAINT_BYTES_MAX).read_to_end(&mut complaint);
-        let outcome = self.sandbox.wait().map_err(|source| BuildError::Worker { phase, source })?;
-        let complaint = String::from_utf8_lossy(&complaint);
-        Err(ended(phase, outcome, &complaint))
-    }
-}
-
-/// What the end of a worker without a word means.
-fn ended(phase: Phase, outcome: Outcome, complaint: &str) -> BuildError {
-    // The standard library's last words, "alloc::handle_alloc_error".
-    if complaint.contains("memory allocation of") {
-        return BuildError::OutOfMemory { phase };
-    }
-    let complaint: String =
-        complaint.lines().take(2).collect::<Vec<_>>().join(" ").chars().take(500).collect();
-    BuildError::WorkerEnded { phase, outcome: outcome.to_string(), complaint }
-}
-
-/// Takes lines until `take` gives a result or an error, or there are no more.
-fn listen<T>(
-    lines: &mut BufReader<PipeReader>,
-    sandbox: &Sandbox,
+fn image_by(
+    program: &Program,
+    task: ImageTask,
+    files: &[&File],
     walls: &[Wall],
-    mut take: impl FnMut(Line) -> Result<Option<T>, BuildError>,
-) -> Result<Option<T>, BuildError> {
-    let mut are_seen = walls.is_empty();
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        let count = lines.take(LINE_BYTES_MAX).read_until(b'\n', &mut line).unwrap_or(0);
-        if count == 0 {
-            return Ok(None);
-        }
-        let Ok(line) = serde_json::from_slice(&line) else { return Ok(None) };
-        if let Line::Walls(stand) = &line {
-            let stands = |wall: &Wall| stand.contains(wall) || sandbox.walls().contains(wall);
-            let missing: Vec<Wall> = walls.iter().copied().filter(|wall| !stands(wall)).collect();
-            if !missing.is_empty() {
-                return Err(BuildError::Walls { missing });
-            }
-            are_seen = true;
-        }
-        if !are_seen {
-            return Ok(None);
-        }
-        if let Some(result) = take(line)? {
-            return Ok(Some(result));
-        }
+    observer: &dyn Observer,
+    is_summed_here: bool,
+) -> Result<(ImageMade, Taken), BuildError> {
+    let (wanted, output) = (Wanted::by(&task), task.output.clone());
+    let handed = files.iter().enumerate().map(|(number, &file)| match wanted.makes(number) {
+        true => Handed::ToWrite(file),
+        // Others use the same packs.
+        false => Handed::ToRead(file),
+    });
+    let handed: Vec<Handed<'_>> = handed.collect();
+    let task = Task::Image(Box::new(task));
+    let mut events = Events::new(observer);
+    let mut worker = Worker::start(program, task, &handed, events.phase())?;
+    drop(worker.stdin.take());
+    let heard = listen(&mut worker.lines, &worker.sandbox, walls, |line| match line {
+        Line::Event(event) => match events.pass_on(event) {
+            true => Ok(Said::More),
+            false => Ok(Said::Nonsense),
+        },
+        Line::Made { made, taken } => Ok(Said::Last((*made, taken.bounded()))),
+        Line::Failed(told) => Err(BuildError::Told(told.checked())),
+        Line::Walls(_) => Ok(Said::More),
+        Line::Tally { .. } | Line::Packed { .. } => Ok(Said::Nonsense),
+    });
+    let phase = events.phase();
+    worker.phase = phase;
+    let (made, taken) = worker.end(heard)?;
+    // It has ended: what is looked at from here on is what will be published.
+    let mut made = wanted.checked(files, made).ok_or_else(|| BuildError::WorkerStopped {
+        phase,
+        problem: "lied about what it had made",
+        complaint: String::new(),
+    })?;
+    if is_summed_here {
+        claims::sum(files, &mut made).map_err(|source| BuildError::Output {
+            action: "read back",
+            path: output,
+            source,
+        })?;
     }
+    Ok((made, taken))
 }
+
+#[cfg(test)]
+mod tests;

@@ -121,6 +121,7 @@ fn rules() -> JanitorRules {
             registry_auth: true,
             allowed_registries: Vec::new(),
             registries: oci::ClientOptions::default(),
+            registries_of_tenants: std::collections::HashMap::new(),
             build_secs_max: 900,
             no_commands: None,
             stop_wait: Duration::from_secs(1),

@@ -35,6 +35,10 @@ impl Running<'_> {
         });
         if !commands.is_empty() {
             recipe["commands"] = commands.clone().into();
+            if !self.workers.rules.commands_egress.names(build.tier, &build.tenant).is_empty() {
+                // What the network gives is not the same twice: nobody is given this one again.
+                recipe["build"] = build.id.to_string().into();
+            }
         }
         if is_protected {
             // What was made in the open, before the tenant was protected, is not found.
@@ -67,7 +71,11 @@ impl Running<'_> {
         let lease = self.workers.store.lease(&self.claimed.lease);
         let known = lease.known_artifact(name).await.ok().flatten()?.result;
         let fits = known.image_bytes <= self.image_bytes_max();
-        let there = self.workers.artifacts.open(&known.artifact_key).await.ok().flatten();
+        let artifacts = &self.workers.artifacts;
+        if artifacts.was_damaged(&known.artifact_key) {
+            return None;
+        }
+        let there = artifacts.open(&known.artifact_key).await.ok().flatten();
         there.filter(|open| fits && open.size_bytes == known.artifact_bytes).map(|_| known)
     }
 
@@ -108,13 +116,13 @@ impl Running<'_> {
             "zstd" => "ext4.zst",
             _ => "ext4",
         };
-        let plain = format!("{}/{sha256}.{extension}", name.domain);
+        let called = |file: &str| format!("{}/{file}.{extension}", name.domain);
         if !self.workers.protects(build) {
-            return Ok(plain);
+            return Ok(called(sha256));
         }
-        let key = self.workers.keys.current(&build.tenant, self.workers.clock.now()).await;
-        match key {
-            Ok(key) => Ok(sealed_name(&plain, key)),
+        let now = self.workers.clock.now();
+        match self.workers.keys.name(&build.tenant, sha256, now).await {
+            Ok((key, file)) => Ok(sealed_name(&called(&file), key)),
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "there is no key");
                 Err(Failure {

@@ -1,11 +1,15 @@
 //! The engine's process of a build: what it is told, how it is started, what it says.
 
+use std::convert::Infallible;
 use std::io;
 use std::process::Stdio;
+use std::time::Duration;
 
 use oci::Image;
+use sandbox::Wall;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
+use tokio::time::{Instant, MissedTickBehavior};
 
 use super::internal;
 use super::running::Running;
@@ -15,10 +19,12 @@ use crate::build::child::{
 use crate::build::host::Group;
 use crate::build::progress::Progress;
 use crate::build::record::{Failure, FailureCode};
-use crate::build::{BuildEvent, CommandsSpec, Phase, error};
+use crate::build::{BuildEvent, CommandsSpec, EgressSpec, Phase, error};
 
 /// Processes and threads of a command: enough for a compiler on many cores.
 const COMMAND_PIDS_MAX: u32 = 512;
+/// How often it is looked at who has taken how much of the CPUs.
+const CPU_BEAT: Duration = Duration::from_millis(250);
 
 impl Running<'_> {
     fn child_spec(&self, image: &Image, registry: RegistrySpec) -> Result<ChildSpec, Failure> {
@@ -36,6 +42,7 @@ impl Running<'_> {
                 image.index_digest.unwrap_or(image.manifest_digest)
             ),
             platform: image.platform.to_string(),
+            commands: self.commands_spec(&registry)?,
             registry,
             output: self.staging().join("rootfs.ext4"),
             compression: build.request.compression.clone(),
@@ -44,18 +51,18 @@ impl Running<'_> {
                 domain,
                 limit_bytes: *limit_bytes,
             }),
-            commands: self.commands_spec()?,
             jobs: usize::try_from(build.limits.cpu_cores).unwrap_or(1).clamp(1, cpus),
             image_bytes_max: Some(self.image_bytes_max()),
             memory_bytes: build.limits.memory_bytes,
             disk_bytes: disk,
             walls: rules.host.worker_walls(),
+            has_own_files: rules.host.stand().contains(&Wall::OwnFiles),
         })
     }
 
     /// The build's commands with what they may take: they share with the rest of the build, which
     /// needs some of its memory, and half of its disk for layers and the image.
-    fn commands_spec(&self) -> Result<Option<CommandsSpec>, Failure> {
+    fn commands_spec(&self, registry: &RegistrySpec) -> Result<Option<CommandsSpec>, Failure> {
         let (build, rules) = (self.build(), &self.workers.rules);
         if build.request.commands.is_empty() {
             return Ok(None);
@@ -71,12 +78,26 @@ impl Running<'_> {
         };
         Ok(Some(CommandsSpec {
             commands: build.request.commands.clone(),
-            runtime: runtime.clone(),
+            runtime: runtime.program.clone(),
+            scratch: runtime.scratch,
+            egress: self.egress_spec(registry),
             memory_bytes: build.limits.memory_bytes / 8 * 7,
             cpu_millis: 1000 * u64::from(build.limits.cpu_cores.max(1)),
             pids_max: COMMAND_PIDS_MAX,
             disk_bytes: build.limits.disk_bytes / 2,
         }))
+    }
+
+    /// What the build's commands may reach: what the operator allows its tier and its tenant.
+    fn egress_spec(&self, registry: &RegistrySpec) -> Option<EgressSpec> {
+        let (build, rules) = (self.build(), &self.workers.rules.commands_egress);
+        let names = rules.names(build.tier, &build.tenant);
+        (!names.is_empty()).then(|| EgressSpec {
+            names,
+            allowed_private: registry.allowed_private.clone(),
+            blocked_domains: registry.blocked_domains.clone(),
+            bytes_max: rules.bytes_max,
+        })
     }
 
     /// Runs the engine in its own process and listens until it is done.
@@ -110,7 +131,10 @@ impl Running<'_> {
             }
             String::from_utf8_lossy(&text).into_owned()
         };
-        let (last, complaint) = tokio::join!(listen, complain);
+        let (last, complaint) = tokio::select! {
+            told = async { tokio::join!(listen, complain) } => told,
+            never = self.share_cpus(group.as_ref()) => match never {},
+        };
         drop(watched);
         let status = child.wait().await.map_err(failed)?;
         if !complaint.is_empty() {
@@ -130,6 +154,22 @@ impl Running<'_> {
                 let limits = &self.build().limits;
                 let failure = error::died(status, limits.disk_bytes, self.journal.step());
                 Err(error::explained(failure, &usage, limits.memory_bytes))
+            }
+        }
+    }
+
+    /// Gives the try its part of the CPUs, for as long as it is waited for.
+    async fn share_cpus(&self, group: Option<&Group>) -> Infallible {
+        let build = self.build();
+        let mut share = self.workers.cpus.enter(&build.tenant, build.tier, Instant::now());
+        let mut beat = tokio::time::interval(CPU_BEAT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            beat.tick().await;
+            let Some(group) = group else { continue };
+            let weight = share.weight(group.usage().cpu_usecs, Instant::now());
+            if let Err(error) = group.set_cpu_weight(weight) {
+                tracing::debug!(%error, "the build has no part of the CPUs of its own");
             }
         }
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oci::Image;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 
@@ -28,7 +28,8 @@ const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
 
 /// How a try ends.
 pub(super) enum End {
-    Made(ArtifactName, Box<BuildResult>),
+    /// Who waits for the turn finds the artifact only when this end is written.
+    Made(ArtifactName, Box<BuildResult>, OwnedSemaphorePermit),
     Failed(Failure),
     Cancelled,
     TimedOut(Failure),
@@ -161,7 +162,7 @@ impl<'a> Running<'a> {
 
     async fn tell_end(&self, end: &End) {
         match end {
-            End::Made(_, result) => {
+            End::Made(_, result, _) => {
                 let line =
                     format!("completed: {} bytes, sha256 {}", result.artifact_bytes, result.sha256);
                 self.journal.say("info", "packager", line);
@@ -193,11 +194,10 @@ impl<'a> Running<'a> {
     }
 
     async fn clear_staging(&self) {
-        match tokio::fs::remove_dir_all(self.staging()).await {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(%error, "the staging directory could not be removed");
-            }
-            _ => {}
+        let staging = self.staging();
+        let removed = tokio::task::spawn_blocking(move || commands::remove_tree(&staging)).await;
+        if let Err(error) = removed.map_err(io::Error::other).flatten() {
+            tracing::warn!(%error, "the staging directory could not be removed");
         }
     }
 
@@ -205,7 +205,7 @@ impl<'a> Running<'a> {
     async fn make(&self) -> End {
         let started = Instant::now();
         match self.try_to_make(started).await {
-            Ok((name, result)) => End::Made(name, Box::new(result)),
+            Ok((name, result, turn)) => End::Made(name, Box::new(result), turn),
             Err(failure) => {
                 let cause = self.journal.blotted(&failure.cause);
                 End::Failed(Failure { cause, ..failure })
@@ -213,18 +213,21 @@ impl<'a> Running<'a> {
         }
     }
 
-    async fn try_to_make(&self, started: Instant) -> Result<(ArtifactName, BuildResult), Failure> {
+    async fn try_to_make(
+        &self,
+        started: Instant,
+    ) -> Result<(ArtifactName, BuildResult, OwnedSemaphorePermit), Failure> {
         let request = &self.build().request;
         self.journal.say("info", "puller", format!("resolving {}", request.image));
         self.journal.enter(BuildState::Preparing, 1, "Resolving the image").await;
         let registry = self.registry()?;
-        let image = self.resolve(&registry).instrument(telemetry::step_span("resolve")).await?;
+        let resolve = self.resolve(registry).instrument(telemetry::step_span("resolve"));
+        let (image, registry) = resolve.await?;
         let pull_ms = millis(started);
         self.meter.resolved(&image);
         self.journal.say("info", "puller", described(&image));
         let name = self.artifact_name(&image);
-        let flight = self.workers.flight(&name);
-        let _turn = flight.acquire().await.map_err(|_| internal("the service is stopping"))?;
+        let turn = self.turn(&name).await?;
         if let Some(mut result) = self.known(&name).await {
             self.journal.enter(BuildState::Packaging, 99, "Taking the artifact that exists").await;
             self.journal.say("info", "packager", "the same image was built before".into());
@@ -234,7 +237,7 @@ impl<'a> Running<'a> {
             let total_ms = millis(started);
             result.metrics =
                 BuildMetrics { pull_ms, total_ms, source_bytes, ..BuildMetrics::default() };
-            return Ok((name, result));
+            return Ok((name, result, turn));
         }
         let needs = Needs::of(&image, &self.build().limits);
         let waiting = || {
@@ -246,7 +249,17 @@ impl<'a> Running<'a> {
         let report = self.run_child(&image, registry).instrument(running).await?;
         let publish = self.publish(&name, &image, report, pull_ms, started);
         let result = publish.instrument(telemetry::step_span("publish")).await?;
-        Ok((name, result))
+        Ok((name, result, turn))
+    }
+
+    /// Waits until nobody else makes the artifact on this node.
+    async fn turn(&self, name: &ArtifactName) -> Result<OwnedSemaphorePermit, Failure> {
+        let flight = self.workers.flight(name);
+        if let Ok(turn) = Arc::clone(&flight).try_acquire_owned() {
+            return Ok(turn);
+        }
+        self.journal.say("info", "queue", "waiting for another build of the same image".into());
+        flight.acquire_owned().await.map_err(|_| internal("the service is stopping"))
     }
 }
 

@@ -11,6 +11,7 @@ use super::running::Running;
 use crate::build::child::{RegistrySpec, SentCredentials};
 use crate::build::record::{Failure, FailureCode};
 use crate::build::{BuildError, Phase};
+use crate::store::ArtifactDomain;
 
 /// How often the fetcher is asked what went wrong meanwhile: a try may be stopped at any moment.
 const NOTES_EVERY: Duration = Duration::from_millis(500);
@@ -36,7 +37,30 @@ impl Running<'_> {
         Ok(registry)
     }
 
-    pub(super) async fn resolve(&self, registry: &RegistrySpec) -> Result<Image, Failure> {
+    /// Finds the image, and says how registries are reached for it from then on. The places that
+    /// the tenant alone may reach take part in what stays with the tenant, never in what may be
+    /// shared with those who cannot reach them.
+    pub(super) async fn resolve(
+        &self,
+        registry: RegistrySpec,
+    ) -> Result<(Image, RegistrySpec), Failure> {
+        let found = self.resolve_by(&registry).await;
+        let Some(own) = registry.of_tenant(&self.build().tenant) else {
+            return found.map(|image| (image, registry));
+        };
+        match found {
+            Ok(image) if self.domain(&image) == ArtifactDomain::Public => Ok((image, registry)),
+            Ok(image) => Ok((image, own)),
+            Err(failure) if failure.code == FailureCode::NetworkDenied => {
+                let image = self.resolve_by(&own).await?;
+                // Without a credential, perhaps, but not for anybody.
+                Ok((Image { anonymous: false, ..image }, own))
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
+    async fn resolve_by(&self, registry: &RegistrySpec) -> Result<Image, Failure> {
         let options = registry.client_options();
         let mut failure = None;
         for reference in self.references()? {

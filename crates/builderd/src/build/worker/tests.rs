@@ -36,6 +36,7 @@ fn workers(
         encrypts_all: false,
         program: program.into(),
         runtime: None,
+        commands_egress: CommandsEgress::default(),
         shutdown_timeout: Duration::ZERO,
     };
     Workers::new(
@@ -46,6 +47,43 @@ fn workers(
         Metrics::unread(),
         rules,
     )
+}
+
+#[tokio::test]
+async fn a_tenants_own_registry_is_reached_for_it_alone_and_shared_with_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let registry = TestRegistry::start().unwrap();
+    let here = Platform::of_this_machine();
+    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
+    let host = registry.host();
+    let open = |entries: &[String]| {
+        let clock = Arc::new(WallClock);
+        let mut workers = workers(&store, directory.path(), clock, "/bin/false", &host);
+        workers.rules.registry = workers.rules.registry.with_places_of_tenants(entries);
+        workers
+    };
+    let image = format!("{host}/app");
+    let (_hurry, give_up) = watch::channel(false);
+    for (entry, expected) in [
+        // The tenant of every build here.
+        (Some(format!("acme={host}")), Some(ArtifactDomain::Tenant("acme".parse().unwrap()))),
+        (Some(format!("bank={host}")), None),
+        (None, Some(ArtifactDomain::Public)),
+    ] {
+        let workers = open(entry.as_slice());
+        queue_build(&store, &image, WallClock.now()).await;
+        let claimed = workers.claim().await.expect("a build waits");
+        let running = Running::new(&workers, &claimed, give_up.clone());
+        let asked = registry.requests().len();
+        let resolved = running.resolve(running.registry().unwrap()).await;
+        let domain = resolved.as_ref().ok().map(|(image, _)| running.domain(image));
+        assert_eq!(domain, expected, "{entry:?}");
+        if let Err(failure) = resolved {
+            assert_eq!(failure.code, FailureCode::NetworkDenied, "{failure:?}");
+            assert_eq!(registry.requests().len(), asked, "it is asked nothing");
+        }
+    }
 }
 
 /// The moment of the first look at the queue, and a later one.

@@ -1,7 +1,7 @@
 //! A build is accepted, or a quota says no: decided and counted in one transaction.
 
 use super::audit::append;
-use super::reading::{build_columns, read_build};
+use super::reading::{build_columns, read_build, shown};
 use super::{Event, Rows, Tally, arrears, virtual_start};
 use crate::build::record::Micros;
 use crate::build::state::BuildState;
@@ -123,7 +123,7 @@ async fn by_key(
     };
     match row.text("request_hash")? == build.request_hash {
         true => {
-            let build = super::reading::build(&row)?;
+            let build = shown(&row)?;
             Ok(Some(Accepted::Known { build, created_by: row.maybe_text("created_by")? }))
         }
         false => Ok(Some(Accepted::KeyReused)),

@@ -12,6 +12,8 @@ const LAST_ID: &str = "build_ZZZZZZZZZZZZZZZZZZZZZZZZZZ";
 /// What the builds of a page may hold together, however many are asked for: an answer is made
 /// in memory, from a multiple of it. One build always comes.
 const PAGE_BYTES_MAX: u64 = 4 << 20;
+/// What a build does of which not all can be read.
+const UNREAD_STEP: &str = "What is stored of this build cannot be read";
 
 /// What makes a [`Build`], of the table `build`.
 macro_rules! build_columns {
@@ -41,58 +43,89 @@ macro_rules! build_with_log {
     };
 }
 
-/// A row with the columns of [`build_columns`].
-pub(super) fn build(row: &Row) -> Result<Build, StoreError> {
+/// What of a row cannot be read, as a newer version or a damaged database leaves it.
+#[derive(Default)]
+struct Gaps {
+    first: Option<StoreError>,
+}
+
+impl Gaps {
+    /// What was read, or something else in its place.
+    fn or<T>(&mut self, read: Result<T, StoreError>, other: impl FnOnce() -> T) -> T {
+        read.unwrap_or_else(|error| {
+            self.first.get_or_insert(error);
+            other()
+        })
+    }
+
+    /// The same for what need not be there.
+    fn or_none<T>(&mut self, read: Result<Option<T>, StoreError>) -> Option<T> {
+        self.or(read, || None)
+    }
+}
+
+/// All of a row with the columns of [`build_columns`]: for whoever works on the build.
+fn build(row: &Row) -> Result<Build, StoreError> {
+    let mut gaps = Gaps::default();
+    let build = read(row, &mut gaps)?;
+    gaps.first.map_or(Ok(build), Err)
+}
+
+/// What can be read of such a row, for whoever looks: one build that cannot be read must not hide
+/// the others.
+pub(super) fn shown(row: &Row) -> Result<Build, StoreError> {
+    let mut gaps = Gaps::default();
+    let mut build = read(row, &mut gaps)?;
+    let Some(problem) = gaps.first else { return Ok(build) };
+    let (tenant, id) = (&build.tenant, &build.id);
+    tracing::warn!(%tenant, build = %id, %problem, "not all of a build that is shown can be read");
+    build.is_whole = false;
+    // Who failed says why.
+    if build.state != BuildState::Failed {
+        build.step = UNREAD_STEP.to_owned();
+    }
+    Ok(build)
+}
+
+fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
     let reason = row.maybe_text("cancel_reason")?;
     let cancel_reason = row.maybe_int("cancel_requested_at")?.map(|_| reason.unwrap_or_default());
     let state: BuildState = row.parsed("state")?;
     // What came of it is told as long as it is there.
     let has_artifact = row.maybe_text("artifact_key")?.is_some();
     let result = match state == BuildState::Completed && has_artifact {
-        true => row.maybe_json("result")?,
+        true => gaps.or_none(row.maybe_json("result")),
         false => None,
     };
     // A node that is older does not clear it.
     let usage = match matches!(state, BuildState::Queued | BuildState::Completed) {
         true => None,
-        false => row.maybe_json("live_usage")?,
+        false => gaps.or_none(row.maybe_json("live_usage")),
     };
-    let tier = unless_failed(state, row.parsed("tier"), || Tier::Free)?;
+    let tier = gaps.or(row.parsed("tier"), || Tier::Free);
     Ok(Build {
         id: row.parsed("id")?,
         tenant: row.parsed("tenant_id")?,
         customer: row.maybe_text("customer")?,
         tier,
-        limits: unless_failed(state, row.json("limits"), || tier.limits())?,
-        request: unless_failed(state, row.json("request"), BuildRequest::default)?,
+        limits: gaps.or(row.json("limits"), || tier.limits()),
+        request: gaps.or(row.json("request"), BuildRequest::default),
         state,
         progress_percent: row.small("progress_percent")?,
         step: row.text("step")?,
         cancel_reason,
         attempt: row.small("attempt")?,
-        attempts: unless_failed(state, row.json("attempts"), Vec::new)?,
+        attempts: gaps.or(row.json("attempts"), Vec::new),
         created_at: row.at("created_at")?,
         started_at: row.maybe_at("started_at")?,
         updated_at: row.at("updated_at")?,
         ended_at: row.maybe_at("ended_at")?,
         result,
-        failure: row.maybe_json("failure")?,
+        failure: gaps.or_none(row.maybe_json("failure")),
         usage,
         traceparent: row.maybe_text("traceparent")?,
+        is_whole: true,
     })
-}
-
-/// What was read, unless it cannot be: a build that failed for that reason must be able to say so,
-/// with something else in its place.
-fn unless_failed<T>(
-    state: BuildState,
-    read: Result<T, StoreError>,
-    other: impl FnOnce() -> T,
-) -> Result<T, StoreError> {
-    match read {
-        Err(StoreError::Corrupt(_)) if state == BuildState::Failed => Ok(other()),
-        read => read,
-    }
 }
 
 /// A build that the transaction knows to be there.
@@ -112,7 +145,7 @@ impl Rows {
     ) -> Result<Option<Build>, StoreError> {
         let query = sql(BUILD).text(tenant.as_str()).text(id.as_str());
         let row = self.again(|| self.engine.optional(query.clone())).await?;
-        row.as_ref().map(build).transpose()
+        row.as_ref().map(shown).transpose()
     }
 
     /// In one statement: a row costs more than what is in it.
@@ -130,7 +163,7 @@ impl Rows {
         let row = self.again(|| self.engine.optional(query.clone())).await?;
         let read = |row: &Row| {
             Ok(Seen {
-                build: build(row)?,
+                build: shown(row)?,
                 log: row.maybe_json("log_tail")?.unwrap_or_default(),
                 revision: Revision(row.int("revision")?),
             })
@@ -373,7 +406,7 @@ async fn page(
         let those = sizes[..count].iter().filter(|(_, of, _)| *of == state).count();
         let limit = i64::try_from(those).unwrap_or(i64::MAX);
         for row in newest(tx, newest!(build_columns!()), tenant, state, before, limit).await? {
-            builds.push(build(&row)?);
+            builds.push(shown(&row)?);
         }
     }
     builds.sort_unstable_by(|a, b| b.id.cmp(&a.id));

@@ -17,6 +17,36 @@ pub(super) fn key(t: &TestStore, name: &str, number: u8) -> TenantKeyRow {
     }
 }
 
+/// The bytes of a deleted row are not in the file any more, where somebody with the master key
+/// could look for them.
+#[tokio::test]
+async fn a_destroyed_key_is_not_left_in_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = crate::store::Store::open_sqlite(directory.path()).await.unwrap();
+    let now = crate::build::record::Micros(1_000_000);
+    let build = super::queue_build(&store, "127.0.0.1:1/app", now).await;
+    let canary = b"wrapped-canary-2718281828".to_vec();
+    let key = TenantKeyRow {
+        tenant: build.tenant.clone(),
+        id: format!("{:032x}", 1),
+        wrapped: canary.clone(),
+        wrapped_by: "master".into(),
+        created_at: now,
+        retired_at: None,
+    };
+    store.system().add_tenant_key(&key).await.unwrap();
+    let destroyed = store.system().destroy_tenant_keys(&build.tenant, now).await.unwrap();
+    assert_eq!(destroyed.keys, 1);
+    // The last connection brings everything into the one file.
+    store.close().await;
+    for entry in std::fs::read_dir(directory.path()).unwrap() {
+        let path = entry.unwrap().path();
+        let bytes = std::fs::read(&path).unwrap();
+        let is_there = bytes.windows(canary.len()).any(|some| some == canary);
+        assert!(!is_there, "{}", path.display());
+    }
+}
+
 /// What an artifact of `name` that was sealed with the key is kept under.
 fn sealed(name: &str, content: &str, number: u8) -> String {
     format!("tenant-{name}/{content}.ext4{}{number:032x}", crate::store::SEALED)

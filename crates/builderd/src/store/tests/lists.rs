@@ -47,6 +47,32 @@ pub(super) async fn pages_follow_each_other(t: &TestStore) {
     assert_eq!((nothing.builds.len(), nothing.total, nothing.has_more), (0, 7, true));
 }
 
+pub(super) async fn a_build_that_cannot_be_read_is_shown_as_what_it_is(t: &TestStore) {
+    let (plain, strange) = (t.create("a").await, t.create("a").await);
+    let damages = [
+        "UPDATE build SET request = '{\"from\":\"the future\"}' WHERE id = $1",
+        "UPDATE build SET tier = 'platinum', limits = '' WHERE id = $1",
+        "UPDATE build SET attempts = 'x' WHERE id = $1",
+    ];
+    for damage in damages {
+        t.damage(damage, &strange).await;
+        let page = list(t, &newest(10)).await;
+        assert_eq!(ids(&page), [strange.id.clone(), plain.id.clone()], "{damage}");
+        assert_eq!((page.builds[0].is_whole, page.builds[1].is_whole), (false, true));
+        let shown = t.get(&strange).await;
+        assert_eq!(shown, page.builds[0]);
+        assert_eq!((shown.state, shown.created_at), (strange.state, strange.created_at));
+        assert!(shown.step.contains("cannot be read"), "{}", shown.step);
+        let seen = t.rows().get_with_log(&tenant("a"), &strange.id, 5).await.unwrap();
+        assert_eq!(seen.expect("the build is there").build, shown);
+    }
+    // What nobody can read nobody works on.
+    assert_eq!(t.claim().await.build, t.get(&plain).await);
+    assert!(t.try_claim(60).await.is_none());
+    let queued = Filter { states: vec![BuildState::Queued], ..newest(10) };
+    assert_eq!(ids(&list(t, &queued).await), [strange.id]);
+}
+
 pub(super) async fn a_page_ends_early_where_its_builds_are_large(t: &TestStore) {
     let mut all = Vec::new();
     for mebibytes in [3, 0, 0, 1, 5, 3, 0] {

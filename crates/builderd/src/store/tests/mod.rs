@@ -230,6 +230,16 @@ pub(crate) async fn rewrite_logs(store: &Store, message: &str) {
     assert!(store.rows.engine.execute(query).await.unwrap() > 0, "there is a log");
 }
 
+/// Leaves nothing readable of what was asked for, and of what came of it, in a build.
+pub(crate) async fn garble(store: &Store, id: &str) {
+    let query = engine::sql(
+        "UPDATE build SET request = '{}', \
+         result = CASE WHEN result IS NULL THEN NULL ELSE 'x' END WHERE id = $1",
+    );
+    let query = query.text(id);
+    assert_eq!(store.rows.engine.execute(query).await.unwrap(), 1);
+}
+
 /// Deletes an ended build.
 pub(crate) async fn delete_build(store: &Store, name: &str, id: &str) {
     let deleted = store.rows.delete(&tenant(name), &id.parse().unwrap()).await.unwrap();
@@ -365,6 +375,7 @@ stories! {
         texts_with_nul_are_stored;
     lists:
         pages_follow_each_other,
+        a_build_that_cannot_be_read_is_shown_as_what_it_is,
         a_page_ends_early_where_its_builds_are_large,
         filters_find_rare_states,
         figures_cover_a_stretch_of_time;

@@ -13,6 +13,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use tempfile::TempDir;
 use tokio::net::UnixListener;
+use tokio::task::JoinSet;
 
 use super::*;
 
@@ -53,6 +54,7 @@ enum Said {
 pub(super) struct Agent {
     pub(super) socket: PathBuf,
     says: watch::Sender<Said>,
+    task: JoinHandle<()>,
     _directory: TempDir,
 }
 
@@ -61,19 +63,23 @@ impl Agent {
     pub(super) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("agent.sock");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let (says, said) = watch::channel(Said::Refusal);
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let said = said.clone();
-                let service = hyper::service::service_fn(move |request| {
-                    std::future::ready(Ok::<_, Infallible>(answer(&request, said.clone())))
-                });
-                let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                tokio::spawn(server.serve_connection(TokioIo::new(stream), service));
-            }
-        });
-        Self { socket, says, _directory: directory }
+        let says = watch::Sender::new(Said::Refusal);
+        let task = talk(UnixListener::bind(&socket).unwrap(), says.subscribe());
+        Self { socket, says, task, _directory: directory }
+    }
+
+    /// Nobody is there any more, nor at the other end of connections.
+    pub(super) async fn dead(mut self) -> Self {
+        self.task.abort();
+        assert!((&mut self.task).await.unwrap_err().is_cancelled());
+        std::fs::remove_file(&self.socket).unwrap();
+        self
+    }
+
+    /// It is there again, and what it says now is what it was given meanwhile.
+    pub(super) fn revived(self) -> Self {
+        let task = talk(UnixListener::bind(&self.socket).unwrap(), self.says.subscribe());
+        Self { task, ..self }
     }
 
     /// Tells whoever asks that it is `id`, by a new certificate of `authority`; gives it.
@@ -98,6 +104,21 @@ impl Agent {
     pub(super) fn forget(&self) {
         self.says.send_replace(Said::Refusal);
     }
+}
+
+/// Talks to everybody, until it is aborted.
+fn talk(listener: UnixListener, said: watch::Receiver<Said>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            let said = said.clone();
+            let service = hyper::service::service_fn(move |request| {
+                std::future::ready(Ok::<_, Infallible>(answer(&request, said.clone())))
+            });
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            connections.spawn(server.serve_connection(TokioIo::new(stream), service));
+        }
+    })
 }
 
 type Body = http_body_util::combinators::BoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;

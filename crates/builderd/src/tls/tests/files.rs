@@ -90,6 +90,12 @@ async fn a_client_without_a_good_certificate_is_refused_where_one_is_required() 
         assert!(error.to_string().contains("alert"), "{error}");
         // Nobody chooses which of two ids he is.
         assert_eq!(name(Some(&several)).await.unwrap(), "nobody");
+        // Nor writes into rows and lines what is no URI.
+        for odd in ["urn:x:a\nb", "urn:x:\0", "urn:x:a b"] {
+            let odd = clients.issue(&[odd]);
+            let caller = Caller::new(&disk.authority, Some(&odd));
+            assert_eq!(caller.name(&site).await.unwrap(), "nobody");
+        }
         site.stop().await;
     }
 }
@@ -156,6 +162,57 @@ async fn new_files_are_taken_and_bad_ones_are_not() {
 }
 
 #[tokio::test]
+async fn a_connection_ends_when_who_signed_its_clients_certificate_is_trusted_no_more() {
+    let (old, new) = (Authority::new("clients", &[]), Authority::new("other clients", &[]));
+    let disk = Disk::new(ClientAuth::Optional, Some(&old));
+    let (site, mut keeper) = disk.start().await;
+    let own = old.issue(&["urn:x:own"]);
+    let mut open = Caller::new(&disk.authority, Some(&own)).connect(&site).await.unwrap();
+    let mut without = Caller::new(&disk.authority, None).connect(&site).await.unwrap();
+    assert_eq!(ask(&mut open).await.unwrap(), "urn:x:own");
+    // What changes nothing for it ends nothing.
+    disk.renew();
+    keeper.look().await;
+    assert_eq!(ask(&mut open).await.unwrap(), "urn:x:own");
+    disk.write("ca.pem", &format!("{}{}", old.pem, new.pem));
+    keeper.look().await;
+    assert_eq!(ask(&mut open).await.unwrap(), "urn:x:own");
+    disk.write("ca.pem", &new.pem);
+    keeper.look().await;
+    is_over(open).await;
+    // Whoever had shown none stays.
+    assert_eq!(ask(&mut without).await.unwrap(), "nobody");
+    drop(without);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_is_good_until_it_runs_out() {
+    let clients = Authority::new("clients", &[]);
+    let disk = Disk::new(ClientAuth::Required, Some(&clients));
+    let (tls, _keeper) = start(&disk.settings, Metrics::unread()).await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let own = clients.issue(&["urn:x:own"]);
+    let config = Caller::new(&disk.authority, Some(&own)).config();
+    let connect = async {
+        let stream = TcpStream::connect(address).await.unwrap();
+        TlsConnector::from(config).connect(address.ip().into(), stream).await.unwrap()
+    };
+    let accept = async { tls.accept(listener.accept().await.unwrap().0).await.unwrap() };
+    let (_client, (_server, shown)) = tokio::join!(connect, accept);
+    let shown = shown.unwrap();
+    assert_eq!(shown.id().map(AsRef::as_ref), Some("urn:x:own"));
+    let years = |count: u64| Duration::from_secs(count * 365 * 86_400);
+    assert!(shown.is_good_at(UnixTime::now()));
+    // rcgen's end in the year 4096.
+    let late = UnixTime::since_unix_epoch(years(3000));
+    assert!(!shown.is_good_at(late), "it has run out");
+    let ended = tokio::time::timeout(Duration::from_millis(1), shown.ended());
+    assert!(ended.await.is_err(), "now it is good");
+}
+
+#[tokio::test]
 async fn what_is_wrong_is_told_once_and_counted() {
     let disk = Disk::new(ClientAuth::None, None);
     let telemetry = crate::telemetry::tests::readable(false);
@@ -183,12 +240,12 @@ async fn what_is_wrong_is_told_once_and_counted() {
 async fn files_are_looked_at_every_half_minute_until_the_service_stops() {
     let disk = Disk::new(ClientAuth::None, None);
     let (mut tls, keeper) = start(&disk.settings, Metrics::unread()).await.unwrap();
-    tls.config.borrow_and_update();
+    tls.ready.borrow_and_update();
     let (stop, stopping) = watch::channel(false);
     let keeper = tokio::spawn(keeper.run(stopping));
     let begun = tokio::time::Instant::now();
     disk.renew();
-    tls.config.changed().await.unwrap();
+    tls.ready.changed().await.unwrap();
     assert_eq!(begun.elapsed().as_secs(), LOOK_EVERY.as_secs());
     stop.send_replace(true);
     keeper.await.unwrap().unwrap();

@@ -184,6 +184,16 @@ async fn ask(stream: &mut TlsStream<TcpStream>) -> io::Result<String> {
     }
 }
 
+/// Nothing more is heard on a connection, and nothing can be asked.
+async fn is_over(mut stream: TlsStream<TcpStream>) {
+    let mut rest = Vec::new();
+    // Sooner than an idle connection ends by itself.
+    let end = tokio::time::timeout(HANDSHAKE_TIMEOUT / 2, stream.read_to_end(&mut rest));
+    // A clean end or a cut one.
+    let _ = end.await.expect("the server ends the connection");
+    assert!(rest.is_empty(), "{rest:?}");
+}
+
 /// The certificate that the server showed on a connection.
 fn shown(stream: &TlsStream<TcpStream>) -> CertificateDer<'static> {
     stream.get_ref().1.peer_certificates().unwrap()[0].clone()

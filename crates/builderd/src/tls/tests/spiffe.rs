@@ -29,7 +29,7 @@ async fn the_agents_identity_is_shown_and_follows_it() {
     let mut open = caller.connect(&site).await.unwrap();
     assert_eq!(shown(&open), first.certificate);
     assert_eq!(ask(&mut open).await.unwrap(), CI);
-    // A new certificate; whoever is there stays.
+    // A new certificate of ours; whoever is there stays.
     let second = agent.name(SERVER, &authority);
     heard(&mut keeper).await;
     assert_eq!(shown(&caller.connect(&site).await.unwrap()), second.certificate);
@@ -41,7 +41,8 @@ async fn the_agents_identity_is_shown_and_follows_it() {
     let renewed = next.issue(&[CI]);
     assert_eq!(Caller::new(&next, Some(&renewed)).name(&site).await.unwrap(), CI);
     assert!(Caller::new(&next, Some(&own)).name(&site).await.is_err());
-    drop(open);
+    // Also those who are there.
+    is_over(open).await;
     site.stop().await;
 }
 
@@ -60,6 +61,9 @@ async fn only_ids_of_the_own_domain_come_in_and_of_those_only_known_ones() {
         let site = Site::start(tls).await;
         let name = async |id: &str| Caller::new(&authority, Some(&issued(id))).name(&site).await;
         assert_eq!(name(CI).await.unwrap(), CI);
+        let own = issued(CI);
+        let mut open = Caller::new(&authority, Some(&own)).connect(&site).await.unwrap();
+        assert_eq!(ask(&mut open).await.unwrap(), CI);
         assert_eq!(name(other).await.is_ok(), of_domain);
         // Signed by the right authority, and still of another domain, or no SPIFFE id at all.
         assert!(name("spiffe://example.com/ci").await.is_err());
@@ -78,6 +82,7 @@ async fn only_ids_of_the_own_domain_come_in_and_of_those_only_known_ones() {
             keeper.look().await;
             assert!(name(CI).await.is_err());
             assert_eq!(name(other).await.unwrap(), other);
+            is_over(open).await;
         }
         site.stop().await;
     }
@@ -91,13 +96,34 @@ async fn an_identity_that_is_withdrawn_closes_the_doors() {
     let site = Site::start(tls).await;
     let own = authority.issue(&[CI]);
     let caller = Caller::new(&authority, Some(&own));
-    assert_eq!(caller.name(&site).await.unwrap(), CI);
+    let mut open = caller.connect(&site).await.unwrap();
+    assert_eq!(ask(&mut open).await.unwrap(), CI);
     agent.forget();
     heard(&mut keeper).await;
     assert!(caller.name(&site).await.is_err());
+    is_over(open).await;
     agent.name(SERVER, &authority);
     heard(&mut keeper).await;
     assert_eq!(caller.name(&site).await.unwrap(), CI);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_was_away_is_heard_again() {
+    let (agent, authority) = (Agent::start(), Authority::new("spire", &["spiffe://example.org"]));
+    let first = agent.name(SERVER, &authority);
+    let (tls, mut keeper) = start(&settings(&agent, None), Metrics::unread()).await.unwrap();
+    let site = Site::start(tls).await;
+    let own = authority.issue(&[CI]);
+    let caller = Caller::new(&authority, Some(&own));
+    let agent = agent.dead().await;
+    // What was said before holds.
+    assert_eq!(shown(&caller.connect(&site).await.unwrap()), first.certificate);
+    let second = agent.name(SERVER, &authority);
+    let agent = agent.revived();
+    heard(&mut keeper).await;
+    assert_eq!(shown(&caller.connect(&site).await.unwrap()), second.certificate);
+    drop(agent);
     site.stop().await;
 }
 

@@ -21,7 +21,7 @@ fn stage() -> Option<Stage> {
         return None;
     };
     let mut layer = Layer::new().directory("bin").directory("srv").program("bin/busybox", &busybox);
-    for applet in ["sh", "echo", "rm", "id", "sleep", "cat"] {
+    for applet in ["sh", "echo", "rm", "id", "sleep", "cat", "wget", "nc"] {
         layer = layer.symlink(&format!("bin/{applet}"), "busybox");
     }
     let mut stage = Stage::new();
@@ -127,4 +127,63 @@ fn where_there_is_no_runtime_commands_are_refused_before_there_is_a_build() {
     assert!(text.contains("custom_commands") && text.contains("no commands here"), "{text}");
     let plain = server.finished("t1", &server.create("t1", &stage.reference("latest")));
     assert_eq!(plain["state"], "BUILD_STATE_COMPLETED", "others are built");
+}
+
+/// A server on this machine that answers every request with `come in`.
+fn neighbour() -> std::net::SocketAddr {
+    use std::io::{Read as _, Write as _};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 8\r\n\r\ncome in\n");
+        }
+    });
+    address
+}
+
+#[test]
+fn commands_reach_what_the_operator_allows_their_tenant_and_nothing_else() {
+    let Some(stage) = stage() else { return };
+    let (address, other) = (neighbour(), neighbour());
+    let fetch = format!("wget -q -O - http://{address}/");
+    let server = stage.serve(&[
+        ("OCI_RUNTIME_ACCEPT_VULNERABLE", &accepted()),
+        ("COMMANDS_EGRESS_OF_TENANTS", &format!("t1={address}, t1=*")),
+        ("EGRESS_ALLOWED_PRIVATE", &address.to_string()),
+    ]);
+    let build = built(&server, &stage, "t1", &[&format!("{fetch} > got; cat got")]);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let id = build["build_id"].as_str().unwrap();
+    assert!(server.log("t1", id).contains("come in"), "{}", server.log("t1", id));
+    let again = built(&server, &stage, "t1", &[&format!("{fetch} > got; cat got")]);
+    let log = server.log("t1", again["build_id"].as_str().unwrap());
+    assert!(log.contains("come in"), "what came from the network is fetched anew: {log}");
+
+    for (place, rule) in [
+        (other.to_string(), "no rule lets"),
+        ("169.254.169.254".to_owned(), "metadata"),
+        ("127.0.0.1".to_owned(), "loopback"),
+    ] {
+        let commands = ["echo fine", &format!("wget -q -O - http://{place}/")];
+        let build = built(&server, &stage, "t1", &commands);
+        assert_eq!(build["state"], "BUILD_STATE_FAILED", "{build:#}");
+        assert_eq!(build["failure"]["code"], "NETWORK_DENIED", "{build:#}");
+        let cause = build["failure"].to_string();
+        assert!(cause.contains("command 2") && cause.contains(rule), "{cause}");
+        assert!(cause.contains("COMMANDS_EGRESS"), "the remedy: {cause}");
+        let log = server.log("t1", build["build_id"].as_str().unwrap());
+        assert!(log.contains("refused the network") && log.contains(rule), "{log}");
+    }
+    // A refusal that a command gets over is no failure of it, nor of the next one.
+    let commands = ["wget -q -O - http://169.254.169.254/ || true", "exit 3"];
+    let build = built(&server, &stage, "t1", &commands);
+    assert_eq!(build["failure"]["code"], "INVALID_SOURCE", "{build:#}");
+    // Another tenant has no way out at all, not even to the proxy.
+    let commands = ["echo ${http_proxy:-none}; nc -w 2 127.0.0.1 80 < /dev/null || echo alone"];
+    let build = built(&server, &stage, "t2", &commands);
+    let log = server.log("t2", build["build_id"].as_str().unwrap());
+    assert!(log.contains("none") && log.contains("alone"), "{log}");
+    assert_eq!(stage.staged(), Vec::<String>::new());
 }

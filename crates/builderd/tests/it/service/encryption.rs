@@ -69,6 +69,9 @@ fn an_artifact_of_an_enterprise_tenant_is_nowhere_in_the_open() {
     let build = stage.completed(&server, "bank", "TENANT_TIER_ENTERPRISE");
     assert!(text(&build, "rootfs_path").contains("tenant-bank/"), "{build:#}");
     assert!(text(&build, "rootfs_path").contains(".sealed-"), "{build:#}");
+    // Whoever sees the names must not learn what was built.
+    let sum = text(&build, "rootfs_checksum");
+    assert!(!text(&build, "rootfs_path").contains(sum), "{build:#}");
     assert_eq!(stage.leaks(), Vec::<PathBuf>::new());
     assert_eq!(stage.workshop.packs(), Vec::<PathBuf>::new(), "no layer is kept");
 
@@ -89,6 +92,11 @@ fn an_artifact_of_an_enterprise_tenant_is_nowhere_in_the_open() {
     let other = stage.completed(&server, "other", "TENANT_TIER_DEDICATED");
     assert!(text(&other, "rootfs_path").contains("tenant-other/"), "{other:#}");
     assert_eq!(other["rootfs_checksum"], build["rootfs_checksum"]);
+    let file = |build: &Value| {
+        let path = PathBuf::from(text(build, "rootfs_path"));
+        path.file_name().unwrap().to_str().unwrap().split_once('.').unwrap().0.to_owned()
+    };
+    assert_ne!(file(&other), file(&build), "nor that two tenants built the same");
     assert_eq!(stage.leaks(), Vec::<PathBuf>::new());
 
     // The same search finds what is not encrypted: the artifact and the layer.
@@ -130,6 +138,15 @@ fn a_tampered_artifact_breaks_off_and_is_made_anew() {
     }
     let again = stage.completed(&server, "bank", "TENANT_TIER_ENTERPRISE");
     assert_eq!(again["rootfs_path"], build["rootfs_path"]);
+    let artifact = server.artifact("bank", id);
+    assert_eq!(build["rootfs_checksum"], crate::support::sha256(&artifact));
+    // Also where its header and its size are good still.
+    let mut bad = std::fs::read(&path).unwrap();
+    let middle = bad.len() / 2;
+    bad[middle] ^= 1;
+    std::fs::write(&path, &bad).unwrap();
+    assert_eq!(server.download("bank", id, None), (200, None));
+    stage.completed(&server, "bank", "TENANT_TIER_ENTERPRISE");
     let artifact = server.artifact("bank", id);
     assert_eq!(build["rootfs_checksum"], crate::support::sha256(&artifact));
 }

@@ -1,0 +1,63 @@
+//! Why the store did not do it. What a caller is told of it is not decided here.
+
+use std::path::PathBuf;
+
+use super::engine;
+use crate::build::state::IllegalTransition;
+
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be reached, or is too busy.
+    #[error("the database is not available")]
+    Unavailable(#[source] sqlx::Error),
+    /// The disk of the database is full.
+    #[error("the disk of the database is full")]
+    Full(#[source] sqlx::Error),
+    /// What stands in the database is not what was written there.
+    #[error("the database holds something it should not: {0}")]
+    Corrupt(String),
+    /// A build's state does not allow it.
+    #[error(transparent)]
+    Illegal(#[from] IllegalTransition),
+    /// Anything else the database said.
+    #[error("the database failed")]
+    Database(#[source] sqlx::Error),
+    /// The data directory cannot be used.
+    #[error("the data directory {path:?} cannot be used: {problem}")]
+    DataDirectory {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// A migration failed.
+    #[error("the database's schema could not be brought up to date")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+}
+
+impl StoreError {
+    /// Whether the same may work a moment later.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Full(_))
+    }
+
+    /// What kind of trouble it is, in one word for programs.
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::Unavailable(error) if engine::is_read_only(error) => "database_read_only",
+            Self::Unavailable(_) => "database_unavailable",
+            Self::Full(_) => "database_full",
+            Self::Corrupt(_)
+            | Self::Illegal(_)
+            | Self::Database(_)
+            | Self::DataDirectory { .. }
+            | Self::Migrate(_) => "database_failed",
+        }
+    }
+
+    /// The database took longer than its caller waits.
+    pub(crate) fn timed_out() -> Self {
+        Self::Unavailable(sqlx::Error::PoolTimedOut)
+    }
+}
