@@ -15,8 +15,9 @@ const HEAD: &str = "\
 Made from `proto/builder/v1/builder.proto` by `cargo xtask docs`; do not edit.
 
 Base URL `http://HOST:8082`, procedures at `/builder.v1.BuilderService/METHOD`, over Connect (JSON and
-binary, HTTP/1.1 and h2c), gRPC and gRPC-Web. gRPC health and reflection are there. Plain routes for
-people and scripts: `GET .../GetBuildStatus/ID`, `GET .../GetBuildArtifact/ID` (also `ID.sha256`),
+binary, HTTP/1.1 and h2c), gRPC and gRPC-Web. gRPC health and reflection are there; a stream to reflection
+ends after 30 s, or behind 1 MiB of questions. Plain routes for people and scripts:
+`GET .../GetBuildStatus/ID`, `GET .../GetBuildArtifact/ID` (also `ID.sha256`),
 `GET .../GetBuildLogs/ID?offset&limit`, `GET .../ListBuilds?status&limit&offset` (a page may have fewer
 builds than `limit`: go on behind those that came while it says `has_more`), `GET /health`, `GET /stats`,
 `GET /metrics`.

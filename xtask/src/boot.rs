@@ -22,8 +22,11 @@ const BOOT_SECS_MAX: u64 = 120;
 /// How often a boot is tried: emulated clocks hang now and then on a busy machine.
 const ATTEMPTS: u32 = 2;
 
-/// Modules the initial RAM disk needs to see the disk.
-const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "ext4"];
+/// Memory of a machine whose user asks for no more, in MiB.
+const MEMORY_MIB: u32 = 512;
+
+/// Modules the initial RAM disk needs to see the disk, and those that a service's commands need.
+const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "ext4", "loop", "overlay"];
 
 /// A kernel with what is needed to reach the root disk.
 pub(crate) struct Kernel {
@@ -42,7 +45,9 @@ impl Kernel {
     /// Downloads and unpacks the kernel on first use.
     pub(crate) fn fetch() -> Result<Self> {
         let dir = workspace::kept("boot")?;
-        let kernel = Self { image: dir.join("vmlinuz"), initramfs: dir.join("modules.cpio") };
+        // Named by what is in it: one with other modules is made anew.
+        let initramfs_file = dir.join(format!("{}.cpio", MODULES.join("-")));
+        let kernel = Self { image: dir.join("vmlinuz"), initramfs: initramfs_file };
         if kernel.image.exists() && kernel.initramfs.exists() {
             return Ok(kernel);
         }
@@ -73,6 +78,17 @@ impl Kernel {
         self.attempts(disk, command, "on")
     }
 
+    /// The same once, with more time and more memory.
+    pub(crate) fn boot_within(
+        &self,
+        disk: &Path,
+        command: &str,
+        limit: Duration,
+        memory_mib: u32,
+    ) -> Result<Proof> {
+        self.attempt(disk, command, "on", limit, memory_mib)
+    }
+
     /// The same, but what the guest writes stays in the image.
     pub(crate) fn boot_and_keep(&self, disk: &Path, command: &str) -> Result<Proof> {
         self.attempts(disk, command, "off")
@@ -81,7 +97,8 @@ impl Kernel {
     fn attempts(&self, disk: &Path, command: &str, snapshot: &str) -> Result<Proof> {
         let mut last = None;
         for _ in 0..ATTEMPTS {
-            match self.attempt(disk, command, snapshot) {
+            let limit = Duration::from_secs(BOOT_SECS_MAX);
+            match self.attempt(disk, command, snapshot, limit, MEMORY_MIB) {
                 Ok(proof) => return Ok(proof),
                 Err(error) => last = Some(error),
             }
@@ -89,7 +106,14 @@ impl Kernel {
         Err(last.context("no attempt was made")?)
     }
 
-    fn attempt(&self, disk: &Path, command: &str, snapshot: &str) -> Result<Proof> {
+    fn attempt(
+        &self,
+        disk: &Path,
+        command: &str,
+        snapshot: &str,
+        limit: Duration,
+        memory_mib: u32,
+    ) -> Result<Proof> {
         let scratch = tempfile::tempdir()?;
         let initramfs = scratch.path().join("initramfs");
         std::fs::copy(&self.initramfs, &initramfs)?;
@@ -102,7 +126,8 @@ impl Kernel {
         let started = Instant::now();
         let mut machine = Program::new("setpriv")
             .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
-            .args(["-M", "microvm,accel=tcg", "-cpu", "max", "-m", "512", "-smp", "1"])
+            .args(["-M", "microvm,accel=tcg", "-cpu", "max", "-smp", "1", "-m"])
+            .arg(memory_mib.to_string())
             .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
             .args(["-serial", "stdio", "-kernel"])
             .arg(&self.image)
@@ -117,7 +142,7 @@ impl Kernel {
             .arg(format!("id=root,file={},format=raw,if=none,snapshot={snapshot}", disk.display()))
             .args(["-device", "virtio-blk-device,drive=root"])
             .background(&log)?;
-        let ended = machine.wait_for(Duration::from_secs(BOOT_SECS_MAX))?;
+        let ended = machine.wait_for(limit)?;
         let console = String::from_utf8_lossy(&std::fs::read(&log)?).replace('\r', "");
         if !console.contains(MARKER) {
             let how = if ended.is_some() { "ended" } else { "hung" };

@@ -51,12 +51,14 @@ fn run_stories(size: Size) -> Result<Tally> {
         Size::Reduced => {
             "stories, reduced: images tiny, small, node-reduced; 50k files in one directory; \
              series of 10k and 100k files; base layer of 96 MiB; 30 builds of 6 tenants through 5 \
-             kills, on each database; 24 builds cancelled, 6 killed (`cargo xtask soak`: full sizes)"
+             kills, on each database; 24 builds cancelled, 6 killed; the attacks of a \
+             tenant here alone (`cargo xtask soak`: full sizes)"
         }
         Size::Full => {
             "stories, full: images tiny, small, node, large; 200k files in one directory; \
              series of 10k, 100k and 1M files; base layer of 2.2 GiB; 200 builds of 20 tenants \
-             through 20 kills, on each database; 1000 builds cancelled, 200 killed"
+             through 20 kills, on each database; 1000 builds cancelled, 200 killed; the attacks of a \
+             tenant here and in a machine with version 2 of cgroups"
         }
     });
     machine::require(&[machine::DEMO, machine::STORIES, machine::SERVICE])?;

@@ -37,6 +37,9 @@ usage: cargo xtask CHORE
                        [--no-failing-peers] [--no-series] [--reflink xfs|btrfs|none]
                        [--binary FILE]
   bench --service      the service's figures; [--binary FILE]
+  bench --isolation    what shutting in costs; [--runs N] [--noise WORD] [--binary FILE]
+  attacks              attack a service of its own and print the table; [--binary FILE]
+                       [--programs DIR] [--dir DIR]
   docs                 write docs/api.md from the proto file
   fuzz [TARGET...]     every parser of foreign bytes; [--seconds N]
   mutations            take the queue's fence out and see that the tests notice
@@ -66,6 +69,7 @@ fn run() -> Result<()> {
         "demo" => demo::run(arguments),
         "test" => check::test(arguments),
         "soak" => check::soak(arguments),
+        "attacks" => stories::attacks::run(arguments),
         "bench" => bench::run(arguments),
         "docs" => arguments.end().and_then(|()| apidoc::run()),
         "fuzz" => fuzz::run(arguments),

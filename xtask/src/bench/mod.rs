@@ -5,6 +5,7 @@
 
 mod contender;
 pub(crate) mod floor;
+mod isolation;
 pub(crate) mod measure;
 mod series;
 mod service;
@@ -58,13 +59,21 @@ impl Plan {
 }
 
 /// `cargo xtask bench [--images a,b] [--runs N] [--peer-runs N] [--no-peers] [--no-failing-peers]
-/// [--no-series] [--reflink xfs|btrfs|none] [--binary FILE]`, or `--service [--binary FILE]`
+/// [--no-series] [--reflink xfs|btrfs|none] [--binary FILE]`, or `--service [--binary FILE]`, or
+/// `--isolation [--runs N] [--noise WORD] [--binary FILE]`
 pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
     if arguments.flag("--service") {
         let binary = arguments.value("--binary")?;
         arguments.end()?;
         machine::require(&[machine::DEMO, machine::SERVICE])?;
         return service::run(binary);
+    }
+    if arguments.flag("--isolation") {
+        let (binary, rounds) = (arguments.value("--binary")?, arguments.number("--runs")?);
+        let noise = arguments.value("--noise")?;
+        arguments.end()?;
+        machine::require(&[machine::DEMO, machine::SERVICE])?;
+        return isolation::run(binary, rounds, noise.as_deref());
     }
     let plan = Plan::read(arguments)?;
     machine::require(&[machine::DEMO, machine::STORIES])?;

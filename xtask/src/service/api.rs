@@ -53,6 +53,8 @@ pub(crate) struct Api {
     pub(crate) tenant: String,
     /// `PRO`, `ENTERPRISE`, …
     pub(crate) tier: &'static str,
+    /// What is shown in the place of the tenant's name, which only development mode believes.
+    pub(crate) authorization: Option<String>,
 }
 
 /// What is to be built.
@@ -86,7 +88,21 @@ impl Rpc<'_> {
 
 impl Api {
     pub(crate) fn new(address: &str, tenant: &str, tier: &'static str) -> Self {
-        Self { address: address.to_owned(), tenant: tenant.to_owned(), tier }
+        let (address, tenant) = (address.to_owned(), tenant.to_owned());
+        Self { address, tenant, tier, authorization: None }
+    }
+
+    /// The same with a token.
+    pub(crate) fn with_token(self, token: &str) -> Self {
+        Self { authorization: Some(format!("Bearer {token}")), ..self }
+    }
+
+    /// The header that says who asks.
+    fn credential(&self) -> (&'static str, &str) {
+        match &self.authorization {
+            Some(shown) => ("Authorization", shown),
+            None => ("X-Tenant-ID", &self.tenant),
+        }
     }
 
     /// An RPC in JSON, to be sent as often as wanted.
@@ -95,11 +111,8 @@ impl Api {
     }
 
     fn post(&self, method: &str, content_type: &'static str, body: Vec<u8>) -> Rpc<'_> {
-        let headers = [
-            ("Content-Type", content_type),
-            ("Connect-Protocol-Version", "1"),
-            ("X-Tenant-ID", self.tenant.as_str()),
-        ];
+        let headers =
+            [("Content-Type", content_type), ("Connect-Protocol-Version", "1"), self.credential()];
         Rpc { path: format!("{SERVICE}/{method}"), headers, body }
     }
 
@@ -126,7 +139,7 @@ impl Api {
     /// A plain route's answer.
     pub(crate) fn get(&self, path: &str, headers: &[(&str, &str)]) -> Result<Answer> {
         let path = format!("{SERVICE}/{path}");
-        let mut all = vec![("X-Tenant-ID", self.tenant.as_str())];
+        let mut all = vec![self.credential()];
         all.extend_from_slice(headers);
         let request = Request { method: "GET", path: &path, headers: &all, body: b"" };
         Connection::open(&self.address)?.send(request)
@@ -252,7 +265,7 @@ impl Api {
     /// Downloads an artifact.
     pub(crate) fn download(&self, id: &str, file: &Path) -> Result<Head> {
         let path = format!("{SERVICE}/GetBuildArtifact/{id}");
-        let headers = [("X-Tenant-ID", self.tenant.as_str())];
+        let headers = [self.credential()];
         let request = Request { method: "GET", path: &path, headers: &headers, body: b"" };
         let (head, mut body) = Connection::open(&self.address)?.stream(request)?;
         if head.status != 200 {

@@ -91,15 +91,24 @@ impl Place {
         self.settings.iter().fold(program, |program, (name, value)| program.env(name, value))
     }
 
-    /// Starts the service and waits until it listens.
+    /// Starts the service in development mode and waits until it listens.
     pub(crate) fn start(&self) -> Result<Server> {
+        self.start_as(&["serve", "--dev"])
+    }
+
+    /// The same as operators start it: whoever asks needs a token.
+    pub(crate) fn start_guarded(&self) -> Result<Server> {
+        self.start_as(&["serve"])
+    }
+
+    fn start_as(&self, words: &[&str]) -> Result<Server> {
         let mut names = (0..).map(|turn| self.dir.join(format!("log-{turn}")));
         let log = names.find(|name| !name.exists()).context("no name for a log")?;
         // It must not outlive us, however we end.
         let mut process = self
             .settled(Program::new("setpriv").args(["--pdeathsig", "KILL"]))
             .arg(&self.binary)
-            .args(["serve", "--dev"])
+            .args(words)
             .background(&log)?;
         let end = Instant::now() + Duration::from_secs(START_SECS_MAX);
         loop {

@@ -3,6 +3,7 @@
 //! All of them are listed here and nowhere else; each is counted, a skip is printed with its
 //! reason. Knows the command line of builderd, nothing of its code.
 
+pub(crate) mod attacks;
 mod buckets;
 mod bytes;
 mod cache;
@@ -104,6 +105,8 @@ fn all() -> Vec<Story> {
         service::what_a_stopped_service_cannot_finish_the_next_start_completes,
         service::of_500_orders_at_once_the_last_place_takes_one,
         walls::every_attack_on_a_worker_fails_also_where_cgroups_are_of_version_2,
+        attacks::every_attack_by_a_tenant_fails_for_its_reason_and_leaves_the_service_healthy,
+        attacks::every_attack_by_a_tenant_fails_where_cgroups_are_of_version_2,
         walls::of_a_stopped_build_nothing_is_left_after_a_second,
         clients::plain_curl_lives_a_builds_life,
         clients::connect_node_lives_a_builds_life_on_every_transport,

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
 use super::Verdict;
-use super::lab::{Lab, root_needed};
+use super::lab::{Corner, Lab, root_needed};
 use super::service::{place, slow_image, slowly};
 use crate::process::Program;
 use crate::service::api::{Api, Order};
@@ -36,26 +36,9 @@ pub(super) fn every_attack_on_a_worker_fails_also_where_cgroups_are_of_version_2
     let disk = corner.output("rootfs.ext4");
     corner.build(&lab.pushed("small")?, &disk, &["--free-space", "256MiB"])?;
     let (tests, attacker) = sandbox_tests()?;
-    let mut script = String::new();
-    let mut carry = |from: &Path, to: &str, number: usize| -> Result<()> {
-        let stripped = corner.path(&format!("stripped-{number}"));
-        Program::new("strip").arg("-o").arg(&stripped).arg(from).run()?;
-        for directory in Path::new(to).ancestors().skip(1).collect::<Vec<_>>().iter().rev() {
-            if directory.parent().is_some() {
-                script.push_str(&format!("mkdir {}\n", directory.display()));
-            }
-        }
-        script.push_str(&format!("write {} {to}\n", stripped.display()));
-        script.push_str(&format!("set_inode_field {to} mode 0100755\n"));
-        Ok(())
-    };
-    carry(&tests, GUEST_TESTS, 1)?;
     // The tests know the place where the attacker was built.
-    carry(&attacker, &attacker.display().to_string(), 2)?;
-    let commands = corner.path("debugfs");
-    std::fs::write(&commands, script)?;
-    // Says so of directories that are there, and goes on.
-    Program::new("debugfs").arg("-w").arg("-f").arg(&commands).arg(&disk).checked()?;
+    let place = attacker.display().to_string();
+    carry(&corner, &disk, &[(&tests, GUEST_TESTS.into()), (&attacker, place)])?;
     let proof = kernel.boot(
         &disk,
         &format!(
@@ -70,6 +53,26 @@ pub(super) fn every_attack_on_a_worker_fails_also_where_cgroups_are_of_version_2
         _ => bail!("the guest said:\n{}", proof.console),
     }
     Ok(Verdict::Passed)
+}
+
+/// Puts programs into an image, without what only a debugger wants of them.
+pub(super) fn carry(corner: &Corner<'_>, disk: &Path, luggage: &[(&Path, String)]) -> Result<()> {
+    let mut script = String::new();
+    for (number, (from, to)) in luggage.iter().enumerate() {
+        let stripped = corner.path(&format!("stripped-{number}"));
+        Program::new("strip").arg("-o").arg(&stripped).arg(from).run()?;
+        for directory in Path::new(to).ancestors().skip(1).collect::<Vec<_>>().iter().rev() {
+            if directory.parent().is_some() {
+                script.push_str(&format!("mkdir {}\n", directory.display()));
+            }
+        }
+        script.push_str(&format!("write {} {to}\n", stripped.display()));
+        script.push_str(&format!("set_inode_field {to} mode 0100755\n"));
+    }
+    let commands = corner.path("debugfs");
+    std::fs::write(&commands, script)?;
+    // Says so of directories that are there, and goes on.
+    Program::new("debugfs").arg("-w").arg("-f").arg(&commands).arg(disk).run()
 }
 
 /// The test program of the sandbox, and the attacker that it starts.
@@ -159,7 +162,7 @@ fn nothing_left(server: &Server, before: &BTreeSet<PathBuf>) -> Result<()> {
 }
 
 /// Groups of builds in any hierarchy of this machine.
-fn groups() -> BTreeSet<PathBuf> {
+pub(super) fn groups() -> BTreeSet<PathBuf> {
     let (mut found, mut todo) = (BTreeSet::new(), vec![(PathBuf::from("/sys/fs/cgroup"), 0)]);
     while let Some((directory, depth)) = todo.pop() {
         // Groups come and go while they are listed.
