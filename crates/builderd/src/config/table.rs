@@ -876,50 +876,6 @@ const LATER: &[Setting] = &[
     ),
     later("ASSETMANAGER_ENDPOINT", &[], "README", "see ASSETMANAGER_ENABLED"),
     later("S3_ENCRYPTION", &[], "guide", "set the encryption of the bucket itself"),
-    later(
-        "ENABLE_SECCOMP",
-        &["false"],
-        "guide",
-        "no program of an image is run yet, so there is none to confine",
-    ),
-    later(
-        "ENABLE_CGROUPS",
-        &["false"],
-        "guide",
-        "no program of an image is run yet; limit the service itself, see contrib/systemd",
-    ),
-    later(
-        "BUILD_USER_ID",
-        &[],
-        "guide",
-        "no program of an image is run yet: every file is written as the service's own user",
-    ),
-    later("BUILD_GROUP_ID", &[], "guide", "see BUILD_USER_ID"),
-    later(
-        "APPARMOR_PROFILE",
-        &[],
-        "guide",
-        "no program of an image is run yet; confine the service itself from outside",
-    ),
-    later("SELINUX_CONTEXT", &[], "guide", "see APPARMOR_PROFILE"),
-    later(
-        "NETWORK_MODE",
-        &[],
-        "guide",
-        "no program of an image is run yet, so none reaches the network",
-    ),
-    later(
-        "ENABLE_AUDIT_LOGGING",
-        &["true"],
-        "guide",
-        "the audit log is always written, and kept for AUDIT_RETENTION_DAYS",
-    ),
-    later(
-        "AUDIT_LOG_FILE",
-        &[],
-        "guide",
-        "the audit log is in the database: `builderd admin audit export` writes it to a file",
-    ),
     later("ISCSI_*", &[], "guide", "mount the volume and use STORAGE_BACKEND=local"),
     later("AZURE_*", &[], "guide", "Azure's store does not exist yet: use `s3` or `gcs`"),
     later("CEPH_*", &[], "guide", "use Ceph's S3 gateway with STORAGE_BACKEND=s3"),
@@ -951,6 +907,58 @@ const NEVER: &[Setting] = &[
         "tenants are always kept apart; leave it out or set `true`",
     )
     .also(&["ENABLE_ISOLATION"]),
+    never(
+        "ENABLE_SECCOMP",
+        &["true"],
+        "guide",
+        "foreign bytes and commands are always behind seccomp; leave it out or set `true`",
+    ),
+    never(
+        "ENABLE_CGROUPS",
+        &["true"],
+        "guide",
+        "builds are always held by cgroups; ACCEPT_MISSING_WALLS=cgroup is for a host that has none",
+    ),
+    never(
+        "BUILD_USER_ID",
+        &[],
+        "guide",
+        "each process that touches foreign bytes has a user of its own, which no other has; \
+         leave it out",
+    )
+    .also(&["BUILD_GROUP_ID"]),
+    never(
+        "APPARMOR_PROFILE",
+        &[],
+        "guide",
+        "workers are shut in by landlock and seccomp; set the service's own profile outside, see \
+         AppArmorProfile= in systemd.exec(5)",
+    ),
+    never(
+        "SELINUX_CONTEXT",
+        &[],
+        "guide",
+        "workers are shut in by landlock and seccomp; set the service's own context outside, see \
+         SELinuxContext= in systemd.exec(5)",
+    ),
+    never(
+        "NETWORK_MODE",
+        &["isolated"],
+        "guide",
+        "builds are always isolated: COMMANDS_EGRESS says what their commands may reach",
+    ),
+    never(
+        "ENABLE_AUDIT_LOGGING",
+        &["true"],
+        "guide",
+        "the audit log is always written, and kept for AUDIT_RETENTION_DAYS",
+    ),
+    never(
+        "AUDIT_LOG_FILE",
+        &[],
+        "guide",
+        "the audit log is in the database: `builderd admin audit export` writes it to a file",
+    ),
     never(
         "TENANT_QUOTA_CHECK_INTERVAL",
         &["5m", "300s"],
