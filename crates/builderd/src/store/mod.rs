@@ -1,10 +1,11 @@
 //! What outlives the process: builds, their logs, tenants, tokens and artifacts, in SQL.
 //!
 //! One body (`sql/`) for two engines (`engine.rs`), SQLite and PostgreSQL, one schema
-//! (`migrations/`), one conformance suite that runs on both (`tests/`). A tenant's rows are reached with a [`Permit`]
-//! through [`TenantStore`], a running build's with its [`Lease`] through [`LeaseStore`]; what
-//! belongs to nobody is [`SystemStore`]'s. Every change of a build's state is one transaction
-//! that asks [`BuildState::next`], compares and sets, counts, and adds an event row.
+//! (`migrations/`), one conformance suite that runs on both (`tests/`). A tenant's rows are reached
+//! with a [`Permit`] through [`TenantStore`], a running build's with its [`Lease`] through
+//! [`LeaseStore`]; what belongs to nobody is [`SystemStore`]'s. Every change of a build's state is
+//! one transaction that asks [`BuildState::next`](crate::build::state::BuildState::next), compares
+//! and sets, counts, and adds an event row.
 //!
 //! It does not know doors, the engine, or where artifacts lie.
 

@@ -415,6 +415,8 @@ fn a_build_survives_the_death_of_its_server() {
     stage.stall(1);
     let id = server.create("t1", &stage.reference("latest"));
     server.wait("t1", &id, &["BUILD_STATE_EXTRACTING"]);
+    // Or the next server would be the one that waits for it.
+    eventually("a layer that stands still", || stage.registry.faults_left() == 0);
     server.signal(rustix::process::Signal::KILL);
     server.end();
     eventually("no build process", || stage.children() == 0);
@@ -435,6 +437,8 @@ fn a_server_that_stops_puts_its_builds_back_into_the_queue() {
     stage.stall(1);
     let id = server.create("t1", &stage.reference("latest"));
     server.wait("t1", &id, &["BUILD_STATE_EXTRACTING"]);
+    // Or the next server would be the one that waits for it.
+    eventually("a layer that stands still", || stage.registry.faults_left() == 0);
     server.signal(rustix::process::Signal::TERM);
     assert!(server.end().success());
     assert_eq!(stage.staged(), Vec::<String>::new());
