@@ -55,7 +55,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// How often the queue is looked at even if nobody said that something came.
 const POLL: Duration = Duration::from_secs(2);
 /// A build whose workers died so often ends as failed.
-pub(crate) const ATTEMPTS_MAX: u32 = 5;
+pub(crate) const ATTEMPTS_MAX: u32 = 20;
 
 /// What workers need to know of the settings.
 #[derive(Clone, Debug)]

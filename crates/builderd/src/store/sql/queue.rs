@@ -313,7 +313,8 @@ impl Rows {
             ending.apply(&mut tx, &held, now).await?;
         } else {
             let failure = Some(&failure);
-            let requeue = Requeue { failure, run_at: now, token, actor: "reaper" };
+            let run_at = now.plus_secs(rest_secs(held.attempt));
+            let requeue = Requeue { failure, run_at, token, actor: "reaper" };
             requeue.apply(&mut tx, &held, now).await?;
         }
         tx.commit().await?;
@@ -346,6 +347,16 @@ async fn claimed_build(tx: &mut Tx, held: &Held) -> Result<(Build, Option<Vec<u8
     let query = query.text(held.tenant.as_str()).text(held.id.as_str());
     let row: Row = tx.one(query).await?;
     Ok((build, row.bytes("sealed_credentials")?))
+}
+
+/// How long a build rests that was lost at this try: a server that dies now and then loses no time,
+/// and a build that ends each server it comes to lets the others go first.
+fn rest_secs(attempt: u32) -> u64 {
+    match attempt {
+        ..=2 => 0,
+        3..=7 => 1 << (attempt - 3),
+        _ => 30,
+    }
 }
 
 fn worker_lost(held: &Held) -> Failure {

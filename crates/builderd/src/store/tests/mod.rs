@@ -349,6 +349,7 @@ stories! {
         many_workers_never_take_the_same_build,
         a_worker_without_its_lease_changes_nothing,
         a_lease_that_runs_out_puts_the_build_back,
+        a_build_that_is_lost_again_and_again_rests_between_its_tries,
         who_is_alone_waits_for_no_lease,
         a_build_that_cannot_be_read_holds_nobody_up,
         a_build_that_nobody_can_read_fails_in_the_end,

@@ -381,6 +381,19 @@ pub(super) async fn a_build_whose_workers_die_fails_in_the_end(t: &TestStore) {
     assert!(t.try_claim(LONG).await.is_none());
 }
 
+pub(super) async fn a_build_that_is_lost_again_and_again_rests_between_its_tries(t: &TestStore) {
+    t.create("a").await;
+    for rest_secs in [0, 0, 1, 2] {
+        t.claim_and_die().await;
+        assert_eq!(t.rows().reap(Leases::Expired, 20, t.now()).await.unwrap(), 1);
+        if rest_secs > 0 {
+            assert!(t.try_claim(LONG).await.is_none());
+            t.advance_secs(rest_secs);
+        }
+    }
+    assert!(t.try_claim(LONG).await.is_some());
+}
+
 pub(super) async fn a_cancelled_build_is_never_queued_again(t: &TestStore) {
     let (first, second) = (t.create("a").await, t.create("a").await);
     let lost = t.claim_and_die().await;
