@@ -44,8 +44,20 @@ const DEVICES: [&str; 4] = ["/dev/null", "/dev/random", "/dev/urandom", "/dev/ze
 
 /// With these the host itself can be changed by whoever is its root, without a capability:
 /// proc(5), and what OCI runtimes keep from containers.
-const PROC_READ_ONLY: [&str; 6] =
-    ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/acpi"];
+const PROC_READ_ONLY: [&str; 12] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/bus",
+    "/proc/driver",
+    "/proc/dynamic_debug",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/mtrr",
+    "/proc/scsi",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+    "/proc/tty",
+];
 
 /// What root keeps: to write what is another user's in its directories, and to give workers
 /// users of their own (user_namespaces(7)).
