@@ -27,7 +27,8 @@ use sha2::{Digest as _, Sha256};
 use crate::staged::{Staged, open_regular};
 
 /// The pack format's version is part of the path: another engine never reads our packs as its own.
-const VERSION_DIRECTORY: &str = "packs-v1";
+const VERSION_DIRECTORY: &str = "packs-v2";
+const _: () = assert!(rootfs::PACK_VERSION == 2, "the directory is named by the version");
 
 /// Who may share a pack: an opaque name made of `a-z`, `0-9`, `-` and `_`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -384,8 +385,8 @@ impl PackCache {
         Ok(entries)
     }
 
-    /// Removes the least recently used packs until the rest fits into `limit_bytes`, and what
-    /// builds that were killed have left.
+    /// Removes the least recently used packs until the rest fits into `limit_bytes`, what builds
+    /// that were killed have left, and packs in an earlier format, which no limit would count.
     ///
     /// Builds that use a removed pack go on undisturbed.
     ///
@@ -407,7 +408,36 @@ impl PackCache {
         for domain in self.domains()? {
             self.sweep(&domain)?;
         }
+        // What cannot be removed now will be seen by the next prune.
+        let _ = self.prune_earlier(&mut pruned);
         Ok(pruned)
+    }
+
+    /// Removes what engines with an earlier pack format have left: this one will not read it.
+    fn prune_earlier(&self, pruned: &mut Pruned) -> Result<(), CacheError> {
+        let Some(directory) = self.root.parent() else { return Ok(()) };
+        for found in read_dir(directory)? {
+            let name = found.file_name();
+            let version = name.to_str().and_then(|name| name.strip_prefix("packs-v"));
+            let version = version.and_then(|version| version.parse::<u32>().ok());
+            let is_earlier = version.is_some_and(|version| version < rootfs::PACK_VERSION);
+            if !is_earlier || !found.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let earlier = Self { root: found.path() };
+            for entry in earlier.entries()? {
+                earlier.remove(&entry.key)?;
+                pruned.packs += 1;
+                pruned.bytes += entry.size_bytes;
+            }
+            for domain in earlier.domains()? {
+                earlier.sweep(&domain)?;
+                // Not where something else lies in them.
+                let _ = std::fs::remove_dir(earlier.root.join(domain.as_str()));
+            }
+            let _ = std::fs::remove_dir(&earlier.root);
+        }
+        Ok(())
     }
 
     /// Removes the locks that nobody holds and the stamps without a pack.
@@ -475,7 +505,8 @@ impl PackCache {
         self.root.join(key.domain.as_str()).join(format!("{}.{extension}", key.digest.hex()))
     }
 
-    fn pack_path(&self, key: &PackKey) -> PathBuf {
+    /// Where the pack of `key` is, or would be.
+    pub(crate) fn pack_path(&self, key: &PackKey) -> PathBuf {
         self.key_path(key, "pack")
     }
 

@@ -464,6 +464,8 @@ fn check_geometry(s: &Superblock, block_size: u64, size: u64) -> Result<u64, Rea
     let is_possible = u64::from(s.blocks_per_group) == bits
         && first == u64::from(block_size == 1024)
         && s.blocks_count > first
+        && s.free_blocks <= s.blocks_count
+        && s.free_inodes <= s.inodes_count
         && s.blocks_count.checked_mul(block_size).is_some_and(|bytes| bytes <= size)
         && (1..=bits).contains(&per_group)
         && s.inode_size.is_power_of_two()

@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::digest::Digest;
 use crate::platform::Platform;
+use crate::spelling::{self, Shape};
 
 /// An image config, with absent and `null` fields as empty ones.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
@@ -104,26 +105,37 @@ struct RawImage {
     history: Vec<HistoryEntry>,
 }
 
+/// Images made by hand spell these in lower case, and Docker, which does not mind, runs them.
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "PascalCase")]
 struct RawConfig {
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, alias = "user", deserialize_with = "null_as_default")]
     user: String,
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(
+        default,
+        alias = "exposedPorts",
+        alias = "exposedports",
+        deserialize_with = "null_as_default"
+    )]
     exposed_ports: BTreeMap<String, serde::de::IgnoredAny>,
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, alias = "env", deserialize_with = "null_as_default")]
     env: Vec<String>,
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, alias = "entrypoint", deserialize_with = "null_as_default")]
     entrypoint: Words,
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, alias = "cmd", deserialize_with = "null_as_default")]
     cmd: Words,
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, alias = "volumes", deserialize_with = "null_as_default")]
     volumes: BTreeMap<String, serde::de::IgnoredAny>,
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(
+        default,
+        alias = "workingDir",
+        alias = "workingdir",
+        deserialize_with = "null_as_default"
+    )]
     working_dir: String,
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, alias = "labels", deserialize_with = "null_as_default")]
     labels: BTreeMap<String, Option<String>>,
-    #[serde(default)]
+    #[serde(default, alias = "stopSignal", alias = "stopsignal")]
     stop_signal: Option<String>,
 }
 
@@ -134,6 +146,39 @@ struct RawRootfs {
     #[serde(default, deserialize_with = "null_as_default")]
     diff_ids: Vec<Digest>,
 }
+
+const CONFIG: Shape = Shape(&[
+    ("User", None),
+    ("user", None),
+    ("ExposedPorts", None),
+    ("exposedPorts", None),
+    ("exposedports", None),
+    ("Env", None),
+    ("env", None),
+    ("Entrypoint", None),
+    ("entrypoint", None),
+    ("Cmd", None),
+    ("cmd", None),
+    ("Volumes", None),
+    ("volumes", None),
+    ("WorkingDir", None),
+    ("workingDir", None),
+    ("workingdir", None),
+    ("Labels", None),
+    ("labels", None),
+    ("StopSignal", None),
+    ("stopSignal", None),
+    ("stopsignal", None),
+]);
+const ROOTFS: Shape = Shape(&[("type", None), ("diff_ids", None)]);
+static IMAGE: Shape = Shape(&[
+    ("os", None),
+    ("architecture", None),
+    ("variant", None),
+    ("created", None),
+    ("config", Some(&CONFIG)),
+    ("rootfs", Some(&ROOTFS)),
+]);
 
 /// Old Docker versions wrote a command of one word as a plain string.
 #[derive(Deserialize)]
@@ -174,6 +219,7 @@ impl ImageConfig {
     /// other than layers.
     pub fn parse(bytes: &[u8]) -> Result<ImageConfig, ConfigError> {
         let raw: RawImage = crate::manifest::object(bytes).map_err(ConfigError::Json)?;
+        spelling::check(bytes, &IMAGE).map_err(ConfigError::Json)?;
         if let Some(kind) = raw.rootfs.kind.filter(|kind| !kind.is_empty() && kind != "layers") {
             return Err(ConfigError::RootfsType(crate::manifest::shown(&kind)));
         }
@@ -270,6 +316,30 @@ mod tests {
     fn a_command_may_be_a_plain_string_as_old_docker_wrote_it() {
         let config = parse(&json!({"config": {"Cmd": "/bin/sh", "Entrypoint": ""}})).unwrap();
         assert_eq!((config.cmd, config.entrypoint), (vec!["/bin/sh".into()], vec![String::new()]));
+    }
+
+    #[test]
+    fn lower_case_is_read_and_of_two_spellings_none() {
+        let config = parse(&json!({"config": {
+            "user": "u", "env": ["A=b"], "cmd": ["c"], "entrypoint": ["e"], "workingDir": "/w",
+            "exposedports": {"80/tcp": {}}, "stopSignal": "SIGINT", "labels": {"a": "b"},
+            "volumes": {"/v": {}},
+        }}))
+        .unwrap();
+        assert_eq!((config.user.as_str(), config.working_dir.as_str()), ("u", "/w"));
+        assert_eq!((config.env, config.cmd), (vec!["A=b".into()], vec!["c".into()]));
+        assert_eq!(config.entrypoint, ["e"]);
+        assert_eq!((config.exposed_ports.len(), config.volumes.len()), (1, 1));
+        assert_eq!((config.labels.len(), config.stop_signal.as_deref()), (1, Some("SIGINT")));
+        for bad in [
+            json!({"config": {"User": "nobody", "user": "root"}}),
+            json!({"config": {"USER": "root"}}),
+            json!({"config": {"User": "nobody"}, "Config": {"User": "root"}}),
+            json!({"rootfs": {"Diff_IDs": []}}),
+            json!({"Architecture": "arm64"}),
+        ] {
+            assert!(matches!(parse(&bad), Err(ConfigError::Json(_))), "{bad}");
+        }
     }
 
     #[test]

@@ -31,6 +31,7 @@ mod reference;
 mod resolve;
 mod retry;
 mod source;
+mod spelling;
 mod spool;
 mod tar;
 #[cfg(feature = "testing")]

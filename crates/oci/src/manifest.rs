@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::digest::Digest;
 use crate::platform::Platform;
+use crate::spelling::{self, Shape};
 
 /// The media types this crate knows.
 pub mod media_type {
@@ -195,6 +196,23 @@ struct RawPlatform {
     variant: Option<String>,
 }
 
+const PLATFORM: Shape = Shape(&[("os", None), ("architecture", None), ("variant", None)]);
+const DESCRIPTOR: Shape = Shape(&[
+    ("mediaType", None),
+    ("digest", None),
+    ("size", None),
+    ("platform", Some(&PLATFORM)),
+    ("annotations", None),
+]);
+static DOCUMENT: Shape = Shape(&[
+    ("schemaVersion", None),
+    ("mediaType", None),
+    ("config", Some(&DESCRIPTOR)),
+    ("layers", Some(&DESCRIPTOR)),
+    ("manifests", Some(&DESCRIPTOR)),
+    ("fsLayers", None),
+]);
+
 impl Document {
     /// Reads a document that was announced as `announced` (a `Content-Type` header or a
     /// descriptor's media type) and has at most `layers_max` layers.
@@ -208,6 +226,7 @@ impl Document {
         layers_max: usize,
     ) -> Result<Document, ManifestError> {
         let raw: RawDocument = object(bytes).map_err(ManifestError::Json)?;
+        spelling::check(bytes, &DOCUMENT).map_err(ManifestError::Json)?;
         let announced = announced.map(essence);
         let schema1_type =
             announced.as_deref().is_some_and(|t| t.starts_with(media_type::SCHEMA1_PREFIX));
@@ -417,6 +436,39 @@ mod tests {
         }
         let twice = format!("{{\"schemaVersion\":2,\"layers\":[],{}", &image().to_string()[1..]);
         assert!(matches!(Document::parse(twice.as_bytes(), None, 9), Err(ManifestError::Json(_))));
+    }
+
+    #[test]
+    fn a_field_that_others_would_read_under_another_name_is_refused() {
+        // Each time a reader that passes over case would see another image.
+        for (name, value) in [
+            ("Layers", json!([])),
+            ("CONFIG", entry(media_type::OCI_CONFIG)),
+            ("MediaType", json!(media_type::OCI_INDEX)),
+            ("layer\u{17f}", json!([])),
+            ("Manifests", json!([])),
+        ] {
+            let mut other = image();
+            other[name] = value;
+            let error = parse(&other, None).unwrap_err();
+            let ManifestError::Json(source) = error else { panic!("{error}") };
+            assert!(source.to_string().contains("to other readers"), "{name}: {source}");
+        }
+        for (place, name) in [("/config", "Digest"), ("/layers/0", "SIZE")] {
+            let mut other = image();
+            other.pointer_mut(place).unwrap()[name] = json!(1);
+            assert!(matches!(parse(&other, None), Err(ManifestError::Json(_))), "{place}/{name}");
+        }
+        let mut other = json!({"schemaVersion": 2, "mediaType": media_type::OCI_INDEX,
+            "manifests": [entry(media_type::OCI_MANIFEST)]});
+        other["manifests"][0]["platform"] = json!({"os": "linux", "Architecture": "arm64"});
+        assert!(matches!(parse(&other, None), Err(ManifestError::Json(_))));
+        // Names that are the author's own are no fields.
+        let mut own = image();
+        own["annotations"] = json!({"Layers": "x"});
+        own["layers"][0]["annotations"] = json!({"Digest": "x"});
+        own["artifactType"] = json!("x");
+        assert!(parse(&own, None).is_ok());
     }
 
     #[test]

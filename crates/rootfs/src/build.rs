@@ -224,7 +224,8 @@ struct Packer<'a, R, W> {
 impl<R: BufRead, W: Write> Packer<'_, R, W> {
     fn add(&mut self, entry: &Entry) -> Result<(), PackError> {
         let mut path = std::mem::take(&mut self.path);
-        path::clean(&entry.path, self.limits, &mut path).map_err(|it| self.error(it.into()))?;
+        path::clean_entry(&entry.path, self.limits, &mut path)
+            .map_err(|it| self.error(it.into()))?;
         let meaning = whiteout::meaning(&path).map_err(|problem| {
             self.error(match problem {
                 WhiteoutProblem::NoName => TarProblem::WhiteoutName,

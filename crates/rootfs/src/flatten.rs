@@ -16,6 +16,9 @@
 //!   one the layer has there at its end; else the one of the layers below. Metadata of the
 //!   link's own header goes to the file, as `link`, `chown`, `chmod` would have it; attributes
 //!   stay when the header has none.
+//! - A file has the attributes that Linux would have set on it: `user.*` on files and directories
+//!   alone, no ACL on a symbolic link, a default ACL on directories alone. An access ACL follows
+//!   the mode, which Docker and containerd set last; one that only repeats a mode is none.
 //!
 //! Knows no blob, no path of the host and no file system format.
 

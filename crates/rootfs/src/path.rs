@@ -1,6 +1,6 @@
 //! Paths of a layer: any bytes but NUL, cleaned lexically. Knows no tree and follows no links.
 
-use crate::Limits;
+use crate::{Limits, whiteout};
 
 /// What is wrong with a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +26,26 @@ pub enum PathProblem {
 /// components vanish, `..` removes the component before it, whatever that is, and stays at
 /// the root when there is none, so that `/../x` is `x`.
 pub(crate) fn clean(raw: &[u8], limits: &Limits, out: &mut Vec<u8>) -> Result<(), PathProblem> {
+    clean_names(raw, limits, limits.component_bytes_max, out)
+}
+
+/// As [`clean`], for the path of an entry. A whiteout's own name is longer than the one that it
+/// deletes: Docker writes `.wh.` before 255 bytes, though no file system could hold it.
+pub(crate) fn clean_entry(
+    raw: &[u8],
+    limits: &Limits,
+    out: &mut Vec<u8>,
+) -> Result<(), PathProblem> {
+    let marker_bytes_max = limits.component_bytes_max + whiteout::PREFIX.len();
+    clean_names(raw, limits, marker_bytes_max, out)
+}
+
+fn clean_names(
+    raw: &[u8],
+    limits: &Limits,
+    marker_bytes_max: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), PathProblem> {
     out.clear();
     if raw.contains(&0) {
         return Err(PathProblem::Nul);
@@ -40,7 +60,10 @@ pub(crate) fn clean(raw: &[u8], limits: &Limits, out: &mut Vec<u8>) -> Result<()
                 depth = depth.saturating_sub(1);
             }
             name => {
-                if name.len() > limits.component_bytes_max {
+                let is_marker = name.starts_with(whiteout::PREFIX);
+                let bytes_max =
+                    if is_marker { marker_bytes_max } else { limits.component_bytes_max };
+                if name.len() > bytes_max {
                     return Err(PathProblem::ComponentTooLong(limits.component_bytes_max));
                 }
                 if !out.is_empty() {
@@ -129,7 +152,10 @@ mod tests {
         let limits = Limits::default();
         let mut out = Vec::new();
         assert_eq!(clean(b"a\0b", &limits, &mut out), Err(PathProblem::Nul));
-        assert_eq!(clean(&[b'a'; 256], &limits, &mut out), Err(PathProblem::ComponentTooLong(255)));
+        for name in [vec![b'a'; 256], [b".wh.", &[b'a'; 252][..]].concat()] {
+            let refused = Err(PathProblem::ComponentTooLong(255));
+            assert_eq!(clean(&name, &limits, &mut out), refused);
+        }
         assert_eq!(clean(&b"a/".repeat(257), &limits, &mut out), Err(PathProblem::TooDeep(256)));
         let long = [vec![b'a'; 200], b"/".to_vec()].concat().repeat(21);
         assert_eq!(clean(&long, &limits, &mut out), Err(PathProblem::TooLong(4096)));

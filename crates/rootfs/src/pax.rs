@@ -53,16 +53,18 @@ impl Pax {
         if let Some(name) = key.strip_prefix(b"GNU.sparse.") {
             return self.sparse(name, value);
         }
-        if value.is_empty() {
-            return Ok(());
-        }
+        // An empty value takes back what the header said before.
+        let given = (!value.is_empty()).then_some(value);
         match key {
-            b"path" => self.path = Some(without_nul(value)?),
-            b"linkpath" => self.link_path = Some(without_nul(value)?),
-            b"size" => self.size = Some(number(value)?),
-            b"uid" => self.uid = Some(owner(value)?),
-            b"gid" => self.gid = Some(owner(value)?),
-            b"mtime" => self.mtime = Some(timestamp(value).ok_or(TarProblem::PaxNumber)?),
+            b"path" => self.path = given.map(without_nul).transpose()?,
+            b"linkpath" => self.link_path = given.map(without_nul).transpose()?,
+            b"size" => self.size = given.map(number).transpose()?,
+            b"uid" => self.uid = given.map(owner).transpose()?,
+            b"gid" => self.gid = given.map(owner).transpose()?,
+            b"mtime" => {
+                let time = |value| timestamp(value).ok_or(TarProblem::PaxNumber);
+                self.mtime = given.map(time).transpose()?;
+            }
             // atime, ctime, comment, uname, gname, hdrcharset, vendors' own.
             _ => {}
         }
@@ -86,12 +88,13 @@ impl Pax {
 
     fn sparse(&mut self, name: &[u8], value: &[u8]) -> Result<(), TarProblem> {
         let records = &mut self.sparse;
+        let given = (!value.is_empty()).then_some(value);
         match name {
-            b"major" => records.major = Some(value.to_vec()),
-            b"minor" => records.minor = Some(value.to_vec()),
-            b"name" if !value.is_empty() => records.name = Some(without_nul(value)?),
-            b"size" => records.size = Some(number(value)?),
-            b"realsize" => records.real_size = Some(number(value)?),
+            b"major" => records.major = given.map(<[u8]>::to_vec),
+            b"minor" => records.minor = given.map(<[u8]>::to_vec),
+            b"name" => records.name = given.map(without_nul).transpose()?,
+            b"size" => records.size = given.map(number).transpose()?,
+            b"realsize" => records.real_size = given.map(number).transpose()?,
             b"map" => records.map = Some(value.to_vec()),
             b"offset" if records.pairs.len().is_multiple_of(2) => {
                 records.pairs.push(number(value)?);
@@ -274,6 +277,15 @@ mod tests {
     fn an_empty_value_leaves_the_header_alone() {
         let pax = parse(b"8 path=\n7 uid=\n").unwrap();
         assert_eq!((pax.path, pax.uid), (None, None));
+    }
+
+    #[test]
+    fn an_empty_value_takes_back_what_was_said_before() {
+        let bodies = ["path=a", "uid=7", "mtime=1", "path=", "uid=", "mtime=", "uid=8"];
+        let pax = parse(&records(&bodies.map(str::as_bytes))).unwrap();
+        assert_eq!((pax.path, pax.uid, pax.mtime), (None, Some(8), None));
+        let bodies = ["GNU.sparse.major=1", "GNU.sparse.major=", "GNU.sparse.name=x"];
+        assert_eq!(parse(&records(&bodies.map(str::as_bytes))).unwrap().sparse.version(), None);
     }
 
     #[test]

@@ -44,17 +44,20 @@ impl Records {
         match (self.major.as_deref(), self.minor.as_deref()) {
             (Some(b"0"), Some(b"0" | b"1")) => Some(PaxVersion::InRecords),
             (Some(b"1"), Some(b"0")) => Some(PaxVersion::InData),
-            (None, None) if self.map.is_some() || !self.pairs.is_empty() => {
-                Some(PaxVersion::InRecords)
-            }
+            (None, None) if self.has_map() => Some(PaxVersion::InRecords),
             (None, None) => None,
             _ => Some(PaxVersion::Unknown),
         }
     }
 
-    /// The map of versions 0.0 and 0.1.
+    fn has_map(&self) -> bool {
+        self.map.as_ref().is_some_and(|map| !map.is_empty()) || !self.pairs.is_empty()
+    }
+
+    /// The map of versions 0.0 and 0.1; where a header has both, that of 0.0 counts.
     pub(crate) fn segments(&self) -> Result<Vec<Segment>, BadMap> {
-        let Some(map) = &self.map else { return pair_up(&self.pairs) };
+        let map = self.map.as_ref().filter(|_| self.pairs.is_empty());
+        let Some(map) = map else { return pair_up(&self.pairs) };
         let numbers: Option<Vec<u64>> = match map.as_slice() {
             b"" => Some(Vec::new()),
             map => map.split(|byte| *byte == b',').map(decimal).collect(),
@@ -128,9 +131,19 @@ mod tests {
     }
 
     #[test]
+    fn of_two_maps_the_pairs_count() {
+        let records =
+            Records { map: Some(b"0,5".to_vec()), pairs: vec![8, 2], ..Records::default() };
+        assert_eq!(records.segments(), Ok(vec![segment(8, 2)]));
+    }
+
+    #[test]
     fn an_unknown_version_is_not_taken_for_a_plain_file() {
         let records = Records { major: Some(b"2".to_vec()), ..Records::default() };
         assert_eq!(records.version(), Some(PaxVersion::Unknown));
         assert_eq!(Records::default().version(), None);
+        let named =
+            Records { name: Some(b"x".to_vec()), map: Some(Vec::new()), ..Records::default() };
+        assert_eq!(named.version(), None);
     }
 }

@@ -5,8 +5,11 @@
 //! containerd, skopeo and umoci share it, and a second reading of the same bytes is how
 //! layers get past scanners:
 //! - a link, directory, device or fifo has no data, whatever its size field says;
-//! - a global PAX header is checked and otherwise ignored;
-//! - a GNU long name wins over a PAX path, and both apply to the next real entry only;
+//! - a global PAX header is checked and otherwise ignored, and so is what stands between the
+//!   entry before it and itself;
+//! - a GNU long name wins over a PAX path, and both apply to the next real entry only; an empty
+//!   one says nothing;
+//! - the name a sparse file has in its PAX header counts where the header has a sparse map;
 //! - the end is two blocks of zeroes, one at the end of the stream, or none at all; a single
 //!   block of zeroes before another header is an error; bytes after the end are not looked at.
 
@@ -318,9 +321,10 @@ impl<'l, R: BufRead> TarReader<'l, R> {
                 b'x' => extras.pax = Some(Pax::parse(&self.read_special(&block)?, self.limits)?),
                 b'g' => {
                     Pax::parse(&self.read_special(&block)?, self.limits)?;
+                    extras = Extras::default();
                 }
-                b'L' => extras.long_name = Some(until_nul(&self.read_special(&block)?).to_vec()),
-                b'K' => extras.long_link = Some(until_nul(&self.read_special(&block)?).to_vec()),
+                b'L' => extras.long_name = long(&self.read_special(&block)?),
+                b'K' => extras.long_link = long(&self.read_special(&block)?),
                 _ => return self.real_entry(&block, extras).map(Some),
             }
         }
@@ -351,13 +355,18 @@ impl<'l, R: BufRead> TarReader<'l, R> {
         let pax = extras.pax.unwrap_or_default();
         let header_name = header_name(block, format);
         self.path = extras.long_name.or(pax.path).unwrap_or(header_name);
-        if let Some(name) = &pax.sparse.name {
-            self.path.clone_from(name);
-        }
         if self.entries >= self.limits.entries_max {
             return Err(TarProblem::Entries(self.limits.entries_max));
         }
         let kind = kind_of(block, format, self.path.ends_with(b"/"))?;
+        if block[156] != b'S' && pax.sparse.version().is_some() {
+            if kind != EntryKind::File {
+                return Err(TarProblem::SparseMap);
+            }
+            if let Some(name) = &pax.sparse.name {
+                self.path.clone_from(name);
+            }
+        }
         let mode = number(&block[100..108], "mode")?;
         let header_uid = number(&block[108..116], "uid")?;
         let header_gid = number(&block[116..124], "gid")?;
@@ -601,11 +610,14 @@ fn old_gnu_segments(table: &[u8], segments: &mut Vec<Segment>) -> Result<(), Tar
     Ok(())
 }
 
+/// The last number of all is nobody: `chown` takes it for "leave it as it is", so that whoever
+/// unpacks such a file as root has made one of root's.
 fn owner(pax: Option<u32>, header: i64) -> Result<u32, TarProblem> {
-    match pax {
-        Some(id) => Ok(id),
-        None => u32::try_from(header).map_err(|_| TarProblem::Owner),
-    }
+    let id = match pax {
+        Some(id) => id,
+        None => u32::try_from(header).map_err(|_| TarProblem::Owner)?,
+    };
+    Ok(if id == u32::MAX { 0 } else { id })
 }
 
 fn size_field(block: &[u8; BLOCK]) -> Result<u64, TarProblem> {
@@ -650,6 +662,11 @@ fn octal(field: &[u8]) -> Option<u64> {
         let digit = matches!(digit, b'0'..=b'7').then(|| u64::from(digit - b'0'))?;
         value.checked_mul(8)?.checked_add(digit)
     })
+}
+
+/// What a GNU long name or link says.
+fn long(data: &[u8]) -> Option<Vec<u8>> {
+    Some(until_nul(data).to_vec()).filter(|name| !name.is_empty())
 }
 
 fn until_nul(field: &[u8]) -> &[u8] {

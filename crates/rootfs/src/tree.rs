@@ -2,12 +2,13 @@
 //! side and sorted. Knows nothing of layers but the number of the region where contents lie.
 
 use std::borrow::Borrow;
+use std::collections::BTreeMap;
 
 use ext4::{Entry, Inode, InodeId, Kind, Run, Tree, Xattr, XattrSetId};
 
 use crate::table::{Body, Dentry, NONE, Node, Store};
 use crate::upper::Level;
-use crate::xattr::Pairs;
+use crate::xattr::{self, Carrier, Pairs};
 use crate::{BLOCK_BYTES, FlattenError, FlattenProblem, Folder, Pack, TreeLimits, path};
 
 /// A name in a directory of the finished tree.
@@ -177,12 +178,15 @@ impl FileTree {
         regions: u32,
         limits: &TreeLimits,
     ) -> Result<Self, FlattenError> {
+        let mut nodes = level.nodes;
         let dentries = level.dentries.into_list();
+        unpack_attributes(&mut nodes, &mut store, limits)
+            .map_err(|problem| FlattenError::Tree { path: "/".to_owned(), problem })?;
         store.sets.freeze();
         let mut numbering = Numbering {
-            children: Children::new(&dentries, level.nodes.len()),
+            children: Children::new(&dentries, nodes.len()),
             dentries,
-            old: level.nodes,
+            old: nodes,
             store,
             numbers: Vec::new(),
             nodes: Vec::new(),
@@ -204,6 +208,44 @@ impl FileTree {
         let path = path::printable(&self.path_of(id));
         Err(FlattenError::Tree { path, problem: FlattenProblem::Links { links, max } })
     }
+}
+
+/// Leaves each file the attributes that it has where a layer is unpacked. Only here is it sure
+/// what a file is: a hard link to what comes later brings attributes as well.
+fn unpack_attributes(
+    nodes: &mut [Node],
+    store: &mut Store,
+    limits: &TreeLimits,
+) -> Result<(), FlattenProblem> {
+    let mut known: BTreeMap<(Carrier, u16, u32), u32> = BTreeMap::new();
+    for node in nodes.iter_mut().filter(|node| node.xattrs != NONE) {
+        let carrier = match node.body {
+            Body::Directory { .. } => Carrier::Directory,
+            Body::File { .. } => Carrier::File,
+            Body::Symlink { .. } => Carrier::Symlink,
+            Body::CharDevice { .. } | Body::BlockDevice { .. } | Body::Fifo => Carrier::Special,
+            Body::Pending { .. } => continue,
+        };
+        let key = (carrier, node.permissions & 0o777, node.xattrs);
+        if let Some(set) = known.get(&key) {
+            node.xattrs = *set;
+            continue;
+        }
+        let unpacked = xattr::as_unpacked(key.0, key.1, store.sets.get(key.2));
+        let too_many = FlattenProblem::Bytes(limits.bytes_max);
+        let set = if unpacked.is_empty() {
+            NONE
+        } else {
+            let (set, is_new) = store.sets.intern(&unpacked).ok_or(too_many.clone())?;
+            if is_new && store.sets.bytes() > limits.bytes_max as usize {
+                return Err(too_many);
+            }
+            set
+        };
+        known.insert(key, set);
+        node.xattrs = set;
+    }
+    Ok(())
 }
 
 /// Live names by directory: names of directory `d` are `order[starts[d]..starts[d + 1]]`.

@@ -3,7 +3,8 @@
 
 use crate::path;
 
-const PREFIX: &[u8] = b".wh.";
+/// What the name of every marker begins with.
+pub(crate) const PREFIX: &[u8] = b".wh.";
 const META_PREFIX: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 

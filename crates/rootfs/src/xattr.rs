@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 use crate::varint::{Cursor, Malformed, put};
 
+const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
+const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
+
 /// Whether an attribute of a layer belongs into an image.
 ///
 /// Kept: `security.*`, `user.*`, `trusted.*`, `system.posix_acl_access` and `_default`.
@@ -17,12 +20,92 @@ pub(crate) fn is_kept(name: &[u8]) -> bool {
     if name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.") {
         return false;
     }
-    if matches!(name, b"system.posix_acl_access" | b"system.posix_acl_default") {
+    if matches!(name, ACL_ACCESS | ACL_DEFAULT) {
         return true;
     }
     [&b"security."[..], b"user.", b"trusted."]
         .iter()
         .any(|namespace| name.len() > namespace.len() && name.starts_with(namespace))
+}
+
+/// What kind of file would carry an attribute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Carrier {
+    Directory,
+    File,
+    Symlink,
+    /// A device or a pipe.
+    Special,
+}
+
+/// Whether Linux lets an attribute be set on such a file. Where it does not, a layer may say
+/// what it likes: nobody who unpacks it shows the attribute, and Docker goes on without.
+fn is_settable(carrier: Carrier, name: &[u8], value: &[u8]) -> bool {
+    match name {
+        ACL_ACCESS => carrier != Carrier::Symlink && !acl::is_only_a_mode(value),
+        ACL_DEFAULT => carrier == Carrier::Directory && !acl::is_empty(value),
+        name if name.starts_with(b"user.") => {
+            matches!(carrier, Carrier::Directory | Carrier::File)
+        }
+        _ => true,
+    }
+}
+
+/// The canonical form of what a file with these permissions has of a set once it is unpacked;
+/// empty where that is nothing.
+pub(crate) fn as_unpacked(carrier: Carrier, permissions: u16, encoded: &[u8]) -> Vec<u8> {
+    let pairs = Pairs::new(encoded).filter(|(name, value)| is_settable(carrier, name, value));
+    let unpacked = pairs.map(|(name, value)| {
+        let value = match name {
+            ACL_ACCESS => acl::after_chmod(value, permissions),
+            _ => value.to_vec(),
+        };
+        (name.to_vec(), value)
+    });
+    encode(&unpacked.collect())
+}
+
+/// POSIX ACLs in the form of `getxattr(2)`: four bytes of version, then entries of a tag, its
+/// permissions and an id. Whether one is valid is for whoever stores it to say.
+mod acl {
+    const VERSION: usize = 4;
+    const ENTRY: usize = 8;
+    const OWNER: u8 = 0x01;
+    const GROUP: u8 = 0x04;
+    const MASK: u8 = 0x10;
+    const OTHERS: u8 = 0x20;
+
+    /// To set it is to remove it.
+    pub(super) fn is_empty(value: &[u8]) -> bool {
+        value.len() <= VERSION
+    }
+
+    /// It says no more than a mode can, so that the kernel makes a mode of it.
+    pub(super) fn is_only_a_mode(value: &[u8]) -> bool {
+        let (entries, torn) = value.get(VERSION..).unwrap_or_default().as_chunks::<ENTRY>();
+        torn.is_empty()
+            && entries
+                .iter()
+                .all(|entry| entry[1] == 0 && matches!(entry[0], OWNER | GROUP | OTHERS))
+    }
+
+    /// As the kernel has it after a `chmod`, which comes last in Docker and containerd (podman has
+    /// it the other way round): owner, mask (the group where there is none) and others follow.
+    pub(super) fn after_chmod(value: &[u8], permissions: u16) -> Vec<u8> {
+        let mut value = value.to_vec();
+        let (entries, _) = value.get_mut(VERSION..).unwrap_or_default().as_chunks_mut::<ENTRY>();
+        let of_group = if entries.iter().any(|entry| entry[0] == MASK) { MASK } else { GROUP };
+        for entry in entries {
+            let shift = match entry[0] {
+                OWNER => 6,
+                tag if tag == of_group => 3,
+                OTHERS => 0,
+                _ => continue,
+            };
+            [entry[2], entry[3]] = (permissions >> shift & 7).to_le_bytes();
+        }
+        value
+    }
 }
 
 /// The canonical form of a set.
@@ -130,6 +213,56 @@ mod tests {
         for name in ["security.capability", "user.a", "trusted.x", "system.posix_acl_default"] {
             assert!(is_kept(name.as_bytes()), "{name}");
         }
+    }
+
+    #[test]
+    fn an_attribute_needs_a_file_that_linux_sets_it_on() {
+        use Carrier::{Directory, File, Special, Symlink};
+        for (name, carriers) in [
+            ("user.a", &[Directory, File][..]),
+            ("trusted.a", &[Directory, File, Symlink, Special]),
+            ("security.capability", &[Directory, File, Symlink, Special]),
+            ("system.posix_acl_access", &[Directory, File, Special]),
+            ("system.posix_acl_default", &[Directory]),
+        ] {
+            for carrier in [Directory, File, Symlink, Special] {
+                let is_set = is_settable(carrier, name.as_bytes(), b"12 bytes long");
+                assert_eq!(is_set, carriers.contains(&carrier), "{name} on {carrier:?}");
+            }
+        }
+        let both = encode(&set(&[("trusted.a", "1"), ("user.b", "2")]));
+        let kept = encode(&set(&[("trusted.a", "1")]));
+        assert_eq!(as_unpacked(Symlink, 0o777, &both), kept);
+        assert_eq!(as_unpacked(Symlink, 0o777, &encode(&set(&[("user.b", "2")]))), b"");
+    }
+
+    fn acl(entries: &[(u8, u8)]) -> Vec<u8> {
+        let of = |(tag, permissions): &(u8, u8)| [*tag, 0, *permissions, 0, 255, 255, 255, 255];
+        [&[2, 0, 0, 0][..], &entries.iter().flat_map(of).collect::<Vec<u8>>()].concat()
+    }
+
+    fn access(value: Vec<u8>) -> Vec<u8> {
+        encode(&BTreeMap::from([(ACL_ACCESS.to_vec(), value)]))
+    }
+
+    #[test]
+    fn an_acl_that_names_nobody_is_a_mode_and_no_attribute() {
+        for value in [vec![], acl(&[]), acl(&[(1, 7), (4, 5), (32, 5)])] {
+            assert_eq!(as_unpacked(Carrier::File, 0o755, &access(value)), b"");
+        }
+        // With a mask it is one, and what is torn is for others to refuse.
+        for value in [acl(&[(1, 7), (4, 5), (16, 5), (32, 5)]), acl(&[(1, 7)])[..11].to_vec()] {
+            let encoded = access(value);
+            assert_eq!(as_unpacked(Carrier::File, 0o755, &encoded), encoded);
+        }
+    }
+
+    #[test]
+    fn an_acl_grants_no_more_than_the_mode_of_its_file() {
+        let generous = access(acl(&[(1, 7), (2, 7), (4, 7), (16, 7), (32, 7)]));
+        let bound = access(acl(&[(1, 6), (2, 7), (4, 7), (16, 4), (32, 0)]));
+        assert_eq!(as_unpacked(Carrier::File, 0o640, &generous), bound);
+        assert_eq!(as_unpacked(Carrier::File, 0o640, &bound), bound);
     }
 
     #[test]

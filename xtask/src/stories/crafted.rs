@@ -186,6 +186,30 @@ fn whiteouts() -> Vec<Case> {
             },
         },
         Case {
+            sentence: "opaque and whiteout in one layer are as good as opaque (an overlay lists the whiteout)",
+            judge: Judge::Umoci(&[]),
+            fill: |w| {
+                on_ground(w, |t| {
+                    t.add("d", &Node::directory())?;
+                    t.whiteout("d/one")?;
+                    t.opaque("d")?;
+                    t.add("d/two", &Node::file("new"))
+                })
+            },
+        },
+        Case {
+            sentence: "a whiteout of a name of 255 bytes deletes it (no file system holds the marker)",
+            judge: Judge::Umoci(&["d"]),
+            fill: |w| {
+                let name = format!("d/{}", "n".repeat(255));
+                w.layer(|t| {
+                    t.add("d", &Node::directory())?;
+                    t.add(&name, &Node::file("n"))
+                })?;
+                w.layer(|t| t.whiteout(&name))
+            },
+        },
+        Case {
             sentence: "a whiteout of dot dot is refused",
             judge: Judge::Refused(".wh."),
             fill: |w| on_ground(w, |t| t.add("d/.wh...", &Node::file(""))),
@@ -284,6 +308,14 @@ fn shapes() -> Vec<Case> {
                     )?;
                     t.add("./x", &Node::file("x"))
                 })
+            },
+        },
+        Case {
+            sentence: "a directory that became a symlink and a directory again is empty",
+            judge: Judge::Overlay,
+            fill: |w| {
+                on_ground(w, |t| t.add("d", &Node::symlink("f")))?;
+                w.layer(|t| t.add("d", &Node::directory().mode(0o700)))
             },
         },
         Case {
@@ -449,6 +481,37 @@ fn metadata() -> Vec<Case> {
             fill: extended_attributes,
         },
         Case {
+            sentence: "attributes that Linux sets on no such file are left out",
+            judge: Judge::Overlay,
+            fill: |w| {
+                w.layer(|t| {
+                    let with = |node: Node| node.xattr("user.u", "1").xattr("trusted.t", "2");
+                    t.add("./", &with(Node::directory()))?;
+                    t.add("link", &with(Node::symlink("f")))?;
+                    t.add("pipe", &with(Node::new(What::Fifo)))?;
+                    t.add("null", &with(Node::new(What::CharDevice(1, 3))))?;
+                    t.add("f", &with(Node::file("f")))
+                })
+            },
+        },
+        Case {
+            sentence: "an ACL that names nobody is a mode and no attribute",
+            judge: Judge::Podman,
+            fill: |w| {
+                w.layer(|t| {
+                    let short = acl(&[(1, 6, 0), (4, 4, 0), (32, 0, 0)]);
+                    t.add("mode", &Node::file("m").mode(0o640).xattr(ACL, short))?;
+                    let named = acl(&[(1, 6, 0), (2, 4, 1000), (4, 4, 0), (16, 4, 0), (32, 0, 0)]);
+                    t.add("named", &Node::file("n").mode(0o640).xattr(ACL, named))
+                })
+            },
+        },
+        Case {
+            sentence: "the owner that nobody can be is root",
+            judge: Judge::Umoci(&[]),
+            fill: |w| w.layer(|t| t.add("f", &Node::file("f").owner(u32::MAX, u32::MAX))),
+        },
+        Case {
             sentence: "devices with large numbers and fifos are kept",
             judge: Judge::Overlay,
             fill: |w| {
@@ -504,28 +567,31 @@ fn metadata() -> Vec<Case> {
     ]
 }
 
+const ACL: &str = "system.posix_acl_access";
+
+/// Version 2 of a POSIX ACL: tag, rights and, where the tag wants one, an id.
+fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    const NAMED: [u16; 2] = [2, 8];
+    let mut value = vec![2, 0, 0, 0];
+    for (tag, rights, id) in entries {
+        let id = if NAMED.contains(tag) { *id } else { u32::MAX };
+        value.extend_from_slice(&tag.to_le_bytes());
+        value.extend_from_slice(&rights.to_le_bytes());
+        value.extend_from_slice(&id.to_le_bytes());
+    }
+    value
+}
+
 fn extended_attributes(writer: &mut LayoutWriter) -> Result<()> {
     let capability_v2: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     // Version 3 carries the user namespace's root: here 100000.
     let capability_v3 = [&[1, 0, 0, 3], &capability_v2[4..], &100_000_u32.to_le_bytes()].concat();
-    // Version 2 of the ACL: owner rwx, user 1000 r-x, group r-x, mask r-x, other r--.
-    let mut acl = vec![2, 0, 0, 0];
-    let undefined = u32::MAX;
-    for (tag, rights, id) in [
-        (0x01_u16, 7_u16, undefined),
-        (0x02, 5, 1000),
-        (0x04, 5, undefined),
-        (0x10, 5, undefined),
-        (0x20, 4, undefined),
-    ] {
-        acl.extend_from_slice(&tag.to_le_bytes());
-        acl.extend_from_slice(&rights.to_le_bytes());
-        acl.extend_from_slice(&id.to_le_bytes());
-    }
+    // Owner rwx, user 1000 r-x, group r-x, mask r-x, other r--.
+    let acl = acl(&[(1, 7, 0), (2, 5, 1000), (4, 5, 0), (16, 5, 0), (32, 4, 0)]);
     writer.layer(|t| {
         t.add("ping", &Node::file("p").mode(0o755).xattr("security.capability", capability_v2))?;
         t.add("pong", &Node::file("p").mode(0o755).xattr("security.capability", capability_v3))?;
-        let listed = Node::file("a").mode(0o754).xattr("system.posix_acl_access", acl.clone());
+        let listed = Node::file("a").mode(0o754).xattr(ACL, acl.clone());
         t.add("acl", &listed)?;
         let default = Node::directory().xattr("system.posix_acl_default", acl.clone());
         t.add("dir", &default.xattr("user.dir", "x"))?;

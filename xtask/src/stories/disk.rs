@@ -1,5 +1,7 @@
 //! Stories about builds that do not end well: no half-made file may stand where a whole one goes.
 
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -73,6 +75,62 @@ pub(super) fn wherever_packs_and_image_lie_the_bytes_are_the_same(lab: &Lab) -> 
             let place = || format!("packs on {packs_on}, image on {image_on}");
             same_bytes(&expected, &output).with_context(place)?;
             std::fs::remove_file(&output)?;
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
+/// What a file system takes for itself to hold some files more.
+const UPKEEP_BYTES: u64 = 4 << 20;
+
+pub(super) fn packs_and_image_are_all_that_a_build_puts_on_the_disk(lab: &Lab) -> Result<Verdict> {
+    if let Some(reason) = root_needed() {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let source = lab.pushed("small")?;
+    let corner = lab.corner()?;
+    let disk = mount::fresh(&corner.path("disk"), "ext4", 2 << 30)?;
+    let cache = disk.path().join("cache");
+    let output = disk.path().join("rootfs.ext4");
+    let used = || -> Result<u64> {
+        let stat = rustix::fs::statvfs(disk.path())?;
+        Ok((stat.f_blocks - stat.f_bfree) * stat.f_frsize)
+    };
+    // Files without a name count as well.
+    let peak = |options: &[&str]| -> Result<u64> {
+        let before = used()?;
+        let program = corner.build_program(&source, &output).args(options);
+        let mut build = program.env("TMPDIR", disk.path()).background(&corner.path("log"))?;
+        let mut peak = 0;
+        loop {
+            peak = used()?.saturating_sub(before).max(peak);
+            match build.finished()? {
+                Some(status) if status.success() => return Ok(peak),
+                Some(status) => bail!("{options:?}: {status}"),
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    };
+    let with_cache = peak(&["--cache-dir", &cache.display().to_string()])?;
+    let on_disk = |path: &Path| path.metadata().map(|metadata| metadata.blocks() * 512);
+    let mut packs = 0;
+    for file in files_below(&cache)? {
+        packs += on_disk(&file)?;
+    }
+    let both = packs + on_disk(&output)?;
+    std::fs::remove_dir_all(&cache)?;
+    std::fs::remove_file(&output)?;
+    let without_cache = peak(&["--no-cache"])?;
+    let mebibytes = |bytes: u64| bytes >> 20;
+    println!(
+        "      packs and image: {} MiB, most on disk: {} MiB with a cache, {} MiB without",
+        mebibytes(both),
+        mebibytes(with_cache),
+        mebibytes(without_cache)
+    );
+    for (what, most) in [("with a cache", with_cache), ("without", without_cache)] {
+        if most > both + UPKEEP_BYTES {
+            bail!("{what}: {most} bytes on disk at once, packs and image are {both}");
         }
     }
     Ok(Verdict::Passed)

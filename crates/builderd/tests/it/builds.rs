@@ -362,3 +362,116 @@ fn rawjson_is_one_object_for_each_event_and_ends_with_the_report() {
         String::from_utf8_lossy(&result.stderr)
     );
 }
+
+#[test]
+fn the_first_kilobyte_says_which_image_options_and_engine_made_it() {
+    let workshop = Workshop::with(&two_layers());
+    let provenance = |output: &str, options: &[&str]| -> serde_json::Value {
+        workshop.build_well(output, options);
+        let text = workshop.read(output)[..1024].to_vec();
+        let end = text.iter().rposition(|byte| *byte != 0).unwrap();
+        assert_eq!(text[end], b'\n', "it was cut");
+        serde_json::from_slice(&text[..end]).unwrap()
+    };
+    let metadata = |output: &str| -> serde_json::Value {
+        serde_json::from_slice(&workshop.read(&format!("{output}.metadata.json"))).unwrap()
+    };
+    let plain = provenance("plain", &[]);
+    assert_eq!(plain["image"], metadata("plain")["image_digest"]);
+    assert_eq!(plain["engine"], metadata("plain")["engine"]);
+    assert!(plain["engine"].as_str().unwrap().starts_with("builderd "));
+    assert_eq!((&plain["journal"], &plain["size"]), (&true.into(), &serde_json::Value::Null));
+    let sized = provenance("sized", &["--size", "64M", "--no-journal"]);
+    assert_eq!((&sized["journal"], &sized["size"]), (&false.into(), &(64 << 20).into()));
+    // Whoever compares images by UUID tells builds of one image with other options apart.
+    let uuid = |output: &str| metadata(output)["filesystem"]["uuid"].clone();
+    assert_ne!(uuid("plain"), uuid("sized"));
+    provenance("again", &[]);
+    assert_eq!(uuid("plain"), uuid("again"));
+    // Nothing of it is in a file of the tree.
+    let tree = workshop.run(&["inspect", "plain", "--tree", "--json"]).stdout;
+    let mut paths: Vec<String> = String::from_utf8(tree)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["path"].to_string())
+        .collect();
+    paths.sort();
+    let expected = ["/", "/big", "/etc", "/etc/hostname", "/etc/motd", "/link", "/lost+found"];
+    assert_eq!(paths, expected.map(|path| format!("{path:?}")));
+}
+
+#[test]
+fn a_build_tells_its_steps_and_ends_with_a_summary() {
+    let workshop = Workshop::with(&two_layers());
+    let first = workshop.build_well("out", &[]);
+    for step in ["resolve", "layers", "flatten", "write", "publish"] {
+        let is_told = |line: &str| line.starts_with(step) && line.contains(" done in ");
+        assert!(first.lines().any(is_told), "{step}: {first}");
+    }
+    let summary = |text: &str, title: &str| -> String {
+        let line = text.lines().find(|line| line.starts_with(&format!("{title} ")));
+        line.unwrap_or_else(|| panic!("no {title} in {text}")).to_owned()
+    };
+    assert!(summary(&first, "layers      2,").contains("0 from the cache, 2 fetched"));
+    assert!(summary(&first, "biggest").contains("files"), "{first}");
+    assert!(summary(&first, "time").contains("layers "), "{first}");
+    assert!(summary(&first, "filesystem").contains("ext4"), "{first}");
+    assert!(summary(&first, "written").ends_with("out"), "{first}");
+    let sum = sha256(&workshop.read("out"));
+    assert!(sum.ends_with(summary(&first, "sha256").split_whitespace().last().unwrap()));
+    let second = workshop.build_well("out", &[]);
+    assert!(summary(&second, "layers      2,").contains("2 from the cache, 0 fetched"));
+    let quiet = workshop.run(&["build", "oci:image", "-o", "out", "--progress", "quiet"]);
+    assert!(quiet.status.success() && quiet.stdout.is_empty());
+    assert_eq!(stderr(&quiet), "");
+}
+
+#[test]
+fn help_has_examples_and_all_exit_codes_and_shells_complete_options() {
+    let workshop = Workshop::new();
+    let said = |arguments: &[&str]| -> String {
+        let result = workshop.run(arguments);
+        assert!(result.status.success(), "{arguments:?}: {}", stderr(&result));
+        String::from_utf8(result.stdout).unwrap()
+    };
+    let help = said(&["build", "--help"]);
+    assert!(help.contains("Examples:\n  builderd build nginx -o rootfs.ext4\n"), "{help}");
+    for code in ["0", "1", "2", "3", "4", "5", "130"] {
+        let is_listed = |line: &str| line.trim_start().starts_with(&format!("{code} "));
+        assert!(help.lines().any(is_listed), "{code} is not in {help}");
+    }
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = said(&["completions", shell]);
+        assert!(script.contains("free-space"), "{shell}");
+    }
+}
+
+#[test]
+fn on_a_terminal_a_build_draws_bars_and_ends_with_the_summary() {
+    const SCRIPT: &str = "/usr/bin/script";
+    if !std::path::Path::new(SCRIPT).exists() {
+        eprintln!("SKIPPED: no script(1) to make a terminal");
+        return;
+    }
+    let workshop = Workshop::with(&two_layers());
+    let build = workshop.command(&["build", "oci:image", "-o", "out"]);
+    let words = std::iter::once(build.get_program()).chain(build.get_args());
+    let line: Vec<String> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+    let mut terminal = Command::new(SCRIPT);
+    terminal
+        .args(["-qec", &line.join(" "), "/dev/null"])
+        .current_dir(workshop.path(""))
+        .env_clear()
+        .env("UNKEY_BUILDERD_CACHE_DIR", workshop.path("cache"))
+        .env("SHELL", "/bin/sh")
+        .env("TERM", "xterm")
+        .stdin(Stdio::null());
+    let result = terminal.output().unwrap();
+    let seen = String::from_utf8_lossy(&result.stdout);
+    assert!(result.status.success(), "{seen}");
+    let (bars, summary) = seen.split_once("filesystem  ext4").unwrap_or_else(|| panic!("{seen}"));
+    // Lines are drawn over, and none of those for files is there.
+    assert!(bars.contains("\u{1b}[") && !bars.contains("done in"), "{seen}");
+    assert!(summary.contains("written     out"), "{seen}");
+    assert!(!summary.contains("resolve  done"), "{seen}");
+}

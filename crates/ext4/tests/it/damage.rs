@@ -104,6 +104,19 @@ fn garbage_in_an_image_without_checksums_never_panics() {
 }
 
 #[test]
+fn no_more_can_be_free_than_there_is() {
+    let mut good = bytes();
+    // Without the feature no checksum protects the numbers.
+    good[1024 + 0x64 + 1] &= !4;
+    // Free blocks, low and high, and free inodes.
+    for at in [0x0C, 0x158, 0x10] {
+        let mut bad = good.clone();
+        bad[1024 + at..1024 + at + 4].fill(0xFF);
+        assert!(matches!(Image::open(&bad), Err(ReadError::Damaged { .. })), "{at:#x}");
+    }
+}
+
+#[test]
 fn a_walk_keeps_its_limits() {
     let image = Image::open(bytes()).unwrap();
     let walk = |limits| image.walk(limits, |_, _| Ok::<_, ReadError>(()));

@@ -1,6 +1,7 @@
 //! Trees of every kind become images that every judge accepts.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 
 use ext4::{InodeId, Options, Run, Size, Timestamp};
 
@@ -256,6 +257,51 @@ fn an_image_of_a_tebibyte_takes_no_time() {
 }
 
 #[test]
+fn an_image_beyond_8_tebibytes_is_clean() {
+    // From there on the resize inode's list of blocks begins anew. The largest file of the test
+    // machine's ext4 is one block short of 2^32.
+    let tree = a_bit_of_everything();
+    let sizes = [9 << 40, ((1 << 32) - 1) * 4096];
+    for bytes in sizes.into_iter().take(size(1, 2) as usize) {
+        let mut options = options();
+        options.size = Size::Exact { bytes };
+        let image = ImageFile::build(&tree, &options);
+        assert_eq!(image.summary.image_bytes, bytes);
+        assert_eq!(image.summary.growth_bytes_max, 16 << 40);
+        image.assert_clean();
+        assert_mounts_as(&image, &tree);
+    }
+}
+
+#[test]
+fn holes_may_be_at_both_ends_of_a_file_of_any_length() {
+    let mut tree = MemoryTree::new();
+    let longest = u64::from(u32::MAX);
+    for (name, blocks, at) in [
+        ("last", longest, longest - 1),
+        ("first", longest, 0),
+        ("middle", 1 << 30, 1 << 20),
+        ("short", 3, 1),
+    ] {
+        let run = tree.allocate(0, 1).unwrap();
+        let runs = vec![Run { file_block: at, ..run }];
+        tree.add(ROOT, name, Content::File { size_bytes: blocks * 4096, runs });
+    }
+    // Its end is no block's.
+    let run = tree.allocate(0, 1).unwrap();
+    let size_bytes = (1 << 33) + 1;
+    tree.add(ROOT, "odd", Content::File { size_bytes, runs: vec![run] });
+    let image = judge(&tree, &options());
+    let Some(mount) = image.mount("ro") else { return };
+    let mut bytes = [0; 4096];
+    let last = std::fs::File::open(mount.path().join("last")).unwrap();
+    last.read_exact_at(&mut bytes, (longest - 1) * 4096).unwrap();
+    assert!(bytes == tree.regions[0].block(0));
+    last.read_exact_at(&mut bytes, (longest - 2) * 4096).unwrap();
+    assert!(bytes == [0; 4096]);
+}
+
+#[test]
 fn a_fragmented_file_has_a_tree_of_any_depth() {
     let mut tree = MemoryTree::new();
     for runs in [4, 5, 340 * 4, 340 * 4 + 1, size(20_000, 480_000).into()] {
@@ -279,6 +325,25 @@ fn runs_that_lie_side_by_side_become_one_extent() {
     let image = ext4::Image::open(std::fs::File::open(&image.path).unwrap()).unwrap();
     let node = image.lookup(b"/joined").unwrap();
     assert_eq!(image.extents(&node).unwrap().len(), 1);
+}
+
+#[test]
+fn attributes_of_every_length_go_where_they_fit() {
+    let mut tree = MemoryTree::new();
+    // Around the 88 bytes beside an inode, alone and in company, and around those of a block.
+    for length in (40..=90).chain(4000..=4040) {
+        let value = vec![7; length];
+        let alone = tree.set(&[(b"user.a", &value)]);
+        let company = tree.set(&[(b"security.s", b"x"), (b"user.a", &value), (b"user.b", &[1; 9])]);
+        for (kind, set) in [("alone", alone), ("company", company)] {
+            let content = Content::File { size_bytes: 0, runs: vec![] };
+            let file = tree.add(ROOT, format!("{kind}-{length}"), content);
+            tree.node(file).xattrs = Some(set);
+        }
+    }
+    let of_root = tree.set(&[(b"trusted.root", &[1; 500])]);
+    tree.node(ROOT).xattrs = Some(of_root);
+    judge(&tree, &options());
 }
 
 #[test]

@@ -169,7 +169,8 @@ struct Made {
 fn made() -> impl Strategy<Value = Made> {
     let path = prop::collection::vec("[a-z\u{e4}]{1,60}", 1..6).prop_map(|names| names.join("/"));
     let content = prop::collection::vec(any::<u8>(), 0..3000);
-    let owner = (0_u64..1 << 32, 0_u64..1 << 32);
+    // The last number is nobody's.
+    let owner = (0_u64..u64::from(u32::MAX), 0_u64..u64::from(u32::MAX));
     (path, content, 0_u32..0o10000, owner, 0_u64..1 << 40)
         .prop_map(|(path, content, mode, owner, time)| Made { path, content, mode, owner, time })
 }

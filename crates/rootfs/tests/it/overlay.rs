@@ -2,7 +2,7 @@
 
 use ext4::{InodeId, Kind, Timestamp, Tree};
 
-use crate::support::{Layer, flatten, flatten_error, header, try_flatten_with};
+use crate::support::{Layer, flatten, flatten_error, header, pack_error, try_flatten_with};
 
 fn base() -> Layer {
     Layer::new().dir("a").file("a/x", "1").file("a/y", "2").dir("a/sub").file("a/sub/z", "3")
@@ -40,6 +40,22 @@ fn a_whiteout_deletes_a_file_of_a_lower_layer() {
 #[test]
 fn a_whiteout_deletes_a_directory_with_everything_below() {
     assert_eq!(flatten(&[base(), Layer::new().whiteout("a")]).list(), [""; 0]);
+}
+
+#[test]
+fn a_whiteout_deletes_the_longest_name_though_its_own_is_longer() {
+    let name = "n".repeat(255);
+    let long = |path: String| Layer::new().long_name(format!("{path}\0").as_bytes());
+    let lower = long(format!("d/{name}")).file("short", "1").file("d/x", "2");
+    let image = flatten(&[lower.clone(), long(format!("d/.wh.{name}")).file("short", "")]);
+    assert_eq!(image.list(), ["d dir", "d/x file 2"]);
+    // One byte more no file can have.
+    let beyond = long(format!("d/.wh.{name}n")).file("short", "").end();
+    assert!(pack_error(&beyond).contains("longer than 255 bytes"));
+    let below = long(format!(".wh.{name}/x")).file("short", "").end();
+    assert!(pack_error(&below).contains("below a whiteout"));
+    let target = long("y".to_owned()).long_link(format!(".wh.{name}\0").as_bytes());
+    assert!(pack_error(&target.hard_link("y", "z").end()).contains("longer than 255 bytes"));
 }
 
 #[test]
@@ -295,6 +311,64 @@ fn an_entry_for_the_root_describes_the_root() {
         assert_eq!((root.permissions, root.uid, root.gid, root.mtime.secs), (0o1711, 3, 4, 55));
         assert_eq!(image.show("a/x"), "file 1");
     }
+}
+
+#[test]
+fn the_root_has_attributes_too_and_keeps_them_below_an_opaque_layer() {
+    let named = |value: &[u8]| Layer::new().pax(&[("SCHILY.xattr.user.root", value)]).dir("./");
+    let value = |layers: &[Layer]| flatten(layers).xattrs("");
+    let expected = |value: &[u8]| vec![("user.root".to_owned(), value.to_vec())];
+    assert_eq!(value(&[named(b"1"), Layer::new().file("x", "")]), expected(b"1"));
+    assert_eq!(value(&[named(b"1"), named(b"2")]), expected(b"2"));
+    let opaque = Layer::new().file(".wh..wh..opq", "").file("x", "");
+    assert_eq!(value(&[named(b"1"), opaque]), expected(b"1"));
+    assert_eq!(value(&[named(b"1"), Layer::new().dir(".")]), []);
+}
+
+#[test]
+fn a_directory_that_became_a_symlink_and_a_directory_again_is_empty() {
+    let link = Layer::new().symlink("a", "real");
+    let layers = [base(), link, Layer::new().dir_mode("a", 0o700)];
+    let image = flatten(&layers);
+    assert_eq!(image.list(), ["a dir"]);
+    assert_eq!(image.inode("a").permissions, 0o700);
+    // The same through a path that implies it.
+    let image = flatten(&[&layers[..2], &[Layer::new().file("a/n", "9")]].concat());
+    assert_eq!(image.list(), ["a dir", "a/n file 9"]);
+}
+
+#[test]
+fn opaque_and_whiteout_in_one_layer_are_as_good_as_opaque() {
+    for upper in [
+        Layer::new().dir("a").opaque("a").whiteout("a/x").file("a/y", "new"),
+        Layer::new().file("a/y", "new").whiteout("a/x").opaque("a").dir("a"),
+    ] {
+        assert_eq!(flatten(&[base(), upper]).list(), ["a dir", "a/y file new"]);
+    }
+}
+
+#[test]
+fn a_marker_deletes_whatever_kind_of_entry_it_is() {
+    for kind in [b'5', b'2', b'1', b'6', b'3', b'7'] {
+        let marker = |name: &str| header(name, kind).link("none").device(1, 3);
+        let whiteout = Layer::new().entry(&marker("a/.wh.x"), &[]);
+        assert_eq!(flatten(&[base(), whiteout]).show("a/x"), "-", "{kind}");
+        let opaque = Layer::new().entry(&marker("a/.wh..wh..opq"), &[]);
+        assert_eq!(flatten(&[base(), opaque]).list(), ["a dir"], "{kind}");
+    }
+    // With the slash that directories have.
+    let whiteout = Layer::new().entry(&header("a/.wh.x/", b'5'), &[]);
+    assert_eq!(flatten(&[base(), whiteout]).show("a/x"), "-");
+    let opaque = Layer::new().entry(&header("a/.wh..wh..opq/", b'5'), &[]);
+    assert_eq!(flatten(&[base(), opaque]).list(), ["a dir"]);
+}
+
+#[test]
+fn a_whiteout_of_one_name_of_a_file_leaves_the_other_and_counts_it() {
+    let lower = Layer::new().file("a/x", "1").hard_link("b/y", "a/x").hard_link("b/z", "a/x");
+    let image = flatten(&[lower, Layer::new().whiteout("a/x").opaque("a")]);
+    assert_eq!(image.list(), ["a dir", "b dir", "b/y file 1", "b/z file 1"]);
+    assert_eq!((image.id("b/y"), image.inode("b/y").links), (image.id("b/z"), 2));
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn pax_overrides_size_owner_time_and_paths() {
         .pax(&[
             ("path", b"p/\xff\xfe"),
             ("size", b"5"),
-            ("uid", b"4294967295"),
+            ("uid", b"4294967294"),
             ("gid", b"3000000000"),
             ("mtime", b"-1.5"),
         ])
@@ -89,7 +89,7 @@ fn pax_overrides_size_owner_time_and_paths() {
     let image = one(layer);
     let id = image.tree.lookup(b"p/\xff\xfe").unwrap();
     let inode = image.tree.inode(id);
-    assert_eq!((inode.uid, inode.gid), (u32::MAX, 3_000_000_000));
+    assert_eq!((inode.uid, inode.gid), (u32::MAX - 1, 3_000_000_000));
     assert_eq!(inode.mtime, Timestamp { secs: -2, nanos: 500_000_000 });
     assert_eq!(image.content(id), b"hello");
     assert_eq!(image.inode("s").kind, Kind::Symlink { target: b"t\xff" });
@@ -104,6 +104,42 @@ fn a_global_pax_header_is_checked_and_ignored_as_docker_does() {
     assert_eq!(image.inode("f").uid, 0);
     let broken = Layer::new().entry(&global, &records[1..]).end();
     assert!(pack_error(&broken).contains("malformed"));
+}
+
+#[test]
+fn what_stands_before_a_global_header_is_not_for_the_entry_behind_it() {
+    let global = header("pax_global_header", b'g');
+    for extra in [
+        Layer::new().pax(&[("path", b"other"), ("uid", b"7")]),
+        Layer::new().long_name(b"other\0"),
+        Layer::new().long_link(b"other\0"),
+    ] {
+        let image = one(extra.entry(&global, &[]).symlink("s", "own"));
+        assert_eq!(image.list(), ["s -> own"]);
+        assert_eq!(image.inode("s").uid, 0);
+    }
+}
+
+#[test]
+fn an_empty_long_name_or_link_says_nothing() {
+    for empty in [&b"\0"[..], b""] {
+        let layer = Layer::new().pax(&[("path", b"pax")]).long_name(empty).file("f", "1");
+        assert_eq!(one(layer).list(), ["pax file 1"]);
+        let layer = Layer::new().long_link(b"long\0").long_link(empty).symlink("s", "own");
+        assert_eq!(one(layer).list(), ["s -> own"]);
+    }
+}
+
+#[test]
+fn the_owner_that_nobody_can_be_is_root() {
+    // `chown` takes -1 for "leave it as it is".
+    let pax = Layer::new().pax(&[("uid", b"4294967295"), ("gid", b"4294967295")]).file("pax", "");
+    let all = [0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff];
+    let layer = pax.entry(&header("base256", b'0').patch(108, all).patch(116, all), &[]);
+    let image = one(layer);
+    for path in ["pax", "base256"] {
+        assert_eq!((image.inode(path).uid, image.inode(path).gid), (0, 0), "{path}");
+    }
 }
 
 #[test]
@@ -188,6 +224,14 @@ fn an_empty_blob_and_dockers_empty_layer_are_empty_packs() {
 #[test]
 fn extended_attributes_arrive_as_they_are() {
     let capability = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    // Owner 6, user 1000 4, group 4, mask 4, others 4: as the mode of the file has it.
+    let acl: Vec<u8> = [(1, 6, -1), (2, 4, 1000), (4, 4, -1), (16, 4, -1), (32, 4, -1)]
+        .iter()
+        .flat_map(|(tag, rights, id): &(u8, u8, i32)| {
+            [&[*tag, 0, *rights, 0][..], &id.to_le_bytes()].concat()
+        })
+        .collect();
+    let acl = [&[2, 0, 0, 0][..], &acl].concat();
     let layer = Layer::new()
         .pax(&[
             ("SCHILY.xattr.security.capability", capability),
@@ -197,20 +241,55 @@ fn extended_attributes_arrive_as_they_are() {
             ("SCHILY.xattr.user.overlay.opaque", b"y"),
             ("SCHILY.xattr.com.apple.quarantine", b"q"),
             ("LIBARCHIVE.xattr.trusted.%6b", b"dg=="),
-            ("SCHILY.xattr.system.posix_acl_access", b"\x02\0\0\0"),
+            ("SCHILY.xattr.system.posix_acl_access", &acl),
         ])
         .file("f", "1")
         .file("g", "2");
     let image = one(layer);
     let expected = [
         ("security.capability", capability.to_vec()),
-        ("system.posix_acl_access", b"\x02\0\0\0".to_vec()),
+        ("system.posix_acl_access", acl.clone()),
         ("trusted.k", b"v".to_vec()),
         ("user.bin", b"\0=\n\xff".to_vec()),
         ("user.empty", Vec::new()),
     ];
     assert_eq!(image.xattrs("f"), expected.map(|(name, value)| (name.to_owned(), value)));
     assert_eq!(image.inode("g").xattrs, None);
+}
+
+#[test]
+fn attributes_that_linux_sets_on_no_such_file_are_left_out() {
+    let records: &[(&str, &[u8])] = &[
+        ("SCHILY.xattr.user.u", b"1"),
+        ("SCHILY.xattr.trusted.t", b"2"),
+        ("SCHILY.xattr.system.posix_acl_default", &[2; 28]),
+    ];
+    let layer = Layer::new()
+        .pax(records)
+        .symlink("s", "t")
+        .pax(records)
+        .entry(&header("fifo", b'6'), &[])
+        .pax(records)
+        .entry(&header("null", b'3').device(1, 3), &[])
+        .pax(records)
+        .file("f", "1")
+        .pax(records)
+        .dir("d")
+        // The link comes before what it names, which is a symbolic link.
+        .pax(&[("SCHILY.xattr.user.late", b"3")])
+        .hard_link("h", "late")
+        .symlink("late", "t");
+    let image = one(layer);
+    let names = |path: &str| -> Vec<String> {
+        image.xattrs(path).into_iter().map(|(name, _)| name).collect()
+    };
+    for path in ["s", "fifo", "null"] {
+        assert_eq!(names(path), ["trusted.t"], "{path}");
+    }
+    assert_eq!(names("f"), ["trusted.t", "user.u"]);
+    assert_eq!(names("d"), ["system.posix_acl_default", "trusted.t", "user.u"]);
+    assert_eq!(names("h"), [""; 0]);
+    assert_eq!(image.inode("h").xattrs, None);
 }
 
 #[test]
@@ -309,6 +388,22 @@ fn pax_sparse_files_of_all_versions_have_their_real_name_and_size() {
         assert_eq!(image.content(image.id("s")), sparse_content());
         assert_eq!(image.list().len(), 2, "{:?}", image.list());
         assert_eq!(image.show("g"), "file 2");
+    }
+}
+
+#[test]
+fn the_name_of_a_sparse_file_counts_with_a_map_alone() {
+    let layer = Layer::new()
+        .pax(&[("GNU.sparse.name", b"other"), ("GNU.sparse.size", b"9")])
+        .file("f", "1")
+        .pax(&[("GNU.sparse.name", b"other")])
+        .symlink("s", "t");
+    assert_eq!(one(layer).list(), ["f file 1", "s -> t"]);
+    let map: &[(&str, &[u8])] = &[("GNU.sparse.name", b"other"), ("GNU.sparse.map", b"0,0")];
+    for kind in [b'2', b'5', b'6'] {
+        let entry = header("x", kind).link("t");
+        let message = pack_error(&Layer::new().pax(map).entry(&entry, &[]).end());
+        assert!(message.contains("sparse map"), "{message}");
     }
 }
 
