@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{PidfdFlags, Signal};
 
 use crate::SandboxError;
 use crate::spawn::pid;
@@ -15,6 +16,8 @@ use crate::spawn::pid;
 /// How long the kernel may take to end what was killed.
 const DEATH_MAX: Duration = Duration::from_secs(5);
 const DEATH_POLL: Duration = Duration::from_millis(2);
+/// Descriptors of processes that are about to be ended.
+const HELD_AT_ONCE: usize = 64;
 /// How long a group may be without processes that will have some.
 const EMPTY_MAX: Duration = Duration::from_secs(60);
 /// The period of CPU limits, in microseconds; the kernel's default.
@@ -111,13 +114,13 @@ impl CgroupRoot {
     }
 
     /// A new group with `limits`, still without processes. One of the same name that was left is
-    /// ended first.
+    /// ended and removed first, with its weight and what was counted in it.
     ///
     /// # Errors
     /// [`SandboxError`] with the file that could not be written.
     pub fn create(&self, name: &str, limits: &CgroupLimits) -> Result<Cgroup, SandboxError> {
+        drop(self.existing(name));
         let group = self.existing(name);
-        group.kill_all();
         // Dropped on an error, it removes what was made so far.
         for (controller, (directory, version)) in &group.places {
             let place = &self.places[controller].0;
@@ -243,6 +246,18 @@ impl Cgroup {
         })
     }
 
+    /// How much of the CPUs it may take at the most, in thousandths of one; none: as much as there
+    /// is. Groups below may have no limit of their own: version 1 refuses one below theirs.
+    ///
+    /// # Errors
+    /// [`SandboxError`] with the group that would not have it.
+    pub fn set_cpu_limit(&self, millis: Option<u64>) -> Result<(), SandboxError> {
+        let Some((directory, version)) = self.places.get("cpu") else { return Ok(()) };
+        limit_cpu(directory, *version, millis).map_err(|source| {
+            SandboxError::new(&format!("limit the cgroup {}", directory.display()), source)
+        })
+    }
+
     /// Directories of the group, for tools that put processes into them.
     pub fn directories(&self) -> impl Iterator<Item = &Path> {
         let mut all: Vec<&Path> = self.places.values().map(|(place, _)| place.as_path()).collect();
@@ -266,6 +281,7 @@ impl Cgroup {
     fn hurry(&self) {
         // One that is not there has nothing to end.
         let _ = self.set_cpu_weight(CPU_WEIGHT_MAX);
+        let _ = self.set_cpu_limit(None);
     }
 
     /// Ends every process of the group, also one that starts others as fast as it can.
@@ -303,14 +319,26 @@ fn kill_below(directory: &Path) -> usize {
     for below in groups_below(directory) {
         count += kill_below(&below);
     }
-    let listed = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-    for number in listed.lines().filter_map(|line| line.parse().ok()) {
-        count += 1;
-        if let Some(process) = pid(number) {
-            let _ = rustix::process::kill_process(process, Signal::KILL);
+    let numbers = processes(directory);
+    for some in numbers.chunks(HELD_AT_ONCE) {
+        let hold = |&number: &u32| {
+            let process = rustix::process::pidfd_open(pid(number)?, PidfdFlags::empty());
+            Some((number, process.ok()?))
+        };
+        let held: Vec<(u32, OwnedFd)> = some.iter().filter_map(hold).collect();
+        // Numbers of processes are given again: who is listed still, behind being held, is meant.
+        let still = processes(directory);
+        for (_, process) in held.iter().filter(|(number, _)| still.contains(number)) {
+            let _ = rustix::process::pidfd_send_signal(process, Signal::KILL);
         }
     }
-    count
+    count + numbers.len()
+}
+
+/// The processes of a group. One that cannot be named from here is 0.
+fn processes(directory: &Path) -> Vec<u32> {
+    let listed = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    listed.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 fn remove_below(directory: &Path) {
@@ -411,7 +439,11 @@ fn hand_down(base: &Path, controller: &str) -> io::Result<()> {
     make(&leaf)?;
     let listed = fs::read_to_string(base.join("cgroup.procs"))?;
     for process in listed.lines() {
-        write(&leaf, "cgroup.procs", process)?;
+        match write(&leaf, "cgroup.procs", process) {
+            // It has ended meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            moved => moved?,
+        }
     }
     enable()
 }
@@ -468,18 +500,26 @@ fn set(
             Some(most) => write(directory, "pids.max", &most.to_string()),
             None => Ok(()),
         },
-        ("cpu", version) => {
-            let Some(millis) = limits.cpu_millis else { return Ok(()) };
-            let quota = (CPU_PERIOD_USECS * millis / 1000).max(1000);
-            match version {
-                Version::V1 => {
-                    write(directory, "cpu.cfs_period_us", &CPU_PERIOD_USECS.to_string())?;
-                    write(directory, "cpu.cfs_quota_us", &quota.to_string())
-                }
-                Version::V2 => write(directory, "cpu.max", &format!("{quota} {CPU_PERIOD_USECS}")),
-            }
+        ("cpu", version) if limits.cpu_millis.is_some() => {
+            limit_cpu(directory, version, limits.cpu_millis)
         }
         _ => Ok(()),
+    }
+}
+
+fn limit_cpu(directory: &Path, version: Version, millis: Option<u64>) -> io::Result<()> {
+    // The kernel has none below 1 ms.
+    let quota = millis.map(|millis| (CPU_PERIOD_USECS.saturating_mul(millis) / 1000).max(1000));
+    match version {
+        Version::V1 => {
+            write(directory, "cpu.cfs_period_us", &CPU_PERIOD_USECS.to_string())?;
+            let quota = quota.map_or_else(|| "-1".to_owned(), |quota| quota.to_string());
+            write(directory, "cpu.cfs_quota_us", &quota)
+        }
+        Version::V2 => {
+            let quota = quota.map_or_else(|| "max".to_owned(), |quota| quota.to_string());
+            write(directory, "cpu.max", &format!("{quota} {CPU_PERIOD_USECS}"))
+        }
     }
 }
 

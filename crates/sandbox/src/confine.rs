@@ -13,8 +13,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 
-use crate::spawn::USERS_START;
-use crate::{SandboxError, SandboxPolicy, Wall, seccomp};
+use crate::{SandboxError, SandboxPolicy, Wall, seccomp, users};
 
 /// Any directory that is there can hold the mount that becomes the root.
 pub(crate) const MOUNT_POINTS: [&str; 3] = ["/tmp", "/run", "/proc"];
@@ -93,7 +92,7 @@ fn shut_in(
 fn has_own_user() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let outside = map.split_ascii_whitespace().nth(1).and_then(|id| id.parse::<u32>().ok());
-    outside.is_some_and(|outside| (USERS_START..u32::MAX).contains(&outside))
+    outside.is_some_and(|outside| (users::START..u32::MAX).contains(&outside))
 }
 
 /// Makes an empty directory that nobody can write the root, and lets go of all else that is
@@ -147,8 +146,20 @@ pub(crate) fn drop_capabilities(kept: CapabilitySet) -> io::Result<()> {
     Ok(rustix::thread::set_capabilities(None, sets)?)
 }
 
-/// Forbids to open any file (but below the one directory), to bind and connect, and to signal or reach processes outside.
-/// What the kernel is too old for is left out; without the file system part there is no wall.
+/// Forbids to signal processes that this one has not started, and to speak to their abstract
+/// sockets, where the kernel knows how (Linux 6.12). Files are no part of it: mounts stay possible.
+pub(crate) fn keep_to_itself() {
+    // A second wall behind that of PID namespaces, and it is that one which is told by name.
+    let _ = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .scope(Scope::from_all(ABI::V6))
+        .and_then(Ruleset::create)
+        .and_then(landlock::RulesetCreated::restrict_self);
+}
+
+/// Forbids to open any file (but below the one directory), to bind and connect, and to signal or
+/// reach processes outside. What the kernel is too old for is left out; without the file system part
+/// there is no wall.
 fn landlocked(reach: Option<(BorrowedFd<'_>, Access)>) -> bool {
     let allowed = reach.map(|(directory, access)| {
         let rights = match access {

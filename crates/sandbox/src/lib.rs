@@ -23,6 +23,7 @@
 )]
 #![warn(clippy::undocumented_unsafe_blocks, unsafe_op_in_unsafe_fn)]
 
+mod apart;
 mod cgroup;
 mod confine;
 mod limits;
@@ -30,6 +31,7 @@ mod loopback;
 mod outcome;
 mod seccomp;
 mod spawn;
+mod users;
 mod view;
 mod wall;
 
@@ -38,8 +40,9 @@ pub use confine::{Access, confine, confine_to};
 pub use limits::SandboxPolicy;
 pub use loopback::LoopDevice;
 pub use outcome::Outcome;
-pub use spawn::{Pipes, Sandbox, Users, can_isolate, take_files};
-pub use view::narrow;
+pub use spawn::{Pipes, Sandbox, can_isolate, take_files};
+pub use users::{HeldUsers, Users};
+pub use view::{Processes, narrow};
 pub use wall::Wall;
 
 /// Why there is no sandbox.

@@ -7,11 +7,13 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use crate::confine::Access;
+use rustix::process::Resource;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
+
+use crate::confine::Access;
 
 /// Read, write and arrange open files; memory; threads; time; the end.
 const ALLOWED: &[libc::c_long] = &[
@@ -24,7 +26,6 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_copy_file_range,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
@@ -82,6 +83,11 @@ const THREAD: libc::c_int = libc::CLONE_VM
 const FCNTL: [libc::c_int; 5] =
     [libc::F_DUPFD, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL];
 
+/// What fallocate(2) may do where files have an end: the other ways give a file more blocks than
+/// `RLIMIT_FSIZE` lets it have, behind its end or by moving what is there out of the way.
+const FALLOCATE: [libc::c_int; 3] =
+    [0, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_COLLAPSE_RANGE];
+
 /// Looks at what lies in a directory that was handed over.
 const LOOKING: &[libc::c_long] = &[
     libc::SYS_fchdir,
@@ -123,12 +129,41 @@ pub(crate) fn apply(access: Option<Access>) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses these calls to this thread and those it starts.
+/// Refuses these calls to this thread and those it starts, and the limits of other processes.
 pub(crate) fn refuse(calls: &[libc::c_long]) -> io::Result<()> {
-    let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        calls.iter().map(|&call| (call, Vec::new())).collect();
+    // A limit that is set to nothing is a signal, too.
+    let other = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)
+        .map_err(io::Error::other)?;
+    rules.insert(libc::SYS_prlimit64, vec![rule([other])?]);
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    seccompiler::apply_filter(&compiled(rules, SeccompAction::Allow, refused)?)
-        .map_err(io::Error::other)
+    for filter in [compiled(rules, SeccompAction::Allow, refused)?, no_second_numbers()] {
+        seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+/// Refuses the numbers by which x86-64 has every call a second time, for programs of 32 bits with
+/// its registers ("x32", asm/unistd.h): a list of what is refused does not have those. On other
+/// machines no call has such a number.
+fn no_second_numbers() -> BpfProgram {
+    /// `__X32_SYSCALL_BIT`.
+    const SECOND: u32 = 0x4000_0000;
+    // The number of the call is the first field of `struct seccomp_data`: seccomp(2).
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let compare = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
+    let answer = libc::BPF_RET | libc::BPF_K;
+    let refused = libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs();
+    let lines = [
+        (load, 0, 0, 0),
+        (compare, 0, 1, SECOND),
+        (answer, 0, 0, refused),
+        (answer, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    // The codes of the instructions have 16 bits.
+    let code = |code: u32| u16::try_from(code).unwrap_or_default();
+    lines.map(|(of, jt, jf, k)| seccompiler::sock_filter { code: code(of), jt, jf, k }).into()
 }
 
 fn allow_list(more: &[&[libc::c_long]]) -> io::Result<BpfProgram> {
@@ -147,6 +182,10 @@ fn allow_list(more: &[&[libc::c_long]]) -> io::Result<BpfProgram> {
     rules.insert(libc::SYS_mmap, vec![rule([masked(2, exec, 0)?, private])?]);
     rules.insert(libc::SYS_mprotect, vec![rule([masked(2, exec, 0)?])?]);
     rules.insert(libc::SYS_fcntl, one_of(1, &FCNTL)?);
+    let mut ways = FALLOCATE.to_vec();
+    let has_end = rustix::process::getrlimit(Resource::Fsize).current.is_some();
+    ways.extend((!has_end).then_some(libc::FALLOC_FL_INSERT_RANGE));
+    rules.insert(libc::SYS_fallocate, one_of(1, &ways)?);
     // A thread's name, and names of mappings.
     rules.insert(libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME, libc::PR_SET_VMA])?);
     // Its own limits may be read, not set: the new one is a null pointer.

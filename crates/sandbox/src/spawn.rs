@@ -10,15 +10,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
-use serde::{Deserialize, Serialize};
 
+use crate::users::{self, Users};
 use crate::{Outcome, SandboxError, Wall};
-
-/// Users of confined processes, outside: above what systems give to people, services, containers
-/// and dynamic users (systemd.io, "Users, Groups, UIDs and GIDs on systemd Systems").
-pub(crate) const USERS_START: u32 = 0x6400_0000;
-/// `PID_MAX_LIMIT` of linux/threads.h: a process id is smaller.
-const PIDS_MAX: u32 = 1 << 22;
 
 /// A confined process that runs. Dropped, it is ended and waited for.
 #[derive(Debug)]
@@ -69,30 +63,6 @@ const NAMESPACES: u64 = (libc::CLONE_NEWUSER
 const KEEPER_NAMESPACES: u64 =
     (libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET)
         .unsigned_abs() as u64;
-
-/// Users of a process, outside: inside they are 0 and those that follow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Users {
-    /// The first, which is root inside.
-    pub first: u32,
-    /// How many.
-    pub count: u32,
-}
-
-impl Users {
-    /// So many has each of those that get a range.
-    pub const COUNT: u32 = 1 << 20;
-    /// Behind the last of those that have a single user.
-    const START: u32 = 0x6500_0000;
-    const RANGES: u32 = 1 << 10;
-
-    /// A range for what the process `pid` starts: no other process of today has it, unless more
-    /// than a thousand start such things at once.
-    #[must_use]
-    pub fn of(pid: u32) -> Self {
-        Self { first: Self::START + pid % Self::RANGES * Self::COUNT, count: Self::COUNT }
-    }
-}
 
 impl Sandbox {
     /// Starts `program` with `arguments` (the first is its own name) and an empty environment, in
@@ -262,7 +232,7 @@ fn map_users(pid: u32) -> io::Result<()> {
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let write = |file: &str, text: String| std::fs::write(format!("/proc/{pid}/{file}"), text);
     if uid.is_root() {
-        let user = USERS_START + pid % PIDS_MAX;
+        let user = users::next()?;
         write("gid_map", format!("0 {user} 1"))?;
         return write("uid_map", format!("0 {user} 1"));
     }

@@ -14,8 +14,8 @@ use rustix::mount::{
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
-use crate::confine::{MOUNT_POINTS, drop_capabilities};
-use crate::{SandboxError, seccomp};
+use crate::confine::{MOUNT_POINTS, drop_capabilities, keep_to_itself};
+use crate::{SandboxError, apart, seccomp};
 
 /// What a program needs to run, to look names up and to check certificates; where it is there.
 const READ: [&str; 18] = [
@@ -41,6 +41,15 @@ const READ: [&str; 18] = [
 
 /// Written to by whoever likes to.
 const DEVICES: [&str; 4] = ["/dev/null", "/dev/random", "/dev/urandom", "/dev/zero"];
+
+/// Which processes a narrowed one can name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processes {
+    /// Those that it starts.
+    Own,
+    /// Those that it could name before.
+    All,
+}
 
 /// With these the host itself can be changed by whoever is its root, without a capability:
 /// proc(5), and what OCI runtimes keep from containers.
@@ -80,10 +89,13 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
+    libc::SYS_ioprio_set,
     libc::SYS_kcmp,
     libc::SYS_kexec_file_load,
     libc::SYS_kexec_load,
     libc::SYS_keyctl,
+    libc::SYS_kill,
+    libc::SYS_migrate_pages,
     libc::SYS_mknodat,
     libc::SYS_move_pages,
     libc::SYS_name_to_handle_at,
@@ -91,13 +103,22 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_perf_event_open,
     libc::SYS_personality,
     libc::SYS_pidfd_getfd,
+    libc::SYS_process_madvise,
+    libc::SYS_process_mrelease,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
     libc::SYS_ptrace,
     libc::SYS_quotactl,
     libc::SYS_reboot,
     libc::SYS_request_key,
+    libc::SYS_rt_sigqueueinfo,
+    libc::SYS_rt_tgsigqueueinfo,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_sched_setattr,
+    libc::SYS_sched_setparam,
+    libc::SYS_sched_setscheduler,
     libc::SYS_setns,
+    libc::SYS_setpriority,
     libc::SYS_settimeofday,
     libc::SYS_swapoff,
     libc::SYS_swapon,
@@ -111,17 +132,27 @@ const REFUSED: &[libc::c_long] = &[
 /// capabilities that are not needed to start [confined processes](crate::Sandbox::spawn), gains no
 /// new privileges, and system calls that reach other processes or the kernel's insides are refused.
 ///
+/// With [`Processes::Own`] it goes on as another process, in a PID namespace, and sees `/proc` of that
+/// alone. The one that called waits outside and ends as this one does; when it is ended, this one and
+/// all that it has started are ended by the kernel.
+///
 /// To be called before the first thread is started, with absolute paths. Descriptors that are open
 /// stay open. The working directory is `/` afterwards.
 ///
 /// # Errors
 /// [`SandboxError`] when this host does not let it; the process is not to go on then, since part
 /// of it may be done.
-pub fn narrow(kept: &[&Path]) -> Result<(), SandboxError> {
+pub fn narrow(kept: &[&Path], processes: Processes) -> Result<(), SandboxError> {
     let failed = |action: &'static str| move |source: io::Error| SandboxError::new(action, source);
     let is_root = rustix::process::geteuid().is_root();
-    own_mounts(is_root).map_err(failed("have mounts of its own"))?;
-    see_only(kept, is_root).map_err(failed("leave the host's files"))?;
+    own_namespaces(is_root, processes).map_err(failed(match processes {
+        Processes::Own => "have mounts and processes of its own",
+        Processes::All => "have mounts of its own",
+    }))?;
+    if processes == Processes::Own {
+        apart::go_inside().map_err(failed("go on among processes of its own"))?;
+    }
+    see_only(kept, is_root, processes).map_err(failed("leave the host's files"))?;
     let keeps = if is_root { ROOT_KEEPS } else { CapabilitySet::empty() };
     drop_capabilities(keeps).map_err(failed("give up capabilities"))?;
     if is_root {
@@ -131,19 +162,21 @@ pub fn narrow(kept: &[&Path]) -> Result<(), SandboxError> {
     }
     rustix::thread::set_no_new_privs(true)
         .map_err(|source| SandboxError::new("give up new privileges", source))?;
+    keep_to_itself();
     seccomp::refuse(REFUSED).map_err(failed("filter system calls"))
 }
 
-/// Mounts that nobody else sees. Who is not root needs a user namespace for that, and is the same
-/// user in it.
-fn own_mounts(is_root: bool) -> io::Result<()> {
-    if is_root {
-        // SAFETY: this process has one thread still, and nothing but its mounts becomes its own.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
-    } else {
-        let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
-        // SAFETY: as above; it stays the same user.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) }?;
+/// Mounts that nobody else sees, and perhaps a PID namespace for the next child. Who is not root
+/// needs a user namespace for that, and is the same user in it.
+fn own_namespaces(is_root: bool, processes: Processes) -> io::Result<()> {
+    let mut flags = UnshareFlags::NEWNS;
+    flags.set(UnshareFlags::NEWPID, processes == Processes::Own);
+    flags.set(UnshareFlags::NEWUSER, !is_root);
+    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+    // SAFETY: this process has one thread still, and stays the same user; nothing but its mounts,
+    // and the namespace of its next child, becomes its own.
+    unsafe { rustix::thread::unshare_unsafe(flags) }?;
+    if !is_root {
         fs::write("/proc/self/setgroups", "deny")?;
         fs::write("/proc/self/gid_map", format!("{0} {0} 1", gid.as_raw()))?;
         fs::write("/proc/self/uid_map", format!("{0} {0} 1", uid.as_raw()))?;
@@ -205,21 +238,21 @@ fn read_only(place: &Path) -> io::Result<()> {
 }
 
 /// A new root with the directories in it, in place of the host's.
-fn see_only(kept: &[&Path], is_root: bool) -> io::Result<()> {
+fn see_only(kept: &[&Path], is_root: bool, processes: Processes) -> io::Result<()> {
     // What is mounted below a directory cannot be left out in a user namespace.
     let is_deep = !is_root;
     let mut parts = Vec::new();
     for path in READ.iter().map(Path::new).filter(|path| path.exists()) {
         parts.push(Part::of(path, is_deep, true)?);
     }
-    parts.push(Part::of(Path::new("/proc"), true, false)?);
+    if processes == Processes::All {
+        parts.push(Part::of(Path::new("/proc"), true, false)?);
+    }
     for device in DEVICES {
         parts.push(Part::of(Path::new(device), false, false)?);
     }
     for path in kept {
-        let named =
-            |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-        parts.push(Part::of(path, is_deep, false).map_err(named)?);
+        parts.push(Part::of(path, is_deep, false).map_err(named(path))?);
     }
     // A directory before what lies in it.
     parts.sort_by_key(|part| part.path.components().count());
@@ -230,6 +263,31 @@ fn see_only(kept: &[&Path], is_root: bool) -> io::Result<()> {
     for part in &parts {
         part.place(root)?;
     }
+    match processes {
+        Processes::Own => own_proc(root).map_err(named(Path::new("/proc")))?,
+        Processes::All => proc_read_only(root)?,
+    }
+    rustix::process::chdir(root)?;
+    rustix::process::pivot_root(".", ".")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    rustix::mount::mount_remount("/", flags | MountFlags::RDONLY, "")?;
+    Ok(rustix::process::chdir("/")?)
+}
+
+fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// The processes of this namespace and nothing of the host: proc(5), `subset=pid`, Linux 5.8.
+fn own_proc(root: &Path) -> io::Result<()> {
+    let place = root.join("proc");
+    DirBuilder::new().mode(0o755).create(&place)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(rustix::mount::mount("proc", &place, "proc", flags, Some(c"subset=pid"))?)
+}
+
+/// Where the host's own is kept.
+fn proc_read_only(root: &Path) -> io::Result<()> {
     for path in PROC_READ_ONLY.map(Path::new) {
         let place = root.join(path.strip_prefix("/").map_err(io::Error::other)?);
         if place.exists() {
@@ -237,9 +295,5 @@ fn see_only(kept: &[&Path], is_root: bool) -> io::Result<()> {
             read_only(&place)?;
         }
     }
-    rustix::process::chdir(root)?;
-    rustix::process::pivot_root(".", ".")?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
-    rustix::mount::mount_remount("/", flags | MountFlags::RDONLY, "")?;
-    Ok(rustix::process::chdir("/")?)
+    Ok(())
 }

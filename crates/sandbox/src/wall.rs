@@ -32,13 +32,16 @@ pub enum Wall {
     /// mount_namespaces(7): who fetches for a build sees that build's directories alone
     /// ([`narrow`](crate::narrow)).
     OwnFiles,
+    /// pid_namespaces(7): who fetches for a build names that build's processes alone, and they end
+    /// with it ([`Processes::Own`](crate::Processes)).
+    OwnProcesses,
     /// cgroups(7): memory, CPU and number of processes of a build are held by the kernel.
     Cgroup,
 }
 
 impl Wall {
     /// Every wall.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::UserNamespace,
         Self::PidNamespace,
         Self::NetworkNamespace,
@@ -51,12 +54,13 @@ impl Wall {
         Self::Seccomp,
         Self::Landlock,
         Self::OwnFiles,
+        Self::OwnProcesses,
         Self::Cgroup,
     ];
 
     /// Those that do not stand around a worker: they are around its whole build, or around who
     /// fetches for it.
-    pub const AROUND_BUILDS: [Self; 2] = [Self::OwnFiles, Self::Cgroup];
+    pub const AROUND_BUILDS: [Self; 3] = [Self::OwnFiles, Self::OwnProcesses, Self::Cgroup];
 
     /// Those that come with the namespaces a process is started in.
     pub const NAMESPACES: [Self; 6] = [
@@ -84,6 +88,7 @@ impl Wall {
             Self::Seccomp => "seccomp",
             Self::Landlock => "landlock",
             Self::OwnFiles => "own-files",
+            Self::OwnProcesses => "own-processes",
             Self::Cgroup => "cgroup",
         }
     }

@@ -4,6 +4,8 @@
 //! Builds are let in in the order they came, so that a large one is not passed by small ones for
 //! ever. This module does not know tenants: their turns are the queue's business.
 
+mod memory;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -132,15 +134,14 @@ impl Admission {
         (*taken == Needs::default()).then_some(false)
     }
 
-    /// What the machine has: all its memory but a part, and the disk space that is free now. What
-    /// running builds have written already counts twice, which errs to the safe side.
+    /// What there is: all the memory that this process may have but a part, and the disk space that
+    /// is free now. What running builds have written already counts twice, which errs to the safe
+    /// side.
     fn free(&self) -> Needs {
         let disk = self.directories.iter().map(|directory| free_disk_bytes(directory)).min();
-        let memory = rustix::system::sysinfo();
-        let all = u64::from(memory.mem_unit).saturating_mul(memory.totalram);
         Needs {
             disk_bytes: disk.unwrap_or(u64::MAX),
-            memory_bytes: all / 100 * (100 - SPARE_PERCENT),
+            memory_bytes: memory::bytes() / 100 * (100 - SPARE_PERCENT),
         }
     }
 }
@@ -163,7 +164,7 @@ fn too_much(needs: Needs, free: Needs) -> Failure {
         false => (
             FailureCode::TemporaryResourceError,
             format!(
-                "the build needs about {} bytes of memory, and the machine has {} for builds",
+                "the build needs about {} bytes of memory, and there are {} for builds",
                 needs.memory_bytes, free.memory_bytes
             ),
         ),

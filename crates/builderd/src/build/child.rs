@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use oci::{AllowedPlace, ClientOptions, Credentials, Platform, Source};
 use rustix::process::{Resource, Rlimit, Signal};
-use sandbox::{Outcome, Sandbox, Wall};
+use sandbox::{Pipes, Processes, Sandbox, Wall};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
@@ -184,6 +184,15 @@ pub(crate) struct ChildSpec {
     /// Whether this host lets the process see the build's own directories alone.
     #[serde(default)]
     pub(crate) has_own_files: bool,
+    /// Whether it lets it name the build's own processes alone.
+    #[serde(default)]
+    pub(crate) has_own_processes: bool,
+}
+
+/// What a process says that tried to be shut in, as one line of JSON: why it could not.
+#[derive(Debug, Serialize, Deserialize)]
+struct Tried {
+    refused: Option<String>,
 }
 
 /// What a child says, one JSON object per line.
@@ -222,10 +231,8 @@ pub(crate) fn main() -> io::Result<()> {
     end_with_parent()?;
     let mut text = String::new();
     io::stdin().lock().read_to_string(&mut text)?;
-    if text.is_empty() {
-        sandbox::narrow(&[]).map_err(io::Error::other)?;
-        println!("{}", Wall::OwnFiles);
-        return Ok(());
+    if let Ok(wall) = serde_json::from_str(&text) {
+        return try_wall(wall);
     }
     let spec: ChildSpec = serde_json::from_str(&text)?;
     drop(text);
@@ -242,32 +249,49 @@ pub(crate) fn main() -> io::Result<()> {
     speaker.say(&line)
 }
 
-/// Tries whether this host lets the process of a build see the build's own directories alone.
-///
-/// # Errors
-/// Why it does not.
-pub(super) fn probe() -> Result<(), String> {
+/// Tries a wall around this process, and says what came of it.
+fn try_wall(wall: Wall) -> io::Result<()> {
+    let processes = if wall == Wall::OwnProcesses { Processes::Own } else { Processes::All };
+    let refused = sandbox::narrow(&[], processes).err().map(|error| chain(&error));
+    println!("{}", serde_json::to_string(&Tried { refused })?);
+    Ok(())
+}
+
+/// The walls that this host gives the process of a build, and why not the others: whether it can
+/// see the build's own directories alone, and name the build's own processes alone.
+pub(super) fn probe() -> [(Wall, Result<(), String>); 2] {
+    let (files, processes) = match probe_wall(Wall::OwnProcesses) {
+        // They are tried together.
+        Ok(()) => (Ok(()), Ok(())),
+        refused => (probe_wall(Wall::OwnFiles), refused),
+    };
+    [(Wall::OwnFiles, files), (Wall::OwnProcesses, processes)]
+}
+
+fn probe_wall(wall: Wall) -> Result<(), String> {
     let failed = |error: &dyn std::error::Error| chain(error);
     let program = File::open("/proc/self/exe").map_err(|error| failed(&error))?;
     let arguments = [c"builderd", c"build-child"];
-    let (mut process, pipes) =
+    let (process, mut pipes) =
         Sandbox::spawn_beside(&program, &arguments, &[]).map_err(|error| failed(&error))?;
-    // Nothing to build: that is the question.
+    let question = serde_json::to_vec(&wall).map_err(|error| failed(&error))?;
+    // One that has ended already says so by its end.
+    let _ = pipes.stdin.write_all(&question);
+    tried(process, pipes)
+}
+
+/// What a process says that tried a wall. Nothing of what it says otherwise is made sense of.
+fn tried(mut process: Sandbox, pipes: Pipes) -> Result<(), String> {
+    let failed = |error: &dyn std::error::Error| chain(error);
     drop(pipes.stdin);
-    let (mut said, mut complaint) = (String::new(), String::new());
+    let mut said = String::new();
     let read = pipes.stdout.take(PROBE_BYTES_MAX).read_to_string(&mut said);
-    let read = read.and_then(|_| pipes.stderr.take(PROBE_BYTES_MAX).read_to_string(&mut complaint));
     let outcome = read.and_then(|_| process.wait()).map_err(|error| failed(&error))?;
-    match (outcome, said.trim() == Wall::OwnFiles.as_str()) {
-        (Outcome::Exited(0), true) => Ok(()),
-        _ if complaint.is_empty() => Err(format!("a process that tried it ended: {outcome}")),
-        _ => {
-            let plain = |line: &str| {
-                let line = line.trim();
-                let line = line.strip_prefix("error: ").unwrap_or(line);
-                line.strip_prefix("caused by: ").unwrap_or(line).to_owned()
-            };
-            Err(complaint.lines().map(plain).collect::<Vec<_>>().join(": "))
+    match serde_json::from_str(&said) {
+        Ok(Tried { refused: Some(reason) }) => Err(reason),
+        Ok(Tried { refused: None }) if outcome.is_success() => Ok(()),
+        Ok(Tried { refused: None }) | Err(_) => {
+            Err(format!("a process that tried it ended: {outcome}"))
         }
     }
 }
@@ -278,11 +302,13 @@ fn shut_in(spec: &ChildSpec) -> io::Result<()> {
     if spec.commands.is_some() || !spec.has_own_files {
         return Ok(());
     }
+    let processes = if spec.has_own_processes { Processes::Own } else { Processes::All };
     let packs = spec.packs.as_ref().map(|packs| packs.directory.as_path());
-    let kept: Vec<&Path> = spec.output.parent().into_iter().chain(packs).collect();
-    let place = std::env::current_dir()?;
-    sandbox::narrow(&kept).map_err(io::Error::other)?;
-    std::env::set_current_dir(place)
+    let staging = spec.output.parent();
+    let kept: Vec<&Path> = staging.into_iter().chain(packs).collect();
+    sandbox::narrow(&kept, processes).map_err(io::Error::other)?;
+    // By the name that was kept: another one of the same directory leads nowhere now.
+    staging.map_or(Ok(()), std::env::set_current_dir)
 }
 
 fn limit(resource: Resource, bytes: u64) -> io::Result<()> {
@@ -431,6 +457,32 @@ mod tests {
         let failure = failure.failure(Phase::Layers);
         assert_eq!(failure.code, crate::build::record::FailureCode::QuotaExceeded, "{failure:?}");
         assert_eq!(layer_limits(u64::MAX), rootfs::Limits::default());
+    }
+
+    /// What is made of a process that says and does this when it should try a wall.
+    fn told(script: &str) -> Result<(), String> {
+        let script = std::ffi::CString::new(script).unwrap();
+        let shell = File::open("/bin/sh").unwrap();
+        let (process, pipes) =
+            Sandbox::spawn_beside(&shell, &[c"sh", c"-c", &script], &[]).unwrap();
+        tried(process, pipes)
+    }
+
+    #[test]
+    fn why_a_wall_is_missing_is_one_line_and_no_text_that_is_guessed_at() {
+        assert_eq!(told(r#"echo '{"refused":null}'"#), Ok(()));
+        let reason = told(r#"echo '{"refused":"no room"}'; echo noise >&2"#);
+        assert_eq!(reason, Err("no room".into()));
+        for script in [
+            "echo own-files",
+            "echo 'error: made up' >&2",
+            r#"echo '{"refused":null}'; echo more"#,
+            r#"echo '{"refused":null}'; exit 3"#,
+            "",
+        ] {
+            let reason = told(script).expect_err(script);
+            assert!(reason.starts_with("a process that tried it ended: exit code"), "{reason}");
+        }
     }
 
     #[test]

@@ -32,9 +32,11 @@ impl Host {
             }
             Err(error) => chain(&error),
         };
-        match child::probe() {
-            Ok(()) => host.stand.push(Wall::OwnFiles),
-            Err(reason) => host.missing.push((Wall::OwnFiles, reason)),
+        for (wall, tried) in child::probe() {
+            match tried {
+                Ok(()) => host.stand.push(wall),
+                Err(reason) => host.missing.push((wall, reason)),
+            }
         }
         match CgroupRoot::open(&group_name(place)) {
             Ok(groups) => {
@@ -50,6 +52,7 @@ impl Host {
             }
         }
         host.stand.sort_unstable();
+        host.missing.sort_by_key(|(wall, _)| *wall);
         host
     }
 
@@ -84,6 +87,13 @@ impl Host {
         }
     }
 
+    /// Where the groups are.
+    #[cfg(test)]
+    pub(super) fn places(&self) -> Vec<std::path::PathBuf> {
+        let groups = self.groups.iter();
+        groups.flat_map(|groups| groups.places().map(Path::to_owned).collect::<Vec<_>>()).collect()
+    }
+
     /// A group for one try of a build; none on a host without them.
     ///
     /// # Errors
@@ -92,13 +102,13 @@ impl Host {
         &self,
         name: &str,
         memory_bytes: u64,
-        cpu_cores: u64,
+        cpu_millis: u64,
     ) -> Result<Option<Group>, SandboxError> {
         let Some(groups) = &self.groups else { return Ok(None) };
         let limits = CgroupLimits {
             memory_bytes_max: Some(memory_bytes),
             pids_max: Some(PIDS_MAX),
-            cpu_millis: Some(cpu_cores.max(1).saturating_mul(1000)),
+            cpu_millis: Some(cpu_millis),
         };
         Ok(Some(Group(Some(groups.create(name, &limits)?))))
     }
@@ -123,6 +133,14 @@ impl Group {
     /// [`SandboxError`] when the kernel refuses.
     pub(crate) fn set_cpu_weight(&self, weight: u64) -> Result<(), SandboxError> {
         self.0.as_ref().map_or(Ok(()), |group| group.set_cpu_weight(weight))
+    }
+
+    /// How much of the CPUs they may take at the most, in thousandths of one.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the kernel refuses.
+    pub(crate) fn set_cpu_limit(&self, millis: u64) -> Result<(), SandboxError> {
+        self.0.as_ref().map_or(Ok(()), |group| group.set_cpu_limit(Some(millis)))
     }
 
     /// What they have taken together.

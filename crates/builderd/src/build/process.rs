@@ -23,16 +23,10 @@ impl ProcessUsage {
     /// and waits for its parent has no memory.
     pub(super) fn of(pid: u32) -> Option<Self> {
         let mut sum = Self::of_one(pid)?;
-        let mut todo = children(pid);
-        // Who starts processes for ever must not keep the one that counts them.
-        for _ in 0..FAMILY_MAX {
-            let Some(next) = todo.pop() else { break };
-            todo.extend(children(next));
-            if let Some(usage) = Self::of_one(next) {
-                sum.cpu_ms += usage.cpu_ms;
-                sum.memory_bytes += usage.memory_bytes;
-                sum.memory_peak_bytes += usage.memory_peak_bytes;
-            }
+        for usage in family(pid).into_iter().skip(1).filter_map(Self::of_one) {
+            sum.cpu_ms += usage.cpu_ms;
+            sum.memory_bytes += usage.memory_bytes;
+            sum.memory_peak_bytes += usage.memory_peak_bytes;
         }
         Some(sum)
     }
@@ -52,6 +46,19 @@ impl ProcessUsage {
 
 /// Processes looked at, at most, to sum up what one and its children take.
 const FAMILY_MAX: usize = 1024;
+
+/// A process and all it has started, itself first.
+fn family(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut next = 0;
+    // Who starts processes for ever must not keep the one that counts them.
+    while let Some(&parent) = all.get(next).filter(|_| next <= FAMILY_MAX) {
+        all.extend(children(parent));
+        next += 1;
+    }
+    all.truncate(1 + FAMILY_MAX);
+    all
+}
 
 /// The children that the threads of a process have started: proc(5), "/proc/pid/task/tid/children".
 fn children(pid: u32) -> Vec<u32> {
@@ -80,8 +87,23 @@ pub(super) fn status_bytes(status: &str, name: &str) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// Bytes on disk of the files that a process has open to write, nameless ones too, and of those
-/// in `directory`. A file counts once, however often it is open.
+/// The process that works where the one of this number may only wait for it: one that has nothing
+/// open and has started one other.
+fn that_works(mut pid: u32) -> u32 {
+    /// Outside of a namespace and inside of it.
+    const WAITING_MAX: u32 = 2;
+    for _ in 0..WAITING_MAX {
+        let has_files = entries(Path::new(&format!("/proc/{pid}/fd"))).next().is_some();
+        match children(pid)[..] {
+            [child] if !has_files => pid = child,
+            _ => break,
+        }
+    }
+    pid
+}
+
+/// Bytes on disk of the files that a process, or the one that works for it, has open to write,
+/// nameless ones too, and of those in `directory`. A file counts once, however often it is open.
 pub(super) fn disk_bytes(pid: Option<u32>, directory: &Path) -> u64 {
     /// A block of stat(2), whatever the file system's own are.
     const BLOCK_BYTES: u64 = 512;
@@ -91,7 +113,7 @@ pub(super) fn disk_bytes(pid: Option<u32>, directory: &Path) -> u64 {
             blocks.insert((file.dev(), file.ino()), file.blocks());
         }
     };
-    if let Some(pid) = pid {
+    if let Some(pid) = pid.map(that_works) {
         for entry in entries(Path::new(&format!("/proc/{pid}/fd"))) {
             let number = entry.file_name();
             if !is_written(&format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy())) {
@@ -129,8 +151,11 @@ fn is_written(fdinfo: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::CString;
     use std::io::{BufRead as _, BufReader, Write as _};
     use std::process::{Child, Command, Stdio};
+
+    use sandbox::Sandbox;
 
     use super::*;
 
@@ -185,6 +210,33 @@ mod tests {
         let pid = child.id();
         end(child);
         assert_eq!(ProcessUsage::of(pid), None);
+    }
+
+    #[test]
+    fn what_is_written_for_a_process_that_only_waits_counts_as_its() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let place = std::path::absolute(directory.path()).unwrap();
+        let works = format!(
+            "cd {}; echo $$ > pid; exec 5>nameless; rm nameless; \
+             head -c 3145728 /dev/zero >&5; touch ready; exec sleep 60",
+            place.display()
+        );
+        let let_go = "exec <&- >&- 2>&-; wait";
+        let inside = CString::new(format!("sh -c '{works}' & {let_go}")).unwrap();
+        let outside = CString::new(format!("sh -c \"$0\" & {let_go}")).unwrap();
+        let shell = fs::File::open("/bin/sh").unwrap();
+        // With no file but those that it is handed.
+        let (mut process, _pipes) =
+            Sandbox::spawn_beside(&shell, &[c"sh", c"-c", &outside, &inside], &[]).unwrap();
+        while !directory.path().join("ready").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let seen = disk_bytes(Some(process.pid()), Path::new("nowhere"));
+        let pid = fs::read_to_string(directory.path().join("pid")).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        process.wait().unwrap();
+        assert!((3 << 20..4 << 20).contains(&seen), "{seen}");
     }
 
     #[test]

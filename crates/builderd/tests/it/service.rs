@@ -14,6 +14,7 @@ mod commands;
 mod encryption;
 mod hosts;
 mod view;
+mod walls;
 
 const RPC: &str = "/builder.v1.BuilderService";
 /// Long enough for the slowest machine; a story that works never waits so long.
@@ -458,6 +459,73 @@ fn a_build_that_takes_too_long_ends_as_timed_out() {
     assert_eq!(build["status"], "BUILD_STATUS_TIMEOUT", "{build:#}");
     assert_eq!(build["failure"]["code"], "BUILD_TIMEOUT");
     eventually("no build process", || stage.children() == 0);
+}
+
+#[test]
+fn a_node_runs_no_more_builds_at_once_than_it_may() {
+    let stage = Stage::new();
+    let server = stage.serve(&[("MAX_CONCURRENT_BUILDS", "2")]);
+    stage.stall(20);
+    // Three artifacts of three tenants: nothing else keeps one from running.
+    let ids = [("t1", "none"), ("t2", "gzip"), ("t3", "zstd")].map(|(tenant, compression)| {
+        let mut order = order(&stage.reference("latest"));
+        order["config"]["target"]["microvm_rootfs"]["compression"] = json!(compression);
+        let id = server.well(tenant, "CreateBuild", &order)["build_id"].clone();
+        (tenant, id.as_str().unwrap().to_owned())
+    });
+    let counts = || -> Value {
+        let answer = server.http.get(format!("http://{}/stats", server.address)).send().unwrap();
+        serde_json::from_slice::<Value>(&answer.bytes().unwrap()).unwrap()["builds"].clone()
+    };
+    let full = json!({"queued": 1, "running": 2});
+    eventually("two run", || counts() == full);
+    // A worker more would have found the third at once.
+    for _ in 0..10 {
+        assert_eq!(counts(), full);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let waits =
+        |(tenant, id): &(&str, String)| server.build(tenant, id)["state"] == "BUILD_STATE_PENDING";
+    let (waiting, running): (Vec<_>, Vec<_>) = ids.iter().partition(|build| waits(build));
+    let (tenant, id) = running[0];
+    server.well(tenant, "CancelBuild", &json!({"build_id": id}));
+    eventually("the third has its turn", || !waits(waiting[0]));
+}
+
+#[test]
+fn a_registry_that_has_had_enough_is_asked_again_later() {
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    // It names a time for which nobody waits who holds a worker meanwhile.
+    let enough = || Fault::Status(429, vec![("Retry-After".into(), "3600".into())]);
+    let ordered = |policy: Value| {
+        let mut order = order(&stage.reference("latest"));
+        order["config"]["retry_policy"] = policy;
+        server.well("t1", "CreateBuild", &order)["build_id"].as_str().unwrap().to_owned()
+    };
+    for _ in 0..2 {
+        stage.registry.fault("/manifests/latest", enough());
+    }
+    let started = Instant::now();
+    let id = ordered(json!({"base_delay": "1s"}));
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let waited = started.elapsed();
+    assert!(waited >= Duration::from_secs(1 + 2), "{waited:?}");
+    let attempts = build["attempts"].as_array().unwrap();
+    assert_eq!(attempts.len(), 2, "{build:#}");
+    for (attempt, number) in attempts.iter().zip(1..) {
+        assert_eq!(attempt["attempt"], number, "{attempt:#}");
+        assert_eq!(attempt["failure"]["code"], "REGISTRY_RATE_LIMIT", "{attempt:#}");
+        assert_eq!(attempt["failure"]["blame"], "upstream", "{attempt:#}");
+    }
+
+    // Who wants no second try has none, and the reason at once.
+    stage.registry.fault("/manifests/latest", enough());
+    let build = server.finished("t1", &ordered(json!({"max_retries": 0})));
+    assert_eq!(build["failure"]["code"], "REGISTRY_RATE_LIMIT", "{build:#}");
+    assert!(build["attempts"].as_array().is_none_or(Vec::is_empty), "{build:#}");
+    assert_eq!(stage.registry.faults_left(), 0);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 #![expect(unsafe_code, reason = "attacks are system calls")]
 #![expect(clippy::unwrap_used, reason = "an attacker may fall over")]
+#![expect(clippy::disallowed_methods, reason = "an attacker starts programs")]
 
 mod narrow;
 
@@ -15,6 +16,7 @@ use sandbox::{Access, SandboxPolicy};
 
 fn main() {
     let attack = std::env::args().nth(1).unwrap_or_default();
+    let word = |number: usize| std::env::args().nth(number).unwrap();
     let policy = SandboxPolicy {
         memory_bytes_max: Some(64 << 20),
         file_bytes_max: Some(1 << 20),
@@ -23,10 +25,16 @@ fn main() {
     };
     match attack.as_str() {
         "narrow" => {
-            let [kept, secret, other] =
-                [2, 3, 4].map(|number| std::env::args().nth(number).unwrap());
-            return narrow::narrow(kept.as_ref(), secret.as_ref(), other.parse().unwrap());
+            let [kept, secret, other] = [3, 4, 5].map(word);
+            let processes = narrow::processes(&word(2));
+            let other = other.parse().unwrap();
+            return narrow::narrow(processes, kept.as_ref(), secret.as_ref(), other);
         }
+        "outlive" => return narrow::outlive(narrow::processes(&word(2)), &word(3)),
+        "end" => return narrow::end(&word(2)),
+        "keep-worker" => return narrow::keep_worker(),
+        "sleep" => return narrow::sleep(&word(2)),
+        "landlock-version" => return narrow::landlock_version(),
         "look" => return reach(&policy, Access::Look),
         "fill" => return reach(&policy, Access::Fill),
         _ => {}
@@ -154,6 +162,19 @@ unsafe fn map(protection: libc::c_int, flags: libc::c_int) -> libc::c_long {
     unsafe { libc::syscall(libc::SYS_mmap, null, 4096, protection, flags, none, 0) }
 }
 
+/// Gives the file that was handed over more blocks than it may have.
+///
+/// # Safety
+/// Descriptor 3 must be a file of nobody else.
+unsafe fn allocate(attack: &str) -> libc::c_long {
+    let way = match attack {
+        "blocks-moved-away" => libc::FALLOC_FL_INSERT_RANGE,
+        _ => libc::FALLOC_FL_KEEP_SIZE,
+    };
+    // SAFETY: no memory is passed.
+    unsafe { libc::syscall(libc::SYS_fallocate, 3, way, 0, 1 << 20) }
+}
+
 /// One system call, and what came of it: `ok`, or the error's name.
 fn answer(attack: &str) -> String {
     let path = c"/etc/passwd".as_ptr();
@@ -199,6 +220,7 @@ fn answer(attack: &str) -> String {
             "signal" => libc::syscall(libc::SYS_tgkill, 2, 2, libc::SIGKILL),
             "signals-by-file" => libc::syscall(libc::SYS_fcntl, 0, libc::F_SETOWN, 1),
             "flags-of-a-file" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETFL, libc::O_APPEND),
+            "blocks-behind-the-end" | "blocks-moved-away" => allocate(attack),
             "lease" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLEASE, libc::F_UNLCK),
             "lock" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLK, null),
             "flock" => libc::syscall(libc::SYS_flock, 3, libc::LOCK_SH),

@@ -2,17 +2,28 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::mount::MountFlags;
-use sandbox::Sandbox;
+use sandbox::{Pipes, Processes, Sandbox};
+
+pub(crate) fn processes(word: &str) -> Processes {
+    match word {
+        "own" => Processes::Own,
+        "all" => Processes::All,
+        other => panic!("no processes are called {other}"),
+    }
+}
 
 /// Narrows the view to a directory, then tries what should and should not work. Beside the
 /// directory lies a file `secret`; the arguments are both, and the number of another process.
-pub(crate) fn narrow(kept: &Path, secret: &Path, other: u32) {
+pub(crate) fn narrow(processes: Processes, kept: &Path, secret: &Path, other: u32) {
     let program = File::open("/proc/self/exe").unwrap();
     let had_hosts = Path::new("/etc/hosts").exists();
-    sandbox::narrow(&[kept]).unwrap();
+    sandbox::narrow(&[kept], processes).unwrap();
     let sysctl = "/proc/sys/kernel/core_pattern";
     let no_path = std::ptr::null::<libc::c_char>();
     // SAFETY: system calls without memory of this process.
@@ -25,7 +36,7 @@ pub(crate) fn narrow(kept: &Path, secret: &Path, other: u32) {
     };
     let inside = kept.join("made");
     let tmpfs = rustix::mount::mount("none", kept, "tmpfs", MountFlags::empty(), None);
-    for (name, is_done) in [
+    let mut all = vec![
         ("write", fs::write(&inside, b"x").is_ok()),
         ("rename", fs::rename(&inside, kept.join("renamed")).is_ok()),
         ("hosts", !had_hosts || fs::read("/etc/hosts").is_ok()),
@@ -44,7 +55,9 @@ pub(crate) fn narrow(kept: &Path, secret: &Path, other: u32) {
         ("trace", trace),
         ("key", key),
         ("handle", namespace),
-    ] {
+    ];
+    all.extend(reached(other));
+    for (name, is_done) in all {
         println!("{name} {}", if is_done { "done" } else { "refused" });
     }
     // It can still start workers that are as shut in as ever.
@@ -54,4 +67,87 @@ pub(crate) fn narrow(kept: &Path, secret: &Path, other: u32) {
     pipes.stdout.read_to_string(&mut said).unwrap();
     worker.wait().unwrap();
     println!("walls {}", said.trim());
+}
+
+/// What can be done to another process, and by numbers of calls that nobody uses.
+fn reached(other: u32) -> [(&'static str, bool); 6] {
+    let thread = i32::try_from(other).unwrap();
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let one_cpu = [1u64; 16];
+    let (limit, cpus) = (&raw mut limit, one_cpu.as_ptr());
+    let none = std::ptr::null::<libc::rlimit>();
+    // SAFETY: the kernel reads and writes memory that lives across the calls; the signal is none.
+    unsafe {
+        let is_done = |result: libc::c_long| result == 0;
+        let second = libc::syscall(libc::SYS_getpid | 0x4000_0000);
+        let is_refused = std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM);
+        [
+            ("second-number", second != -1 || !is_refused),
+            ("signal", is_done(libc::syscall(libc::SYS_kill, thread, 0))),
+            ("signal-thread", is_done(libc::syscall(libc::SYS_tgkill, thread, thread, 0))),
+            (
+                "limits",
+                is_done(libc::syscall(libc::SYS_prlimit64, thread, libc::RLIMIT_CPU, none, limit)),
+            ),
+            (
+                "cpus",
+                is_done(libc::syscall(
+                    libc::SYS_sched_setaffinity,
+                    thread,
+                    size_of_val(&one_cpu),
+                    cpus,
+                )),
+            ),
+            ("list", Path::new(&format!("/proc/{other}")).exists()),
+        ]
+    }
+}
+
+/// Starts a program that would outlive it, does not want to be ended with its parent, says so, and
+/// waits.
+pub(crate) fn outlive(processes: Processes, seconds: &str) {
+    sandbox::narrow(&[], processes).unwrap();
+    rustix::process::set_parent_process_death_signal(None).unwrap();
+    // The one program that is certainly there.
+    let mut sleep = Command::new("/proc/self/exe");
+    let sleep = sleep.arg0("attacker").args(["sleep", seconds]).stdin(Stdio::null());
+    let mut sleep = sleep.stdout(Stdio::null()).spawn().unwrap();
+    println!("ready");
+    sleep.wait().unwrap();
+}
+
+/// The program that it starts: in a session of its own.
+pub(crate) fn sleep(seconds: &str) {
+    rustix::process::setsid().unwrap();
+    std::thread::sleep(Duration::from_secs(seconds.parse().unwrap()));
+}
+
+/// The version of landlock(7) that this kernel has.
+pub(crate) fn landlock_version() {
+    const VERSION: libc::c_long = 1;
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: asked for the version the kernel reads no memory: landlock_create_ruleset(2).
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0, VERSION) };
+    println!("{}", version.max(0));
+}
+
+/// Ends in a way that should be told outside.
+pub(crate) fn end(how: &str) {
+    sandbox::narrow(&[], Processes::Own).unwrap();
+    match how {
+        "7" => std::process::exit(7),
+        _ => std::process::abort(),
+    }
+}
+
+/// Starts a worker, says which user it is outside, and keeps it as long as somebody listens.
+pub(crate) fn keep_worker() {
+    let program = File::open("/proc/self/exe").unwrap();
+    sandbox::narrow(&[], Processes::Own).unwrap();
+    let (worker, pipes) = Sandbox::spawn(&program, &[c"attacker", c"wait"], &[]).unwrap();
+    let map = fs::read_to_string(format!("/proc/{}/uid_map", worker.pid())).unwrap();
+    println!("{}", map.split_whitespace().nth(1).unwrap());
+    drop(std::io::stdin().read(&mut [0]));
+    let Pipes { stdin, .. } = pipes;
+    drop((stdin, worker));
 }

@@ -77,6 +77,8 @@ fn every_system_call_that_reaches_out_is_refused() {
         "signal",
         "signals-by-file",
         "flags-of-a-file",
+        "blocks-behind-the-end",
+        "blocks-moved-away",
         "lease",
         "lock",
         "flock",

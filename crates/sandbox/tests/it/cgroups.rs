@@ -106,6 +106,37 @@ fn places_that_nobody_uses_are_cleared_and_made_again_when_they_are_needed() {
 }
 
 #[test]
+fn a_group_takes_no_more_of_the_cpus_than_its_limit_and_ends_at_once_all_the_same() {
+    let Some(root) = root("limit") else { return };
+    let group = root.create("held", &CgroupLimits::default()).unwrap();
+    let mut child = shell("while :; do :; done");
+    group.add(child.id()).unwrap();
+    group.set_cpu_limit(Some(20)).unwrap();
+    go(&mut child);
+    let taken = || {
+        let before = group.usage().cpu_usecs;
+        std::thread::sleep(Duration::from_secs(1));
+        group.usage().cpu_usecs - before
+    };
+    let held = taken();
+    group.set_cpu_limit(None).unwrap();
+    let free = taken();
+    assert!(free > 3 * held, "{held} and {free} µs");
+    group.set_cpu_limit(Some(1)).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    group.kill();
+    child.wait().unwrap();
+    let limit = group.directories().find_map(|directory| {
+        let v1 = std::fs::read_to_string(directory.join("cpu.cfs_quota_us"));
+        v1.or_else(|_| std::fs::read_to_string(directory.join("cpu.max"))).ok()
+    });
+    let limit = limit.unwrap();
+    assert!(limit.starts_with("-1") || limit.starts_with("max"), "{limit}");
+    drop(group);
+    root.remove();
+}
+
+#[test]
 fn a_heavier_group_gets_more_of_a_cpu_that_both_want() {
     let Some(root) = root("weight") else { return };
     let group = |name: &str, weight| {
@@ -130,5 +161,49 @@ fn a_heavier_group_gets_more_of_a_cpu_that_both_want() {
     });
     // The first moments, until both have said where they run, are free.
     assert!(heavy > 3 * light, "{heavy} and {light} µs");
+    root.remove();
+}
+
+/// What a group weighs beside others, as the kernel has it: `cpu.weight` or `cpu.shares`.
+fn weight(group: &sandbox::Cgroup) -> u64 {
+    let files = ["cpu.weight", "cpu.shares"];
+    let mut files = group.directories().flat_map(|place| files.map(|file| place.join(file)));
+    let file = files.find(|file| file.exists()).unwrap();
+    std::fs::read_to_string(file).unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn a_group_that_is_ended_does_not_wait_for_the_cpu_behind_others() {
+    let Some(root) = root("hurry") else { return };
+    let group = root.create("slow", &CgroupLimits::default()).unwrap();
+    group.set_cpu_weight(1).unwrap();
+    let mut child = shell("sleep 60");
+    group.add(child.id()).unwrap();
+    let before = weight(&group);
+    group.kill();
+    assert!(weight(&group) >= 1000 * before, "{} and {before}", weight(&group));
+    child.wait().unwrap();
+    drop(group);
+    root.remove();
+}
+
+#[test]
+fn a_group_whose_name_was_used_before_begins_anew() {
+    let Some(root) = root("anew") else { return };
+    let limits = CgroupLimits { pids_max: Some(1), ..CgroupLimits::default() };
+    let old = root.create("again", &limits).unwrap();
+    let mut child = shell("true & true");
+    old.add(child.id()).unwrap();
+    go(&mut child);
+    child.wait().unwrap();
+    assert!(old.usage().pids_refused > 0, "{:?}", old.usage());
+    old.kill();
+    let hurried = weight(&old);
+    // As if the service had been killed.
+    std::mem::forget(old);
+    let new = root.create("again", &CgroupLimits::default()).unwrap();
+    assert_eq!(new.usage().pids_refused, 0);
+    assert!(weight(&new) < hurried, "{}", weight(&new));
+    drop(new);
     root.remove();
 }

@@ -117,6 +117,48 @@ fn a_build_that_is_cancelled_while_a_command_runs_leaves_nothing() {
     assert!(!mounts.contains("/scratch"), "{mounts}");
 }
 
+/// The flags of the files from 3 on that a process has open on layer packs: proc_pid_fdinfo(5).
+fn flags_of_packs(process: &Path, cache: &Path) -> Vec<u32> {
+    let open = std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+    let packs = open
+        .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|file| file.starts_with(cache)));
+    let flags = packs.filter_map(|entry| {
+        let info = std::fs::read_to_string(process.join("fdinfo").join(entry.file_name())).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        u32::from_str_radix(flags.trim(), 8).ok()
+    });
+    flags.collect()
+}
+
+#[test]
+fn the_keeper_of_commands_cannot_write_the_packs_that_others_use() {
+    let Some(stage) = stage() else { return };
+    let server = serve(&stage);
+    let mark = format!("6{}", std::process::id());
+    let command = format!("sleep {mark}");
+    let answer = server.well("t1", "CreateBuild", &order_with(&stage, &[&command]));
+    let id = answer["build_id"].as_str().unwrap();
+    let words = |process: &Path| std::fs::read(process.join("cmdline")).unwrap_or_default();
+    let processes = || std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let line = format!("sleep\0{mark}\0").into_bytes();
+    eventually("the command", || processes().any(|process| words(&process) == line));
+    let staging = stage.workshop.path("rootfs/staging");
+    let is_keeper = |process: &PathBuf| {
+        let place = std::fs::read_link(process.join("cwd"));
+        place.is_ok_and(|place| place.starts_with(&staging))
+            && words(process).ends_with(b"\0keeper\0")
+    };
+    let keepers: Vec<PathBuf> = processes().filter(is_keeper).collect();
+    assert_eq!(keepers.len(), 1, "{keepers:?}");
+    let flags = flags_of_packs(&keepers[0], &stage.workshop.path("cache"));
+    assert_eq!(flags.len(), 2, "the packs of two layers: {flags:?}");
+    // O_WRONLY and O_RDWR: open(2).
+    assert!(flags.iter().all(|flags| flags & 3 == 0), "{flags:?}");
+    server.well("t1", "CancelBuild", &json!({"build_id": id}));
+    server.wait("t1", id, &["BUILD_STATE_CANCELLED"]);
+    eventually("no staged file", || stage.staged().is_empty());
+}
+
 #[test]
 fn where_there_is_no_runtime_commands_are_refused_before_there_is_a_build() {
     let stage = Stage::new();

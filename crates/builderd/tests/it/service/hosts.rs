@@ -211,7 +211,7 @@ fn builds_that_do_not_fit_into_memory_together_run_one_after_the_other() {
     let never = id(server.well("t2", "CreateBuild", &one));
     eventually("it fails", || {
         let log = server.log("t2", &never);
-        log.contains("of memory, and the machine has") && !log.contains(BESIDE)
+        log.contains("of memory, and there are") && !log.contains(BESIDE)
     });
     assert_eq!(stage.children(), 0, "it was never begun");
 }
@@ -226,7 +226,8 @@ fn groups(build: &str) -> Vec<PathBuf> {
         .collect();
     let mut found = Vec::new();
     while let Some(directory) = todo.pop() {
-        if directory.file_name().is_some_and(|name| name == build) {
+        let name = directory.file_name().unwrap_or_default().to_string_lossy();
+        if name.strip_prefix(build).is_some_and(|rest| rest.starts_with('-')) {
             found.push(directory);
             continue;
         }
