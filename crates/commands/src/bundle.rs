@@ -13,6 +13,7 @@ use crate::syscalls::{ALLOWED, CLONE_NEW, PERSONALITIES, RLIMIT_CORE, SOCKETS};
 const DONE: u32 = 0;
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
+const ENOTTY: u32 = 25;
 const EOPNOTSUPP: u32 = 95;
 /// capabilities(7), in the container's own user namespace: what a package manager needs.
 const CAPABILITIES: [&str; 9] = [
@@ -180,7 +181,6 @@ fn mounts() -> Value {
 }
 
 fn resources(order: &Order) -> Value {
-    const PERIOD: u64 = 100_000;
     let limits = &order.limits;
     let memory = i64::try_from(limits.memory_bytes).unwrap_or(i64::MAX);
     json!({
@@ -188,7 +188,6 @@ fn resources(order: &Order) -> Value {
         // The second counts memory and swap together.
         "memory": { "limit": memory, "swap": memory },
         "pids": { "limit": limits.pids_max },
-        "cpu": { "period": PERIOD, "quota": (PERIOD * limits.cpu_millis / 1000).max(1000) },
     })
 }
 
@@ -205,19 +204,13 @@ fn seccomp(scratch: Scratch) -> Value {
         |index: u32, value: u64| json!({ "index": index, "value": value, "op": "SCMP_CMP_NE" });
     let mut rules = vec![
         json!({ "names": ALLOWED, "action": allow }),
-        match scratch {
-            Scratch::Sized => json!({ "names": ["fallocate"], "action": allow }),
-            // It takes a whole disk in no time; the C library writes the file instead.
-            Scratch::Watched => json!({
-                "names": ["fallocate"], "action": "SCMP_ACT_ERRNO", "errnoRet": EOPNOTSUPP,
-            }),
-        },
         json!({ "names": ["clone"], "action": allow, "args": [
             { "index": 0, "value": CLONE_NEW, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ" },
         ] }),
         // The C library falls back to clone, whose flags a filter can see.
         json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS }),
     ];
+    rules.extend(reservation(scratch, allow));
     for (family, kind, protocol) in SOCKETS {
         let mut args = vec![equal(0, family)];
         args.extend(kind.map(|kind| {
@@ -238,6 +231,35 @@ fn seccomp(scratch: Scratch) -> Value {
         "architectures": architectures,
         "syscalls": rules,
     })
+}
+
+/// Calls that reserve disk. They take a whole one in no time, so that it can be too late when it is
+/// counted; the C library writes the file instead.
+fn reservation(scratch: Scratch, allow: &str) -> Vec<Value> {
+    // The byte of an ioctl's number that says whose it is: `_IOC_TYPE`, linux/ioctl.h.
+    const OWNER: u64 = 0xff00;
+    // Those of XFS, which Linux has for all file systems: `FS_IOC_RESVSP` and others, falloc.h.
+    const OF_XFS: u64 = 0x5800;
+    let refuse = "SCMP_ACT_ERRNO";
+    let masked = |mask: u64, value: u64| {
+        let is_so = "SCMP_CMP_MASKED_EQ";
+        json!([{ "index": 1, "value": mask, "valueTwo": value, "op": is_so }])
+    };
+    if scratch == Scratch::Sized {
+        return vec![json!({ "names": ["fallocate", "ioctl"], "action": allow })];
+    }
+    let mut rules = vec![
+        json!({ "names": ["fallocate"], "action": refuse, "errnoRet": EOPNOTSUPP }),
+        json!({ "names": ["ioctl"], "action": refuse, "errnoRet": ENOTTY,
+                "args": masked(OWNER, OF_XFS) }),
+    ];
+    // A filter has no "other than" for a part of a number: one of these bits must be another.
+    let bits = (0..u64::BITS).map(|bit| 1 << bit).filter(|bit: &u64| OWNER & bit != 0);
+    rules.extend(bits.map(|bit| {
+        let args = masked(bit, !OF_XFS & bit);
+        json!({ "names": ["ioctl"], "action": allow, "args": args })
+    }));
+    rules
 }
 
 /// Limits may be set but for that of cores: a program that forbids itself cores is told that it is

@@ -53,7 +53,9 @@ pub(crate) fn receive(from: impl AsFd) -> io::Result<Option<TcpListener>> {
     let mut message = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
     let flags = RecvFlags::CMSG_CLOEXEC;
-    rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut byte)], &mut message, flags)?;
+    rustix::io::retry_on_intr(|| {
+        rustix::net::recvmsg(&from, &mut [IoSliceMut::new(&mut byte)], &mut message, flags)
+    })?;
     let mut door = None;
     for part in message.drain() {
         if let RecvAncillaryMessage::ScmRights(descriptors) = part {

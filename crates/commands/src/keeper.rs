@@ -6,7 +6,7 @@
 //! output of commands, which it passes on by lines.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _};
+use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
@@ -286,28 +286,40 @@ impl Keeper {
         let word = |text: &str| std::ffi::CString::new(text).map_err(|error| failed(&error));
         let arguments = [word("builderd")?, word(ARGUMENT)?, word(role)?];
         let arguments: Vec<&std::ffi::CStr> = arguments.iter().map(|word| &**word).collect();
-        let (mut sandbox, pipes) =
+        let (sandbox, pipes) =
             Sandbox::spawn_as(self.order.users, &self.program, &arguments, files)
                 .map_err(|error| failed(&format!("{error}: {}", error.source)))?;
         // One that has ended already says so by its end.
         let _ = order::send(pipes.stdin, order);
-        let mut line = String::new();
-        let _ = BufReader::new(pipes.stdout).take(LINE_BYTES_MAX).read_line(&mut line);
-        // One that was taken over may close its output, keep the other open and never end.
-        if !sandbox.ends_within(LAST_WORDS_MAX) {
-            sandbox.kill();
-        }
-        let mut complaint = String::new();
-        let _ = pipes.stderr.take(4096).read_to_string(&mut complaint);
-        let outcome = sandbox.wait().map_err(|error| failed(&error))?;
-        match serde_json::from_str(&line) {
-            Ok(Line::Done { warnings }) if outcome == Outcome::Exited(0) => Ok(warnings),
-            Ok(Line::Failed { text, is_theirs }) => Err(Trouble { text, is_theirs }),
-            _ => Err(Trouble::ours(format!(
-                "the confined process {role:?} ended without a result ({outcome}): {}",
-                complaint.trim()
-            ))),
-        }
+        last_word(role, sandbox, pipes.stdout, pipes.stderr)
+    }
+}
+
+/// Waits for the last word of a confined process, and for its end.
+fn last_word(
+    role: &str,
+    mut sandbox: Sandbox,
+    stdout: PipeReader,
+    stderr: PipeReader,
+) -> Result<Vec<String>, Trouble> {
+    let mut line = String::new();
+    let _ = BufReader::new(stdout).take(LINE_BYTES_MAX).read_line(&mut line);
+    // One that was taken over may close its output, keep the other open and never end.
+    if !sandbox.ends_within(LAST_WORDS_MAX) {
+        sandbox.kill();
+    }
+    let mut complaint = String::new();
+    let _ = stderr.take(4096).read_to_string(&mut complaint);
+    let outcome = sandbox
+        .wait()
+        .map_err(|error| Trouble::ours(format!("cannot wait for a confined process: {error}")))?;
+    match serde_json::from_str(&line) {
+        Ok(Line::Done { warnings }) if outcome == Outcome::Exited(0) => Ok(warnings),
+        Ok(Line::Failed { text, is_theirs }) => Err(Trouble { text, is_theirs }),
+        _ => Err(Trouble::ours(format!(
+            "the confined process {role:?} ended without a result ({outcome}): {}",
+            complaint.trim()
+        ))),
     }
 }
 
@@ -345,4 +357,25 @@ fn make_directory(path: &Path, mode: u32) -> Result<(), Trouble> {
         _ => {}
     }
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unpacker_that_falls_silent_but_stays_is_ended() {
+        let shell = File::open("/bin/sh").unwrap();
+        // Its standard error stays open.
+        let script = c"exec >&-; echo why >&2; exec sleep 1000";
+        let (sandbox, pipes) = Sandbox::spawn(&shell, &[c"sh", c"-c", script], &[]).unwrap();
+        drop(pipes.stdin);
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            done.send(last_word(unpack::ROLE, sandbox, pipes.stdout, pipes.stderr))
+        });
+        let ended = is_done.recv_timeout(Duration::from_secs(60)).expect("it is waited for");
+        let text = ended.unwrap_err().text;
+        assert!(text.ends_with("ended without a result (signal 9): why"), "{text}");
+    }
 }

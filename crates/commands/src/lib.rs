@@ -12,15 +12,18 @@
 //! 3. The **runtime** (runc) starts each command on an overlay above that tree.
 //!
 //! Where the host has no loop devices that file system is a directory of the host's, and a
-//! **measurer**, confined like the reader, counts what lies there.
+//! **measurer**, confined like the reader, counts what lies there, and the parent what its
+//! processes hold without a name.
 //!
 //! The parent ([`run()`]) hands out open files, listens, and holds the commands to their limits.
 //! The commands have no network; whoever lets them out serves the door that the keeper opens.
 //! This crate does not know registries, tenants, builds, where a layer goes or what may be reached.
 
 mod bundle;
+mod counting;
 mod door;
 mod error;
+mod held;
 mod host;
 mod keeper;
 mod layer;

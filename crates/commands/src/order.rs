@@ -66,15 +66,13 @@ impl Scratch {
     }
 }
 
-/// What one command may take.
+/// What one command may take; of the CPUs, what the group of its caller may.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CommandLimits {
     /// Bytes of memory, page cache included; no swap beside it.
     pub memory_bytes: u64,
     /// Processes and threads.
     pub pids_max: u32,
-    /// Thousandths of a CPU.
-    pub cpu_millis: u64,
     /// Seconds; none: only the build's own time counts.
     pub secs_max: Option<u64>,
 }
@@ -141,6 +139,13 @@ pub(crate) struct UnpackOrder {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct LayerOrder {
     pub(crate) bytes_max: u64,
+}
+
+/// What the measurer reads: beyond this it need not count on.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct MeasureOrder {
+    pub(crate) bytes_max: u64,
+    pub(crate) files_max: u64,
 }
 
 /// What a process says.

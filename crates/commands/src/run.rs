@@ -8,11 +8,12 @@ use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use sandbox::{CgroupRoot, Pipes, Sandbox, Users};
+use sandbox::{CgroupRoot, Sandbox, Users};
 
+use crate::counting::{BYTES_PER_FILE, Counting, guard};
 use crate::order::{self, Event, KeeperOrder, LINE_BYTES_MAX, Line, Order, Scratch};
 use crate::scratch::{self, WatchedDirectory};
-use crate::{CommandEnd, CommandsError, Unable, door, measure};
+use crate::{CommandEnd, CommandsError, Unable, door};
 
 /// The cgroups of commands, below that of this process.
 const PLACE: &str = "commands";
@@ -20,16 +21,6 @@ const PLACE: &str = "commands";
 const SIGNALLED: i32 = 128;
 /// How much of a keeper's complaints is kept.
 const COMPLAINT_BYTES_MAX: u64 = 4 << 10;
-/// Bytes of disk for each file, as mkfs.ext4 has it: a watched directory has no more files than a
-/// file system of its size.
-const BYTES_PER_FILE: u64 = 16 << 10;
-/// How often a watched directory is measured at most, and how much of the time.
-const MEASURE_EVERY: Duration = Duration::from_millis(200);
-const MEASURE_SHARE: u32 = 4;
-/// What commands leave of the host's file system at least, as the share and as the number of bytes
-/// that is smaller.
-const FREE_SHARE: u64 = 20;
-const FREE_BYTES: u64 = 1 << 30;
 
 /// Takes the commands' only way out of their network and serves it, until commands are over.
 pub type Serve<'a> = &'a mut dyn FnMut(TcpListener);
@@ -64,7 +55,9 @@ pub fn run(
     // With our copies open the layer would never end, and a door that is not opened never fail.
     drop((layer, scratch, outside));
     let group = format!("{}-{}", std::process::id(), sandbox.pid());
-    let users = Users::of(sandbox.pid());
+    // Files of other builds that run belong to others, until this returns.
+    let held = Users::hold()?;
+    let users = held.users();
     let told = KeeperOrder {
         order,
         users,
@@ -74,17 +67,20 @@ pub fn run(
         has_door: serve.is_some(),
     };
     let mut watch = Watch { sandbox, told, groups, stdin: pipes.stdin, observe, current: None };
-    let ended = match watched.as_ref().map(|watched| Measure::start(&program, watched, users)) {
-        None => Ok(None),
-        Some(measure) => measure.map(Some),
-    };
-    let ended = ended.and_then(|measure| {
+    let counting = watched.as_ref().map(|watched| {
+        Counting::start(&program, watched, users, watch.sandbox.pid(), watch.told.order.disk_bytes)
+    });
+    let ended = counting.transpose().and_then(|counting| {
         // One that has ended already says so by its end.
         let _ = order::send(&mut watch.stdin, &watch.told);
-        if let (Some(serve), Ok(Some(door))) = (serve, door::receive(ours)) {
-            serve(door);
+        if let Some(serve) = serve {
+            let door = door::receive(ours).map_err(io("take the way out of the commands"))?;
+            // Without one the keeper says why.
+            if let Some(door) = door {
+                serve(door);
+            }
         }
-        watch.listen(pipes.stdout, pipes.stderr, measure)
+        watch.listen(pipes.stdout, pipes.stderr, counting)
     });
     watch.clean_up();
     drop(watched);
@@ -103,65 +99,6 @@ fn scratch(order: &Order) -> io::Result<(File, Option<WatchedDirectory>)> {
             Ok((File::open("/dev/null")?, Some(watched)))
         }
     }
-}
-
-/// The process that counts what lies in a watched directory.
-struct Measure<'a> {
-    sandbox: Sandbox,
-    pipes: Pipes,
-    watched: &'a WatchedDirectory,
-}
-
-impl<'a> Measure<'a> {
-    fn start(
-        program: &File,
-        watched: &'a WatchedDirectory,
-        users: Users,
-    ) -> Result<Self, CommandsError> {
-        let action = "make the directory of the commands";
-        let tree = watched.tree(users).map_err(|source| CommandsError::Io { action, source })?;
-        let word = std::ffi::CString::new(measure::ROLE)
-            .map_err(|source| CommandsError::Io { action, source: source.into() })?;
-        let arguments = [c"builderd", c"commands-process", &*word];
-        let (sandbox, pipes) = Sandbox::spawn_as(users, program, &arguments, &[tree.as_fd()])?;
-        Ok(Self { sandbox, pipes, watched })
-    }
-
-    /// Has it count now and then, and passes on what it says, until nobody listens or `stop` ends.
-    fn pass_on(self, lines: &mpsc::SyncSender<Vec<u8>>, stop: &mpsc::Receiver<()>) {
-        let Self { sandbox, mut pipes, watched } = self;
-        let mut answers = BufReader::new(pipes.stdout);
-        loop {
-            let started = Instant::now();
-            let mut line = Vec::new();
-            let asked = pipes.stdin.write_all(&[1]);
-            let read = asked
-                .and_then(|()| (&mut answers).take(LINE_BYTES_MAX).read_until(b'\n', &mut line));
-            if !read.is_ok_and(|count| count > 0) {
-                line = failed_line("what the commands have on disk cannot be counted");
-            } else if is_nearly_full(watched) {
-                line = failed_line("the disk of this host is nearly full");
-            }
-            let pause = (started.elapsed() * MEASURE_SHARE).max(MEASURE_EVERY);
-            let is_over = lines.send(line).is_err();
-            if is_over || stop.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
-                sandbox.kill();
-                return;
-            }
-        }
-    }
-}
-
-/// Whether the host's file system has less left than is to stay free.
-fn is_nearly_full(watched: &WatchedDirectory) -> bool {
-    let Ok((free, all)) = watched.room() else { return false };
-    free < (all / FREE_SHARE).min(FREE_BYTES)
-}
-
-/// A line that ends the commands without being their fault.
-fn failed_line(text: &str) -> Vec<u8> {
-    serde_json::to_vec(&Line::Failed { text: text.to_owned(), is_theirs: false })
-        .unwrap_or_default()
 }
 
 /// Removes the groups that builds have left whose process was killed.
@@ -205,14 +142,17 @@ impl Watch<'_> {
         &mut self,
         stdout: PipeReader,
         stderr: PipeReader,
-        measure: Option<Measure<'_>>,
+        counting: Option<Counting<'_>>,
     ) -> Result<(), CommandsError> {
         let (sender, lines) = mpsc::sync_channel(64);
-        let (go_on, stop) = mpsc::channel();
+        let (count_on, count_stop) = mpsc::channel();
+        let (guard_on, guard_stop) = mpsc::channel();
         std::thread::scope(|scope| {
-            let passed_on = measure.map(|measure| {
-                let sender = sender.clone();
-                scope.spawn(move || measure.pass_on(&sender, &stop))
+            let measurer = counting.map(|Counting { watched, sandbox, count }| {
+                let (of_count, of_guard) = (sender.clone(), sender.clone());
+                scope.spawn(move || count.pass_on(&of_count, &count_stop));
+                scope.spawn(move || guard(watched, &of_guard, &guard_stop));
+                sandbox
             });
             scope.spawn(move || {
                 let mut stdout = BufReader::new(stdout);
@@ -229,8 +169,9 @@ impl Watch<'_> {
             let ended = self.take_lines(&lines);
             // Nobody writes to the pipe any more, so the threads end.
             self.sandbox.kill();
-            drop((lines, go_on));
-            drop(passed_on);
+            drop((lines, count_on, guard_on));
+            // Nor does anybody wait for a count.
+            drop(measurer);
             ended
         })
         .and_then(|is_done| match is_done {

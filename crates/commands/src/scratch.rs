@@ -39,11 +39,17 @@ impl WatchedDirectory {
     /// know, but may have set-id bits.
     pub(crate) fn create(parent: &Path) -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!(".builderd-commands-{}-{number}", std::process::id());
-        let path = parent.canonicalize()?.join(name);
-        fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self { path })
+        let parent = parent.canonicalize()?;
+        loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = parent.join(format!(".builderd-commands-{}-{number}", std::process::id()));
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                // Left by one that had this number before and was killed, or of one that has it
+                // in another PID namespace.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => return made.map(|()| Self { path }),
+            }
+        }
     }
 
     /// Makes the place of the tree, for its users, and opens it.
@@ -94,15 +100,20 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
     let mut next = 0;
     while next < moved {
         let name = moved_name(next);
-        let below = open_directory(top.as_fd(), name.as_bytes())?;
+        next += 1;
+        let below = match open_directory(top.as_fd(), name.as_bytes()) {
+            Ok(below) => below,
+            // One of an earlier removal had this name, and has got another.
+            Err(Errno::NOENT) => continue,
+            Err(error) => return Err(error.into()),
+        };
         empty(below.as_fd(), top.as_fd(), &mut moved)?;
         rustix::fs::unlinkat(&top, name, AtFlags::REMOVEDIR)?;
-        next += 1;
     }
     fs::remove_dir(path)
 }
 
-/// What is at the top already is ours, and has other names.
+/// A name at the top. A removal that was broken off may have left some.
 fn moved_name(number: u64) -> String {
     format!(".builderd-moved-{number}")
 }
@@ -120,11 +131,26 @@ fn empty(directory: BorrowedFd<'_>, top: BorrowedFd<'_>, moved: &mut u64) -> io:
             Err(Errno::NOTEMPTY | Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
         }
-        let to = moved_name(*moved);
-        rustix::fs::renameat(directory, name.as_slice(), top, to)?;
-        *moved += 1;
+        move_up(directory, &name, top, moved)?;
     }
     Ok(())
+}
+
+/// Moves a directory that is not empty to the next name at the top that is free.
+fn move_up(
+    directory: BorrowedFd<'_>,
+    name: &[u8],
+    top: BorrowedFd<'_>,
+    moved: &mut u64,
+) -> io::Result<()> {
+    loop {
+        let to = moved_name(*moved);
+        *moved += 1;
+        match rustix::fs::renameat(directory, name, top, to) {
+            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => {}
+            done => return Ok(done?),
+        }
+    }
 }
 
 fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
@@ -169,6 +195,34 @@ mod tests {
         std::os::unix::fs::symlink(outside.path(), &link).unwrap();
         remove_tree(&link).unwrap();
         assert!(!link.is_symlink() && outside.path().join("kept").exists());
+    }
+
+    #[test]
+    fn a_removal_that_was_broken_off_is_finished_by_the_next() {
+        let place = tempfile::tempdir().unwrap();
+        // Whichever of these a directory lists first, it is in the way of another.
+        for names in [[0, 1, 2], [2, 1, 0], [1, 2, 4]] {
+            let top = place.path().join("top");
+            for name in names.map(moved_name).iter().map(String::as_str).chain(["tree", "a", "b"]) {
+                fs::create_dir_all(top.join(name).join("below/deep")).unwrap();
+                fs::write(top.join(name).join("below/file"), "x").unwrap();
+            }
+            fs::write(top.join(moved_name(3)), "a file").unwrap();
+            remove_tree(&top).unwrap();
+            assert!(!top.exists());
+        }
+    }
+
+    #[test]
+    fn what_was_left_under_the_same_number_is_in_nobodys_way() {
+        let place = tempfile::tempdir().unwrap();
+        for number in 0..100 {
+            let left = format!(".builderd-commands-{}-{number}", std::process::id());
+            fs::create_dir(place.path().join(left)).unwrap();
+        }
+        let watched = WatchedDirectory::create(place.path()).unwrap();
+        drop(watched);
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 100, "what is not its own stays");
     }
 
     #[test]

@@ -104,7 +104,6 @@ pub(crate) const ALLOWED: &[&str] = &[
     "inotify_init",
     "inotify_init1",
     "inotify_rm_watch",
-    "ioctl",
     "ioprio_get",
     "ioprio_set",
     "kill",

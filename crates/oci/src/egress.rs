@@ -10,6 +10,7 @@ mod address;
 mod dial;
 mod lookup;
 mod name;
+mod own;
 mod place;
 
 use std::net::IpAddr;
@@ -33,7 +34,11 @@ struct Closed {
     allowed: Vec<AllowedPlace>,
     blocked: Vec<String>,
     lookup: Lookup,
+    /// Whether an address is this machine's own.
+    is_own: fn(IpAddr) -> bool,
 }
+
+const OWN: Reach = Reach::Private("an address of this machine");
 
 /// Why a place may not be gone to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -82,7 +87,8 @@ impl EgressPolicy {
     #[must_use]
     pub fn closed(allowed: Vec<AllowedPlace>, blocked: Vec<String>) -> EgressPolicy {
         let blocked = blocked.iter().map(|domain| canonical(domain)).collect();
-        EgressPolicy(Some(Arc::new(Closed { allowed, blocked, lookup: Lookup::default() })))
+        let (lookup, is_own) = (Lookup::default(), own::is_own);
+        EgressPolicy(Some(Arc::new(Closed { allowed, blocked, lookup, is_own })))
     }
 
     /// The same with another way to look names up; nothing changes for an open one.
@@ -129,11 +135,13 @@ impl Closed {
     /// What an address is worth that stands for itself, or that a name led to.
     fn judge(&self, address: IpAddr, port: u16, name: Option<&str>) -> Result<(), EgressDenied> {
         let by_name = name.is_some();
-        match Reach::of(address) {
+        let address = address.to_canonical();
+        let reach = Reach::of(address);
+        let is_own = reach == Reach::Public && (self.is_own)(address);
+        match if is_own { OWN } else { reach } {
             Reach::Public => Ok(()),
             Reach::Never(class) => Err(EgressDenied::Never { class, by_name }),
             Reach::Private(class) => {
-                let address = address.to_canonical();
                 match self.allowed.iter().any(|place| place.holds(address, port, name)) {
                     true => Ok(()),
                     false => Err(EgressDenied::Private { class, by_name }),
@@ -141,6 +149,12 @@ impl Closed {
             }
         }
     }
+}
+
+/// A port as operators write it: digits alone, and not 0.
+fn port(digits: &str) -> Option<u16> {
+    let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
+    digits.parse().ok().filter(|port| is_number && *port != 0)
 }
 
 /// A host as it is compared.
@@ -253,6 +267,36 @@ mod tests {
             let found = denied(&closed(allowed), url);
             assert_eq!(found.is_none(), expected, "{allowed:?} {url}: {found:?}");
         }
+    }
+
+    #[test]
+    fn an_address_of_this_machine_is_private_however_public_it_looks() {
+        let own = |allowed: &[&str]| {
+            let closed = Closed::clone(closed(allowed).0.as_deref().unwrap());
+            let lookup = Lookup::new(|_| async { Ok(vec!["1.1.1.1".parse().unwrap()]) });
+            EgressPolicy(Some(Arc::new(Closed {
+                is_own: |address| address.to_string() == "1.1.1.1",
+                lookup,
+                ..closed
+            })))
+        };
+        for url in ["https://1.1.1.1/", "https://[::ffff:1.1.1.1]/", "https://[64:ff9b::101:101]/"]
+        {
+            let found = denied(&own(&[]), url);
+            let expected = !url.contains("64:ff9b");
+            assert_eq!(matches!(found, Some(EgressDenied::Private { .. })), expected, "{url}");
+            assert_eq!(denied(&own(&["1.1.1.1"]), url), None, "{url}");
+        }
+        assert_eq!(denied(&own(&[]), "https://1.1.1.2/"), None);
+        let target = Target::new("named.example", 443).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let reached = runtime.block_on(own(&[]).connect(&target));
+        assert!(matches!(
+            reached,
+            Err(DialError::Denied(EgressDenied::Private { by_name: true, .. }))
+        ));
+        let real = closed(&[]).0.unwrap();
+        assert!((real.is_own)("127.0.0.1".parse().unwrap()), "this machine is asked");
     }
 
     #[test]

@@ -41,8 +41,6 @@ pub struct CommandsSpec {
     pub runtime: PathBuf,
     /// What a command may take of memory, in bytes.
     pub memory_bytes: u64,
-    /// Thousandths of a CPU that all of it may use.
-    pub cpu_millis: u64,
     /// Processes and threads of a command.
     pub pids_max: u32,
     /// The size of the file system they work on: tree and changes together, in bytes.
@@ -117,6 +115,7 @@ pub(super) fn run(
         digest: image.manifest_digest,
         part: 0..u64::MAX,
         liking: Liking::Faster,
+        is_copied: false,
         limits: spec.layer_limits.clone(),
         counted: [0; 3],
         writes: disk.writes().without_bytes(),
@@ -226,7 +225,6 @@ fn order(spec: &BuildSpec, wanted: &CommandsSpec, image: &Image, packs: Vec<Pack
         limits: CommandLimits {
             memory_bytes: wanted.memory_bytes,
             pids_max: wanted.pids_max,
-            cpu_millis: wanted.cpu_millis,
             // Those of the build.
             secs_max: None,
         },
@@ -257,7 +255,7 @@ fn pack(
                 next = piece(&mut layer);
             }
         });
-        Some(confined::pack(task, file, chunks, &spec.walls, &Tally::default(), disk))
+        Some(confined::pack(task, &[file], chunks, &spec.walls, &Tally::default(), disk))
     })
 }
 

@@ -181,12 +181,7 @@ impl Run {
             commands: commands.iter().map(|&command| command.to_owned()).collect(),
             environment: vec!["PATH=/bin".into(), "COLOUR=red".into()],
             working_directory: String::new(),
-            limits: CommandLimits {
-                memory_bytes: 128 << 20,
-                pids_max: 64,
-                cpu_millis: 1000,
-                secs_max: Some(60),
-            },
+            limits: CommandLimits { memory_bytes: 128 << 20, pids_max: 64, secs_max: Some(60) },
             packs,
             tree_limits: rootfs::TreeLimits::default(),
             layer_bytes_max: 1 << 30,

@@ -71,6 +71,27 @@ fn commands_that_outgrow_a_watched_directory_are_ended_for_it() {
 }
 
 #[test]
+fn files_that_commands_remove_and_still_hold_are_counted() {
+    if !can_run() {
+        return;
+    }
+    let hold = |count: u32| {
+        let script = format!(
+            "for n in $(seq 3 {}); do eval \"exec $n> /tmp/f; rm /tmp/f\"; \
+             dd if=/dev/zero bs=1M count=8 >&$n 2>/dev/null; done; sleep 3; ls /tmp | wc -l",
+            count + 2
+        );
+        let mut run = watched(&[&script]);
+        run.order.disk_bytes = 48 << 20;
+        run.end()
+    };
+    let few = hold(3).well();
+    assert_eq!(few.output(), ["0"], "they take their share, and nobody minds");
+    let error = hold(7).error.unwrap();
+    assert!(error.contains("needs more disk than commands may have"), "{error}");
+}
+
+#[test]
 fn a_disk_is_not_taken_at_once_where_it_is_only_watched() {
     if !can_run() {
         return;
@@ -79,13 +100,24 @@ fn a_disk_is_not_taken_at_once_where_it_is_only_watched() {
         eprintln!("SKIPPED: no target/images/small: cargo xtask images");
         return;
     };
-    for (scratch, words) in [(Scratch::Sized, "done"), (Scratch::Watched, "not supported")] {
-        let mut run = Run::on(layers.clone(), &["fallocate -l 1000000 /f 2>&1 && echo done; true"]);
+    // FS_IOC_RESVSP, linux/falloc.h: the same by another call.
+    let reserve = r#"perl -e 'open F, ">", "/g"; my $to = pack("s s x4 q q l L l4", 0, 0, 0, 1e6);
+                  print ioctl(F, 0x40305828, $to) ? "done\n" : "$!\n"; ioctl(F, 0x5421, $to)
+                  or print "another call: $!\n"' 2>&1"#;
+    for (scratch, words) in [
+        (Scratch::Sized, ["done", "done"]),
+        (Scratch::Watched, ["not supported", "Inappropriate ioctl"]),
+    ] {
+        let commands = ["fallocate -l 1000000 /f 2>&1 && echo done; true", reserve];
+        let mut run = Run::on(layers.clone(), &commands);
         run.order.scratch = scratch;
         run.order.environment.clear();
         run.order.disk_bytes = 4 << 30;
         let ended = run.end().well();
-        assert!(ended.output().join(" ").contains(words), "{scratch:?}: {:?}", ended.output());
+        let output = ended.output();
+        assert_eq!(output.len(), 2, "{scratch:?}: {output:?}");
+        let has_both = output.iter().zip(words).all(|(line, words)| line.contains(words));
+        assert!(has_both, "{scratch:?}: {output:?}");
     }
 }
 

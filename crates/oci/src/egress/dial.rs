@@ -15,6 +15,8 @@ use super::{EgressDenied, EgressPolicy, canonical, literal};
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// How long a name may take to be looked up.
 const LOOKUP_MAX: Duration = Duration::from_secs(10);
+/// Bytes of a host: those of a name in DNS (RFC 1035, 2.3.4), and the dot of the root.
+const HOST_BYTES_MAX: usize = 254;
 /// Addresses of a name that are tried.
 const ADDRESSES_MAX: usize = 4;
 
@@ -43,9 +45,11 @@ impl Target {
     #[must_use]
     pub fn new(host: &str, port: u16) -> Option<Target> {
         // Names of other scripts come as ASCII to whoever connects; what else a URL's parser
-        // would understand, others would not.
+        // would understand, others would not. More is a name here than in a reference: hosts with
+        // an underscore are there, if not as registries.
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte);
-        if port == 0 || host.is_empty() || !host.bytes().all(is_plain) {
+        let is_short = (1..=HOST_BYTES_MAX).contains(&host.len());
+        if port == 0 || !is_short || !host.bytes().all(is_plain) {
             return None;
         }
         let url = Url::parse(&format!("http://{host}:{port}/")).ok()?;
@@ -163,6 +167,9 @@ mod tests {
             assert_eq!(Target::new(bad, 80), None, "{bad:?}");
         }
         assert_eq!(Target::new("a.example", 0), None);
+        let long = |labels: usize| "a.".repeat(labels);
+        assert!(Target::new(&long(127), 80).is_some());
+        assert_eq!(Target::new(&long(128), 80), None, "no name is that long");
         for (written, shown) in [
             ("Deb.Example.", "deb.example:80"),
             ("0x7f.1", "127.0.0.1:80"),

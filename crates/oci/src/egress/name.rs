@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::dial::Target;
+use super::port;
 
 /// The ports that stand for none.
 const WEB_PORTS: [u16; 2] = [80, 443];
@@ -53,11 +54,10 @@ impl FromStr for AllowedName {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<AllowedName, NameError> {
-        let is_port = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         let (host, port) = match text.rsplit_once(':') {
-            Some((host, port)) if is_port(port) => {
-                let port = port.parse().ok().filter(|port| *port != 0);
-                (host, Some(port.ok_or(NameError)?))
+            // The colon of a port, not one within an address of IPv6.
+            Some((host, digits)) if !digits.ends_with(']') => {
+                (host, Some(port(digits).ok_or(NameError)?))
             }
             _ => (text, None),
         };

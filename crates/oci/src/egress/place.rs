@@ -7,7 +7,7 @@ use std::str::FromStr;
 use reqwest::Url;
 
 use super::address::{Reach, is_within};
-use super::{canonical, literal};
+use super::{canonical, literal, port};
 use crate::reference::check_registry;
 
 /// A host or a network, with a port or with all: `registry.internal`, `registry.internal:5000`,
@@ -131,10 +131,7 @@ impl FromStr for AllowedPlace {
         let port_of = |rest: &str| match rest.strip_prefix(':') {
             None if rest.is_empty() => Ok(None),
             None => Err(PlaceError::Shape),
-            Some(digits) => match digits.parse::<u16>() {
-                Ok(port) if port != 0 && !digits.starts_with('+') => Ok(Some(port)),
-                _ => Err(PlaceError::Shape),
-            },
+            Some(digits) => port(digits).map(Some).ok_or(PlaceError::Shape),
         };
         let (what, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
             Some((inner, rest)) if inner.contains(':') => (inner, port_of(rest)?),

@@ -4,8 +4,11 @@
 //! Every host that a request names is judged twice: by name against the operator's list, and by
 //! the egress guard, which connects to judged addresses alone. The programs that ask are a
 //! stranger's, so what two readers of a request could understand differently is refused, and
-//! connections, headers, silence and bytes have their ends. What goes through a CONNECT is not
-//! looked into. It runs as long as the commands do, and nothing of it outlives them.
+//! connections, headers, silence and bytes have their ends. Of what goes through a CONNECT the
+//! first words are looked at (`hello`) and nothing else. It runs as long as the commands do, and
+//! nothing of it outlives them.
+
+mod hello;
 
 use std::convert::Infallible;
 use std::io;
@@ -17,18 +20,21 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, HOST, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE,
+};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use oci::{AllowedName, DialError, EgressPolicy, Target};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::super::disk::lock;
+use hello::Unfit;
 
 /// Connections of commands at once; more wait.
 const CONNECTIONS_MAX: usize = 64;
@@ -37,6 +43,10 @@ const HEAD_BYTES_MAX: usize = 32 << 10;
 const HEADERS_MAX: usize = 100;
 /// How long a request's head may take.
 const HEAD_MAX: Duration = Duration::from_secs(30);
+/// How long it may take until TLS has said whom it is for, where it must be TLS.
+const HELLO_MAX: Duration = Duration::from_secs(30);
+/// Where a CONNECT is for TLS: the ports of the web. HTTP is asked of the proxy itself.
+const TLS_PORTS: [u16; 2] = [80, 443];
 /// How long nothing may move on a connection.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
 /// Refusals of a build that are told.
@@ -61,6 +71,8 @@ pub(super) struct Gate {
     policy: EgressPolicy,
     bytes_max: u64,
     silence_max: Duration,
+    hello_max: Duration,
+    tls_ports: Vec<u16>,
     bytes: AtomicU64,
     refusals: Mutex<Refusals>,
 }
@@ -92,6 +104,8 @@ impl Gate {
             policy,
             bytes_max,
             silence_max: SILENCE_MAX,
+            hello_max: HELLO_MAX,
+            tls_ports: TLS_PORTS.to_vec(),
             bytes: AtomicU64::new(0),
             refusals: Mutex::default(),
         }
@@ -117,6 +131,25 @@ impl Gate {
             DialError::Failed(error) => {
                 Refusal::Unreachable(format!("{target}: it cannot be reached ({})", error.kind()))
             }
+        })
+    }
+
+    /// What is said first through a CONNECT, when it may be said to that host.
+    async fn first_words(
+        &self,
+        from: &mut (impl AsyncRead + Unpin),
+        target: &Target,
+    ) -> io::Result<Vec<u8>> {
+        let must_be_tls = self.tls_ports.contains(&target.port());
+        // Elsewhere the host may be the first to speak, and whoever asked may wait for it.
+        let most = if must_be_tls { self.hello_max } else { Duration::MAX };
+        let read = tokio::time::timeout(most, hello::first_words(from, target, must_be_tls));
+        read.await?.map_err(|unfit| match unfit {
+            Unfit::Denied(rule) => {
+                self.deny(format!("{target}: {rule}"));
+                io::ErrorKind::PermissionDenied.into()
+            }
+            Unfit::Gone(error) => error,
         })
     }
 
@@ -296,11 +329,11 @@ fn target(request: &Request<Incoming>) -> Result<Target, Refusal> {
     };
     let named = uri.authority().and_then(|authority| of(authority, default));
     let named = named.ok_or(bad)?;
+    // Java and others leave a port out of a CONNECT's Host that is in its first line.
+    let default = default.or(Some(named.port()));
     let mut hosts = request.headers().get_all(HOST).iter();
     match (hosts.next(), hosts.next()) {
         (_, Some(_)) => Err(Refusal::Bad("the request has more than one Host")),
-        // Of a CONNECT nothing is passed on.
-        (_, None) if is_connect => Ok(named),
         (None, None) => Ok(named),
         (Some(host), None) => {
             let host = host.to_str().ok().and_then(|host| host.parse().ok());
@@ -312,18 +345,40 @@ fn target(request: &Request<Incoming>) -> Result<Target, Refusal> {
     }
 }
 
-/// CONNECT: bytes go to and fro, whatever they are.
+/// CONNECT: bytes go to and fro, once the first are for the host that was judged.
 async fn tunnel(request: Request<Incoming>, line: &Arc<Line>) -> Result<Response<Body>, Refusal> {
-    let mut upstream = line.gate.connect(&target(&request)?).await?;
+    let target = target(&request)?;
+    let upstream = line.gate.connect(&target).await?;
     let line = Arc::clone(line);
     tokio::spawn(async move {
         if let Ok(upgraded) = hyper::upgrade::on(request).await {
-            let mut commands = TokioIo::new(upgraded);
-            let both = tokio::io::copy_bidirectional(&mut commands, &mut upstream);
-            line.while_it_moves(both).await;
+            let commands = TokioIo::new(upgraded);
+            line.while_it_moves(to_and_fro(commands, upstream, &target, &line.gate)).await;
         }
     });
     Ok(Response::new(Either::Right(Full::default())))
+}
+
+/// Both directions until both are over; what goes wrong in one ends the other.
+async fn to_and_fro(
+    commands: impl AsyncRead + AsyncWrite + Unpin,
+    mut upstream: TcpStream,
+    target: &Target,
+    gate: &Gate,
+) -> io::Result<()> {
+    let (mut from_commands, mut to_commands) = tokio::io::split(commands);
+    let (mut from_host, mut to_host) = upstream.split();
+    let up = async {
+        let first = gate.first_words(&mut from_commands, target).await?;
+        to_host.write_all(&first).await?;
+        tokio::io::copy(&mut from_commands, &mut to_host).await?;
+        to_host.shutdown().await
+    };
+    let down = async {
+        tokio::io::copy(&mut from_host, &mut to_commands).await?;
+        to_commands.shutdown().await
+    };
+    tokio::try_join!(up, down).map(drop)
 }
 
 /// Any other request: asked again, of the host that was judged.
@@ -372,7 +427,7 @@ fn strip(headers: &mut HeaderMap) {
         .collect();
     for name in HOP_BY_HOP.iter().chain(&named) {
         // How long the body is, is for the whole way.
-        if *name != http::header::CONTENT_LENGTH {
+        if *name != CONTENT_LENGTH {
             headers.remove(name);
         }
     }

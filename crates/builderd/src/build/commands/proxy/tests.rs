@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use oci::{AllowedPlace, Lookup};
 
+use super::hello::tests::hello;
 use super::*;
 
 /// Longer than anything here takes.
@@ -155,6 +156,10 @@ fn an_allowed_host_is_reached_by_http_and_by_connect() {
     write!(stream, "ANYTHING at all\r\n\r\n").unwrap();
     assert!(starts_with(&head(&mut stream), 200));
     assert_eq!(head(&mut stream), "ANYTHING at all\r\n\r\n");
+    // The port stands in the first line.
+    let mut stream = proxy.connect();
+    write!(stream, "CONNECT {place} HTTP/1.1\r\nHost: good.example\r\n\r\n").unwrap();
+    assert!(starts_with(&head(&mut stream), 200));
     assert_eq!(proxy.gate.refusal(), None);
     assert_eq!(proxy.end(), [""; 0]);
 }
@@ -254,14 +259,101 @@ fn what_could_be_read_in_two_ways_is_refused_and_not_passed_on() {
         assert_eq!(upstream.asked(), 0, "{request}{answer}");
     }
     // Two lengths: the body has one for whoever is asked, and nothing behind it is a request.
-    let answer = proxy.ask(&format!(
-        "POST http://{place}/ HTTP/1.1\r\nHost: {place}\r\nContent-Length: 40\r\n\
-         Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET http://other.example/ HTTP/1.1\r\nX: y\r\n\r\n"
-    ));
-    let seen = answer.to_lowercase();
-    let lengths = ["content-length: 40", "transfer-encoding"].map(|name| seen.contains(name));
-    assert!(lengths != [true, true], "{answer}");
-    assert!(upstream.asked() <= 1, "{answer}");
+    let (length, chunked) = ("Content-Length: 40", "Transfer-Encoding: chunked");
+    for lengths in [[length, chunked], [chunked, length]] {
+        let lengths = lengths.join("\r\n");
+        let answer = proxy.ask(&format!(
+            "POST http://{place}/ HTTP/1.1\r\nHost: {place}\r\n{lengths}\r\n\r\n0\r\n\r\n\
+             GET http://other.example/ HTTP/1.1\r\nX: y\r\n\r\n"
+        ));
+        assert!(starts_with(&answer, 200), "{answer}");
+        let seen = answer.to_lowercase();
+        assert!(!seen.contains("content-length: 40") && !seen.contains("other.example"), "{seen}");
+    }
+    assert_eq!(upstream.asked(), 2);
+}
+
+/// A host that says `first`, and remembers what was said to it, connection by connection.
+fn listener(first: &'static [u8]) -> (SocketAddr, std::sync::mpsc::Receiver<Vec<u8>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (heard, all) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut words = Vec::new();
+            let _ = stream.write_all(first);
+            let _ = stream.read_to_end(&mut words);
+            let _ = heard.send(words);
+        }
+    });
+    (address, all)
+}
+
+#[test]
+fn what_goes_through_a_connect_is_tls_for_the_host_that_was_judged() {
+    let (address, heard) = listener(b"");
+    let place = format!("good.example:{}", address.port());
+    let tls_ports = vec![address.port()];
+    let proxy = Proxy::of(Gate { tls_ports, ..gate(&["*", &place], std::slice::from_ref(&place)) });
+    let say = |words: &[u8]| {
+        let mut stream = proxy.connect();
+        write!(stream, "CONNECT {place} HTTP/1.1\r\n\r\n").unwrap();
+        assert!(starts_with(&head(&mut stream), 200));
+        stream.write_all(words).unwrap();
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read(&mut [0]);
+        heard.recv_timeout(PATIENCE).unwrap()
+    };
+    let good = [&hello("good.example", true)[..], b"and more"].concat();
+    assert_eq!(say(&good), good);
+    assert_eq!(proxy.gate.refusal(), None);
+    let plain = b"GET / HTTP/1.1\r\nHost: other.example\r\n\r\n".to_vec();
+    for words in [hello("other.example", true), hello("good.example", false), plain] {
+        assert_eq!(say(&words), b"", "nothing is passed on");
+    }
+    assert!(proxy.gate.refusal().unwrap().contains("other.example"));
+    let told = proxy.end();
+    assert_eq!(told.len(), 3, "{told:?}");
+    for (line, rule) in told.iter().zip(["other.example", "names no host", "no TLS"]) {
+        assert!(line.contains(&place) && line.contains(rule), "{line}");
+    }
+}
+
+#[test]
+fn whoever_is_slow_with_its_first_words_is_cut_where_they_must_be_tls() {
+    let (address, heard) = listener(b"");
+    let place = format!("good.example:{}", address.port());
+    let (tls_ports, hello_max) = (vec![address.port()], Duration::from_millis(100));
+    let gate = gate(&[&place], std::slice::from_ref(&place));
+    let proxy = Proxy::of(Gate { tls_ports, hello_max, ..gate });
+    let mut stream = proxy.connect();
+    write!(stream, "CONNECT {place} HTTP/1.1\r\n\r\n").unwrap();
+    assert!(starts_with(&head(&mut stream), 200));
+    stream.write_all(&hello("good.example", true)[..100]).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0);
+    assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), b"");
+    assert_eq!(proxy.end(), [""; 0], "nobody was refused");
+}
+
+#[test]
+fn a_host_may_speak_first_where_it_need_not_be_tls() {
+    let (address, heard) = listener(b"hello\r\n\r\n");
+    let place = format!("good.example:{}", address.port());
+    let proxy = Proxy::start(&[&place], std::slice::from_ref(&place));
+    let mut stream = proxy.connect();
+    write!(stream, "CONNECT {place} HTTP/1.1\r\n\r\n").unwrap();
+    assert!(starts_with(&head(&mut stream), 200));
+    assert_eq!(head(&mut stream), "hello\r\n\r\n");
+    stream.write_all(b"SSH-2.0-x").unwrap();
+    drop(stream);
+    assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), b"SSH-2.0-x");
+    // Where it is TLS all the same, it is for that host.
+    let mut stream = proxy.connect();
+    write!(stream, "CONNECT {place} HTTP/1.1\r\n\r\n").unwrap();
+    assert!(starts_with(&head(&mut stream), 200));
+    stream.write_all(&hello("other.example", true)).unwrap();
+    assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), b"");
+    assert_eq!(proxy.end().len(), 1);
 }
 
 #[test]
