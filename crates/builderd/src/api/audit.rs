@@ -1,6 +1,6 @@
 //! Who was refused, for the audit log: written behind the request's back, and no more of it than
-//! an address, a tenant and all together may cause, so that nobody fills the disk by being
-//! refused. What is left out is counted, and the count is written.
+//! a tenant, an address of strangers and all together may cause, so that nobody fills the disk by
+//! being refused. What is left out is counted, and the count is written.
 //!
 //! What changes something is not written here but by the store, with the change itself.
 
@@ -27,16 +27,27 @@ use crate::store::audit::{Action, AuditEntry, Author, DEVELOPMENT};
 use crate::tenant::{Origin, Principal, TenantId};
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// Rows in a minute that an address causes, and as many at once.
+/// Rows in a minute that an address causes where no tenant is known, and as many at once.
 const PEER: (u32, u32) = (10, 100);
 /// The same of a tenant.
 const TENANT: (u32, u32) = (10, 100);
-/// The same of all: at most 86,400 rows in a day, some 30 MB.
+/// The same of all who showed a credential that is known, and of all who did not: whoever comes from
+/// many addresses hides nobody whose name there is. At most 172,800 rows in a day, some 60 MB.
 const ALL: (u32, u32) = (60, 1000);
 /// Rows that wait to be written.
-const WAITING_MAX: usize = 1024;
+const WAITING_MAX: usize = 2048;
 /// Rows written at once.
 const BATCH_MAX: usize = 100;
+/// How long a database that takes no rows is waited for, between one try and the next: long enough
+/// for one that is started anew. What comes meanwhile waits in the queue.
+const TRY_AGAIN: [Duration; 6] = [
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+    Duration::from_secs(15),
+];
 /// How long the last rows may take when the doors are closed.
 const LAST_ROWS_MAX: Duration = Duration::from_secs(10);
 /// How often a node says how many it left out.
@@ -99,7 +110,8 @@ fn action(name: &str) -> Action {
 struct Limits {
     peers: Peers,
     tenants: DefaultKeyedRateLimiter<TenantId>,
-    all: DefaultDirectRateLimiter,
+    known: DefaultDirectRateLimiter,
+    strangers: DefaultDirectRateLimiter,
 }
 
 fn per_minute((rate, burst): (u32, u32)) -> Quota {
@@ -112,15 +124,19 @@ impl Limits {
         Self {
             peers: Peers::new(PEER.0, MINUTE, PEER.1),
             tenants: RateLimiter::keyed(per_minute(TENANT)),
-            all: RateLimiter::direct(per_minute(ALL)),
+            known: RateLimiter::direct(per_minute(ALL)),
+            strangers: RateLimiter::direct(per_minute(ALL)),
         }
     }
 
     /// Whether one more may be written; who has had enough takes nothing from the others.
-    fn allow(&self, peer: IpAddr, tenant: Option<&TenantId>) -> bool {
-        self.peers.count(peer, Instant::now()).is_ok()
-            && tenant.is_none_or(|tenant| self.tenants.check_key(tenant).is_ok())
-            && self.all.check().is_ok()
+    fn allow(&self, peer: IpAddr, tenant: Option<&TenantId>, is_known: bool) -> bool {
+        let own = match tenant {
+            Some(tenant) => self.tenants.check_key(tenant).is_ok(),
+            None => self.peers.count(peer, Instant::now()).is_ok(),
+        };
+        let all = if is_known { &self.known } else { &self.strangers };
+        own && all.check().is_ok()
     }
 }
 
@@ -209,7 +225,8 @@ impl Refusals {
             object: build.or(asked.build.as_ref()).map(ToString::to_string).unwrap_or_default(),
             outcome: answer.code().as_str(),
         };
-        if !self.limits.allow(from, tenant) || self.waiting.try_send(entry).is_err() {
+        let is_known = !subject.is_empty();
+        if !self.limits.allow(from, tenant, is_known) || self.waiting.try_send(entry).is_err() {
             self.left_out.add(1);
         }
     }
@@ -254,18 +271,30 @@ impl Writer {
             let mut batch = Vec::new();
             let wait = tokio::time::timeout(MARK_EVERY, entries.recv_many(&mut batch, BATCH_MAX));
             let is_over = wait.await == Ok(0);
-            if !batch.is_empty() {
-                let count = u64::try_from(batch.len()).unwrap_or(u64::MAX);
-                if let Err(error) = self.store.system().add_audit(batch).await {
-                    tracing::warn!(%error, count, "refusals could not be written to the audit log");
-                    self.left_out.add(count);
-                }
-            }
+            self.write(batch).await;
             if is_over || self.marked.is_none_or(|marked| marked.elapsed() >= MARK_EVERY) {
                 self.mark().await;
             }
             if is_over {
                 return;
+            }
+        }
+    }
+
+    /// Writes down each stream's rows by themselves, so that those of one are not lost, or written
+    /// twice, for the others.
+    async fn write(&self, mut batch: Vec<AuditEntry>) {
+        batch.sort_by(|one, other| one.stream().cmp(other.stream()));
+        for entries in batch.chunk_by(|one, other| one.tenant == other.tenant) {
+            let mut waits = TRY_AGAIN.iter();
+            while let Err(error) = self.store.system().add_audit(entries.to_vec()).await {
+                let Some(wait) = waits.next() else {
+                    let count = u64::try_from(entries.len()).unwrap_or(u64::MAX);
+                    tracing::warn!(%error, count, "refusals could not be written to the audit log");
+                    self.left_out.add(count);
+                    break;
+                };
+                tokio::time::sleep(*wait).await;
             }
         }
     }
@@ -306,9 +335,10 @@ mod tests {
     fn whoever_is_refused_often_uses_up_its_own_rows() {
         let limits = Limits::new();
         let address = |number| IpAddr::V4(Ipv4Addr::from_bits(number));
-        let (one, other): (TenantId, TenantId) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let [one, other, third] = ["a", "b", "c"].map(|id| id.parse::<TenantId>().unwrap());
         let allowed = |peer: IpAddr, tenant: Option<&TenantId>| {
-            (0..2 * PEER.1).filter(|_| limits.allow(peer, tenant)).count()
+            let allow = |_: &u32| limits.allow(peer, tenant, tenant.is_some());
+            (0..2 * PEER.1).filter(allow).count()
         };
         let burst = |(_, burst): (u32, u32)| usize::try_from(burst).unwrap();
         assert_eq!(allowed(address(1), None), burst(PEER));
@@ -316,6 +346,10 @@ mod tests {
         assert_eq!(allowed(address(3), Some(&one)), 0, "the tenant, from elsewhere");
         assert_eq!(allowed(address(4), Some(&other)), burst(TENANT));
         let rest: usize = (5..100).map(|number| allowed(address(number), None)).sum();
-        assert_eq!(rest, burst(ALL) - 2 * burst(TENANT) - burst(PEER), "all together");
+        assert_eq!(rest, burst(ALL) - burst(PEER), "all strangers together");
+        assert_eq!(allowed(address(100), None), 0, "another stranger");
+        assert_eq!(allowed(address(101), Some(&third)), burst(TENANT), "they hide nobody");
+        let fourth = "d".parse().unwrap();
+        assert_eq!(allowed(address(1), Some(&fourth)), burst(TENANT), "nor behind one address");
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt as _;
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
     ETAG, IF_MATCH, IF_NONE_MATCH, IF_RANGE, RANGE,
@@ -15,10 +16,12 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
 use super::auth::Caller;
 use super::error::Answer;
+use super::held::Place;
 use super::rest::{Asked, Named, TenantQuery, admitted, asked};
 use super::{Answered, ApiState};
 use crate::artifact::OpenArtifact;
 use crate::build::record::BuildResult;
+use crate::tenant::TenantId;
 
 /// Behind an id: the checksum in the place of the image.
 const CHECKSUM_SUFFIX: &str = ".sha256";
@@ -52,7 +55,8 @@ pub(super) async fn artifact(
         match is_checksum {
             true => Ok(checksum(&result)),
             false => {
-                let response = image(&result, open, &method, &headers)?;
+                let place = state.held.artifacts.take(who.tenant())?;
+                let response = image(&result, open, &method, &headers, place)?;
                 let has_bytes =
                     matches!(response.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT);
                 if has_bytes && method == Method::GET {
@@ -83,6 +87,7 @@ fn image(
     open: OpenArtifact,
     method: &Method,
     headers: &HeaderMap,
+    place: Place<TenantId>,
 ) -> Answered<Response> {
     let size = open.size_bytes;
     let tag = format!("\"{}\"", result.sha256);
@@ -121,7 +126,11 @@ fn image(
     let length = HeaderValue::from(range.end - range.start);
     response.headers_mut().insert(CONTENT_LENGTH, length);
     if method != Method::HEAD {
-        *response.body_mut() = Body::from_stream(open.read(range));
+        // Taken for as long as somebody reads.
+        let pieces = open.read(range).inspect(move |_| {
+            let _held = &place;
+        });
+        *response.body_mut() = Body::from_stream(pieces);
     }
     Ok(response)
 }

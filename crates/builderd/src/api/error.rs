@@ -167,6 +167,14 @@ impl Answer {
         answer
     }
 
+    /// Too many answers that are still being read.
+    pub(crate) fn too_many_open(what: &str, max: u32) -> Self {
+        let message = format!("{max} {what} are open here, the most there may be: close some");
+        let code = ErrorCode::ResourceExhausted;
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        Self { retry_after_secs: Some(5), ..Self::new(code, status, "RATE_LIMITED", message) }
+    }
+
     /// A request that cannot be read.
     pub(crate) fn invalid(message: impl ToString) -> Self {
         let code = ErrorCode::InvalidArgument;

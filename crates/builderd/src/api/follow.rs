@@ -1,6 +1,7 @@
 //! A build's log as a stream: what is there, then what comes, until the build has ended.
 //!
-//! One page is in memory for each follower. A follower that was cut asks again with the offset
+//! One page is in memory for each follower, and a tenant has only so many followers (`held.rs`). A
+//! follower that was cut asks again with the offset
 //! behind the last line it has. Who follows is checked anew every few seconds: a token that is
 //! revoked or runs out reads no further.
 
@@ -16,14 +17,18 @@ use tokio::time::Instant;
 
 use super::auth::{Caller, Claim};
 use super::error::Answer;
+use super::held::Place;
 use super::{ApiState, convert};
 use crate::build::record::LogLine;
 use crate::build::service::{LogPage, ServiceError};
 use crate::store::Changes;
-use crate::tenant::Principal;
+use crate::tenant::{Principal, TenantId};
 
 /// Lines read at once.
 const PAGE_LINES: u32 = 200;
+/// Of those as many are kept as have so many bytes together, and one: what a follower that does not
+/// read holds.
+const PAGE_BYTES: usize = 64 << 10;
 /// How often a follower looks even if nobody said that something changed.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How long a credential is believed that was good.
@@ -60,6 +65,7 @@ struct Follower {
     last_sent: Instant,
     changes: Changes,
     shutdown: watch::Receiver<bool>,
+    _place: Place<TenantId>,
 }
 
 /// What ends a wait.
@@ -78,6 +84,7 @@ pub(super) async fn follow(
     impl Stream<Item = Result<v1::StreamBuildLogsResponse, ConnectError>> + Send + use<>,
     Answer,
 > {
+    let place = state.held.logs.take(reader.who.tenant())?;
     let mut follower = Follower {
         // Before the first look, so that nothing falls between.
         changes: state.service.changes(),
@@ -89,6 +96,7 @@ pub(super) async fn follow(
         lines: VecDeque::new(),
         is_end: false,
         last_sent: Instant::now(),
+        _place: place,
     };
     follower.read().await?;
     Ok(stream::unfold(Some(follower), |follower| async {
@@ -121,11 +129,19 @@ impl Follower {
 
     async fn read(&mut self) -> Result<(), Answer> {
         let (build, offset) = (&self.wish.build, self.wish.offset);
-        let LogPage { lines, next_offset, is_end } =
+        let LogPage { mut lines, next_offset, is_end } =
             self.state.service.log(&self.reader.who, build, offset, PAGE_LINES).await?;
         let is_whole = u32::try_from(lines.len()).is_ok_and(|count| count < PAGE_LINES);
-        self.is_end = is_end || (is_whole && !self.wish.follow);
-        self.wish.offset = next_offset;
+        (self.is_end, self.wish.offset) = match fitting(&lines) {
+            count if count == lines.len() => {
+                (is_end || (is_whole && !self.wish.follow), next_offset)
+            }
+            count => {
+                let next_offset = lines[count].offset;
+                lines.truncate(count);
+                (false, next_offset)
+            }
+        };
         self.lines = lines.into();
         Ok(())
     }
@@ -182,5 +198,39 @@ impl Follower {
             heartbeat: true,
             ..Default::default()
         }
+    }
+}
+
+/// How many of the lines, from the first, are kept; the first is, however long it is.
+fn fitting(lines: &[LogLine]) -> usize {
+    let mut bytes = 0;
+    let fits = |(place, line): &(usize, &LogLine)| {
+        bytes += line.message.len();
+        *place == 0 || bytes <= PAGE_BYTES
+    };
+    lines.iter().enumerate().take_while(fits).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::record::Micros;
+
+    #[test]
+    fn a_follower_keeps_so_many_bytes_and_always_one_line() {
+        let lines = |bytes: &[usize]| -> Vec<LogLine> {
+            let line = |bytes: &usize| LogLine {
+                offset: 0,
+                at: Micros(0),
+                level: "info".into(),
+                component: "builder".into(),
+                message: "x".repeat(*bytes),
+            };
+            bytes.iter().map(line).collect()
+        };
+        assert_eq!(fitting(&lines(&[])), 0);
+        assert_eq!(fitting(&lines(&[1; 200])), 200);
+        assert_eq!(fitting(&lines(&[PAGE_BYTES + 1, 0, 0])), 1);
+        assert_eq!(fitting(&lines(&[PAGE_BYTES / 2, PAGE_BYTES / 2, 1])), 2);
     }
 }

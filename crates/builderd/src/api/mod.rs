@@ -14,6 +14,7 @@ mod error;
 mod follow;
 mod guard;
 mod health;
+mod held;
 mod limits;
 mod local;
 mod memory;
@@ -50,6 +51,7 @@ use audit::{Asked, Refusals};
 use auth::Auth;
 pub(crate) use auth::{Mode, new_token};
 pub(crate) use guard::{Observe, PANICKED};
+pub(crate) use held::{HELD_MAX, HeldMax};
 pub(crate) use memory::REMEMBERED_SECS;
 #[cfg(test)]
 pub(crate) use server::PeerId;
@@ -66,6 +68,7 @@ use crate::tls::Clients;
 use error::Answer;
 use guard::Guard;
 use health::Heart;
+use held::Held;
 use spelling::Form;
 use swallow::Swallow;
 use tracing::Instrument as _;
@@ -93,6 +96,8 @@ pub(crate) struct ApiRules {
     pub(crate) looks_per_sec: u32,
     /// How long the body of a request may take.
     pub(crate) body_max: Duration,
+    /// How many answers a tenant may hold open.
+    pub(crate) held_max: HeldMax,
 }
 
 /// What the doors tell whoever measures.
@@ -122,6 +127,7 @@ pub(crate) struct ApiState {
     refused: Swallow,
     refusals: Refusals,
     heart: Arc<Heart>,
+    held: Held,
     mode: Mode,
     body_max: Duration,
     /// True once the service stops: ends streams.
@@ -152,6 +158,7 @@ impl ApiState {
             refused: Swallow::new(),
             refusals,
             heart: Arc::new(heart),
+            held: Held::up_to(rules.held_max),
             mode: rules.mode,
             body_max: rules.body_max,
             stopped,
@@ -193,10 +200,12 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .layer(from_fn_with_state(Arc::clone(&state), gate));
     let (health, reflection) = (health_service(&state), reflection_service(&state));
     let call_health = any(move |request| call(health.clone(), request));
+    let hold = || from_fn_with_state(Arc::clone(&state), held::bound);
     let call_health = call_health.layer(from_fn_with_state(Arc::clone(&state), slow::cut));
+    let call_health = call_health.layer(hold());
     let call_reflection = any(move |request| call(reflection.clone(), request));
     let call_reflection =
-        call_reflection.layer(from_fn_with_state(Arc::clone(&state), slow::bound));
+        call_reflection.layer(from_fn_with_state(Arc::clone(&state), slow::bound)).layer(hold());
     let router = axum::Router::new()
         .merge(builds)
         .route("/grpc.health.v1.Health/{method}", call_health)

@@ -53,7 +53,7 @@ impl Peers {
 }
 
 /// Whoever has an IPv6 address has 2^64 of them.
-fn counted_as(address: IpAddr) -> IpAddr {
+pub(super) fn counted_as(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
         IpAddr::V6(address) => {

@@ -73,12 +73,13 @@ pub(super) async fn bound(
     request: Request,
     next: Next,
 ) -> Response {
-    let time = state.body_max + STREAM_GRACE;
-    let bounded = request.map(|body| {
-        let body = Body::new(Limited::new(body, STREAM_BYTES_MAX));
-        Body::new(InTime::new(body, time, Arc::default()))
-    });
-    next.run(bounded).await
+    next.run(request.map(|body| bounded(body, state.body_max))).await
+}
+
+/// A body that ends with its call, which may take that long, whatever becomes of the call.
+fn bounded(body: Body, call_max: Duration) -> Body {
+    let body = Body::new(Limited::new(body, STREAM_BYTES_MAX));
+    Body::new(InTime::new(body, call_max + STREAM_GRACE, Arc::default()))
 }
 
 /// A body that breaks off when its time is over, and says so.
@@ -141,6 +142,18 @@ mod tests {
             sleep(Duration::from_secs(1)).await;
             Some((Ok::<_, std::convert::Infallible>(Bytes::from_static(b"x")), left))
         }))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_body_of_a_stream_ends_soon_after_its_call_and_has_a_length() {
+        let begun = Instant::now();
+        let late = bounded(trickle(10_000), TIME).collect().await.unwrap_err();
+        assert_eq!(begun.elapsed(), TIME + STREAM_GRACE);
+        assert!(format!("{late:?}").contains("TimedOut"), "{late:?}");
+        let whole = bounded(trickle(20), TIME).collect().await.unwrap();
+        assert_eq!(whole.to_bytes().len(), 20);
+        let long = bounded(Body::from(vec![0; STREAM_BYTES_MAX + 1]), TIME).collect().await;
+        assert!(long.unwrap_err().to_string().contains("length limit exceeded"));
     }
 
     #[tokio::test(start_paused = true)]

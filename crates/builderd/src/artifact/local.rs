@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
+use rustix::fs::OFlags;
 
 use super::{ArtifactStore, OpenArtifact, ReadRange, Stored};
 
@@ -33,6 +34,16 @@ impl LocalArtifacts {
         fs::create_dir_all(&artifacts)?;
         fs::create_dir_all(&staging)?;
         Ok(Self { root: artifacts, staging })
+    }
+
+    /// Makes an artifact younger, if it is there.
+    pub(crate) async fn touch(&self, key: &str) -> io::Result<()> {
+        let path = self.file(key)?;
+        blocking(move || match File::options().append(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            opened => opened?.set_modified(now()),
+        })
+        .await
     }
 
     fn file(&self, key: &str) -> io::Result<PathBuf> {
@@ -83,7 +94,9 @@ impl ArtifactStore for LocalArtifacts {
     async fn open(&self, key: &str) -> io::Result<Option<OpenArtifact>> {
         let path = self.file(key)?;
         blocking(move || {
-            let file = match File::open(&path) {
+            // Nothing here is a link, whoever made it.
+            let flags = i32::try_from(OFlags::NOFOLLOW.bits()).map_err(io::Error::other)?;
+            let file = match File::options().read(true).custom_flags(flags).open(&path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(error),
@@ -132,7 +145,13 @@ impl ArtifactStore for LocalArtifacts {
 fn list_domain(directory: &Path, domain: &str, found: &mut Vec<Stored>) -> io::Result<()> {
     for file in fs::read_dir(directory)? {
         let file = file?;
-        let metadata = file.metadata()?;
+        let metadata = match file.metadata() {
+            Ok(metadata) if metadata.is_file() => metadata,
+            Ok(_) => continue,
+            // Removed while it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
         let age = metadata.modified()?.elapsed().unwrap_or_default();
         found.push(Stored {
             key: format!("{domain}/{}", file.file_name().to_string_lossy()),

@@ -129,44 +129,83 @@ impl Janitor {
         Ok(())
     }
 
-    /// Forgets what is too old or too much, then removes the files that nothing names.
+    /// Forgets what is too old or too much, then removes the files that nothing names. What cannot
+    /// be done keeps nothing else from being done; the first of it is the error.
     pub(crate) async fn sweep(&mut self) -> io::Result<()> {
+        let forgotten = self.forget().await;
+        let swept = self.sweep_files().await;
+        let pruned = match self.rules.packs.clone() {
+            Some((packs, limit_bytes)) => prune(packs, limit_bytes).await.map(Some),
+            None => Ok(None),
+        };
+        let space = self.artifacts.space();
+        let levels = StorageLevels {
+            artifact_bytes: swept.as_ref().ok().map(|swept| swept.bytes),
+            cache_bytes: pruned.as_ref().copied().unwrap_or_default(),
+            space: space.as_ref().copied().unwrap_or_default(),
+        };
+        self.metrics.set_storage(levels);
+        let swept = swept.and_then(|swept| swept.problem.map_or(Ok(()), Err));
+        forgotten.and(swept).and(pruned.map(drop)).and(space.map(drop))
+    }
+
+    /// What the database need not know any more.
+    async fn forget(&self) -> io::Result<()> {
         let system = self.store.system();
-        let older_than = self.before(self.rules.retention_secs);
-        system.expire(older_than).await.map_err(io::Error::other)?;
+        let expired = system.expire(self.before(self.rules.retention_secs)).await;
         let forgotten = system.forget_audit(self.before(self.rules.audit_retention_secs)).await;
-        let forgotten = forgotten.map_err(io::Error::other)?;
-        if forgotten > 0 {
+        if let Ok(forgotten @ 1..) = forgotten {
             tracing::info!(forgotten, "rows of the audit log were kept long enough");
         }
-        system.prune_tenant_keys(self.before(KEY_GRACE_SECS)).await.map_err(io::Error::other)?;
-        system.evict(self.rules.storage_bytes_max).await.map_err(io::Error::other)?;
+        let pruned = system.prune_tenant_keys(self.before(KEY_GRACE_SECS)).await;
+        let evicted = system.evict(self.rules.storage_bytes_max).await;
+        let done = [expired.map(drop), forgotten.map(drop), pruned.map(drop), evicted.map(drop)];
+        done.into_iter().collect::<Result<(), StoreError>>().map_err(io::Error::other)
+    }
+
+    /// Removes files that nothing named at the last sweep either.
+    async fn sweep_files(&mut self) -> io::Result<Swept> {
+        let system = self.store.system();
         let mut unnamed = HashSet::new();
-        let mut stored_bytes = 0;
+        let mut swept = Swept { bytes: 0, problem: None };
+        let mut is_away = false;
         for stored in self.artifacts.list().await? {
-            stored_bytes += stored.size_bytes;
+            swept.bytes += stored.size_bytes;
             if stored.age_secs < GRACE_SECS
                 || system.artifact_is_referenced(&stored.key).await.map_err(io::Error::other)?
             {
                 continue;
             }
-            if !self.unnamed.contains(&stored.key) {
+            // A store that does not answer is not waited for once for each file.
+            if is_away || !self.unnamed.contains(&stored.key) {
                 unnamed.insert(stored.key);
-            } else if self.remove(&stored.key).await? {
-                stored_bytes -= stored.size_bytes;
-                tracing::info!(key = stored.key, "an artifact that nothing names was removed");
+                continue;
+            }
+            match self.remove(&stored.key).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    swept.bytes -= stored.size_bytes;
+                    tracing::info!(key = stored.key, "an artifact that nothing names was removed");
+                }
+                Err(error) => {
+                    tracing::warn!(key = stored.key, %error, "an artifact could not be removed");
+                    is_away = error.kind() == io::ErrorKind::TimedOut;
+                    swept.problem.get_or_insert(error);
+                    unnamed.insert(stored.key);
+                }
             }
         }
         self.unnamed = unnamed;
-        let cache_bytes = match self.rules.packs.clone() {
-            Some((packs, limit_bytes)) => Some(prune(packs, limit_bytes).await?),
-            None => None,
-        };
-        let space = self.artifacts.space()?;
-        let artifact_bytes = Some(stored_bytes);
-        self.metrics.set_storage(StorageLevels { artifact_bytes, cache_bytes, space });
-        Ok(())
+        Ok(swept)
     }
+}
+
+/// What a look at all stored files came to.
+struct Swept {
+    /// What they take.
+    bytes: u64,
+    /// Why the first of those that should have gone is still there.
+    problem: Option<io::Error>,
 }
 
 impl Janitor {

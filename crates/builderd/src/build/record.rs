@@ -94,7 +94,11 @@ impl fmt::Display for BuildId {
 pub struct NoBuildId;
 
 /// What the tenant asked for, in the engine's terms. Holds no secret.
+///
+/// A worker that does not know a field cannot do what it asks for: it leaves the build to one that
+/// does, as nodes of several versions share a queue.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BuildRequest {
     /// The image as it was written.
     pub image: String,
@@ -401,4 +405,30 @@ pub struct Stats {
     pub storage_bytes: u64,
     /// Wall time of all, in seconds.
     pub compute_secs: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_wait_is_twice_the_one_before_up_to_the_longest() {
+        let waits = |policy: &RetryPolicy, code| {
+            (1..).map_while(|attempt| policy.delay_secs(code, attempt)).collect::<Vec<_>>()
+        };
+        let documented = RetryPolicy::default();
+        assert_eq!(waits(&documented, FailureCode::RegistryRateLimit), [30, 60, 120]);
+        let often = RetryPolicy { max_retries: 70, ..documented.clone() };
+        let often = waits(&often, FailureCode::NetworkError);
+        assert_eq!((often.len(), &often[..5]), (70, &[30, 60, 120, 240, 300][..]));
+        assert!(often[5..].iter().all(|wait| *wait == 300), "{often:?}");
+        let long = RetryPolicy { max_retries: 70, max_delay_secs: u64::MAX, ..documented.clone() };
+        assert_eq!(waits(&long, FailureCode::NetworkError).last(), Some(&u64::MAX));
+        // What does not pass by itself is not tried again, nor what the caller leaves out.
+        assert!(waits(&documented, FailureCode::InvalidSource).is_empty());
+        let some = RetryPolicy { retry_on: vec![FailureCode::NetworkError], ..documented.clone() };
+        assert!(waits(&some, FailureCode::RegistryRateLimit).is_empty());
+        let never = RetryPolicy { max_retries: 0, ..documented };
+        assert!(waits(&never, FailureCode::NetworkError).is_empty());
+    }
 }

@@ -17,7 +17,7 @@ impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
         match error {
             AdminError::Store(error) => error.into(),
-            AdminError::NotEmpty { .. } | AdminError::File { .. } => {
+            AdminError::NotEmpty { .. } | AdminError::Newer { .. } | AdminError::File { .. } => {
                 Self { code: 3, error: Box::new(error), hint: None }
             }
             AdminError::Incomplete { .. } => Self::ours(error),

@@ -30,6 +30,8 @@ pub(crate) enum TlsSource {
         key: PathBuf,
         /// Who signs clients' certificates.
         ca: Option<PathBuf>,
+        /// What they have revoked.
+        revoked: Option<PathBuf>,
     },
     /// SPIFFE's Workload API.
     Spiffe {
@@ -61,13 +63,13 @@ impl ClientAuth {
 }
 
 /// Those that mean nothing without TLS, or in its other mode.
-const OF_FILES: [&str; 3] = ["TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CA_FILE"];
+const OF_FILES: [&str; 4] = ["TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CA_FILE", "TLS_CRL_FILE"];
 const OF_BOTH: [&str; 2] = ["TLS_CLIENT_AUTH", "TLS_CLIENTS_FILE"];
 
 /// None for plain text.
 pub(super) fn tls(settings: &Settings, problems: &mut Vec<String>) -> Option<TlsConfig> {
     let mode = mode(settings, problems);
-    let [certificate, key, ca] = OF_FILES.map(|name| settings.path(name));
+    let [certificate, key, ca, revoked] = OF_FILES.map(|name| settings.path(name));
     let (socket, clients_file) =
         (settings.path("SPIFFE_SOCKET"), settings.path("TLS_CLIENTS_FILE"));
     let demand = settings.text("TLS_CLIENT_AUTH");
@@ -99,7 +101,7 @@ pub(super) fn tls(settings: &Settings, problems: &mut Vec<String>) -> Option<Tls
                 })
             };
             let certificate = needed("TLS_CERT_FILE", certificate);
-            TlsSource::Files { certificate, key: needed("TLS_KEY_FILE", key), ca }
+            TlsSource::Files { certificate, key: needed("TLS_KEY_FILE", key), ca, revoked }
         }
     };
     if let TlsSource::Spiffe { socket } = &source
@@ -123,12 +125,16 @@ pub(super) fn tls(settings: &Settings, problems: &mut Vec<String>) -> Option<Tls
             client_auth.as_str()
         ));
     }
-    if client_auth == ClientAuth::None && clients_file.is_some() {
-        problems.push(format!(
-            "{} is set, but no client is asked for a certificate: set {PREFIX}TLS_CLIENT_AUTH{}",
-            settings.written("TLS_CLIENTS_FILE"),
-            if has_authorities { "" } else { " and TLS_CA_FILE" }
-        ));
+    let revokes = matches!(&source, TlsSource::Files { revoked: Some(_), .. });
+    let of_clients = [("TLS_CLIENTS_FILE", clients_file.is_some()), ("TLS_CRL_FILE", revokes)];
+    for (name, is_set) in of_clients {
+        if is_set && client_auth == ClientAuth::None {
+            problems.push(format!(
+                "{} is set, but no client is asked for a certificate: set {PREFIX}TLS_CLIENT_AUTH{}",
+                settings.written(name),
+                if has_authorities { "" } else { " and TLS_CA_FILE" }
+            ));
+        }
     }
     Some(TlsConfig { source, client_auth, clients_file, for_metrics })
 }
@@ -204,6 +210,11 @@ mod tests {
         let enabled = ("TLS_ENABLED", "true");
         let either = read(&[enabled, FILES[1], FILES[2], ca, optional]).unwrap().unwrap();
         assert_eq!(either.client_auth, ClientAuth::Optional);
+        let lists = ("TLS_CRL_FILE", "/r");
+        let strict = read(&[FILES[0], FILES[1], FILES[2], ca, lists]).unwrap().unwrap();
+        let [certificate, key, ca, revoked] = ["/c", "/k", "/a", "/r"].map(PathBuf::from);
+        let (ca, revoked) = (Some(ca), Some(revoked));
+        assert_eq!(strict.source, TlsSource::Files { certificate, key, ca, revoked });
         let spiffe = read(&[("TLS_MODE", "spiffe")]).unwrap().unwrap();
         let socket = "/run/spire/sockets/agent.sock".into();
         assert_eq!(spiffe.source, TlsSource::Spiffe { socket });
@@ -212,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_wish_for_tls_that_cannot_be_met_stops_the_start() {
-        let clients = ("TLS_CLIENTS_FILE", "/x");
+        let (clients, lists) = (("TLS_CLIENTS_FILE", "/x"), ("TLS_CRL_FILE", "/x"));
         for (variables, word) in [
             (vec![("TLS_MODE", "file")], "TLS_CERT_FILE is not set"),
             (vec![("TLS_MODE", "file"), FILES[1]], "TLS_KEY_FILE is not set"),
@@ -224,6 +235,9 @@ mod tests {
             (vec![("TLS_MODE", "disabled"), ("TLS_ENABLED", "true")], "differ"),
             ([&FILES[..], &[("TLS_CLIENT_AUTH", "required")]].concat(), "TLS_CA_FILE is not set"),
             ([&FILES[..], &[clients]].concat(), "no client is asked"),
+            ([&FILES[..], &[lists]].concat(), "TLS_CRL_FILE is set, but no client is asked"),
+            (vec![lists], "TLS_MODE is `disabled`"),
+            (vec![("TLS_MODE", "spiffe"), lists], "TLS_MODE is `spiffe`"),
         ] {
             let problem = read(&variables).map(drop).unwrap_err();
             assert!(problem.contains(word), "{word}: {problem}");

@@ -9,7 +9,7 @@ use sqlx::sqlite::SqliteJournalMode;
 use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
 use super::engine::{Query, Row, Tx, Value, sql};
-use super::open::{DATABASE_FILE, lock, sqlite_options};
+use super::open::{DATABASE_FILE, NEWEST_MIGRATION, lock, sqlite_options};
 use super::{Store, StoreError};
 use crate::build::state::{BuildState, Happening};
 
@@ -17,6 +17,9 @@ use crate::build::state::{BuildState, Happening};
 const BATCH: usize = 500;
 /// Rows written by one statement.
 const ROWS_AT_ONCE: usize = 50;
+/// What stands behind a database's name in the names of files that SQLite takes for its newest
+/// changes, whatever database lies beside them (sqlite.org, "How To Corrupt", 1.4).
+const CHANGES: [&str; 2] = ["-wal", "-journal"];
 
 /// Why an operator's work on the database was not done.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +32,16 @@ pub enum AdminError {
     NotEmpty {
         /// Where the rows are.
         table: &'static str,
+    },
+    /// The database to copy has what this version does not know, and would leave out.
+    #[error(
+        "a newer version has changed the database (migration {migration}; this one knows those up \
+         to {}): copy it with that version",
+        NEWEST_MIGRATION
+    )]
+    Newer {
+        /// The newest change.
+        migration: i64,
     },
     /// The copy is not complete; nothing was kept of it.
     #[error("table {table}: {copied} rows arrived of {rows}; the target was left empty")]
@@ -363,9 +376,14 @@ impl Table {
 /// may write to either meanwhile.
 ///
 /// # Errors
-/// [`AdminError::NotEmpty`], [`AdminError::Incomplete`]
+/// [`AdminError::NotEmpty`], [`AdminError::Newer`], [`AdminError::Incomplete`]
 pub async fn migrate_store(from: &Store, to: &Store) -> Result<Vec<Copied>, AdminError> {
     let mut source = from.rows.engine.snapshot().await?;
+    let newest = sql("SELECT MAX(version) AS migration FROM _sqlx_migrations");
+    let migration = source.one(newest).await?.int("migration")?;
+    if migration > NEWEST_MIGRATION {
+        return Err(AdminError::Newer { migration });
+    }
     let mut target = to.rows.engine.begin().await?;
     for table in TABLES {
         if table.count(&mut target).await? > 0 {
@@ -529,39 +547,50 @@ pub async fn check(store: &Store) -> Result<Vec<Violation>, StoreError> {
     Ok(violations)
 }
 
-/// Events that [`BuildState::next`] would not have allowed.
+/// Events that [`BuildState::next`] would not have allowed, or does not know.
 async fn illegal_steps(tx: &mut Tx) -> Result<Vec<Violation>, StoreError> {
     let rule = "every step is one that the state machine has";
     let query = sql("SELECT DISTINCT from_state, to_state FROM build_event WHERE seq > 1");
     let mut violations = Vec::new();
     for row in tx.all(query).await? {
-        let (from, to): (BuildState, BuildState) =
-            (row.parsed("from_state")?, row.parsed("to_state")?);
-        let ways = [
-            Happening::Claimed,
-            Happening::Entered(to),
-            Happening::Published,
-            Happening::Failed,
-            Happening::Released,
-            Happening::Cancelled,
-            Happening::TimedOut,
-        ];
-        if !ways.into_iter().any(|happening| from.next(happening) == Ok(to)) {
+        let (from, to) = (row.text("from_state")?, row.text("to_state")?);
+        if !is_step(&from, &to) {
             violations.push(Violation { rule, subject: format!("{from} to {to}") });
         }
     }
     Ok(violations)
 }
 
+fn is_step(from: &str, to: &str) -> bool {
+    let (Ok(from), Ok(to)) = (from.parse::<BuildState>(), to.parse::<BuildState>()) else {
+        return false;
+    };
+    let mut ways = [
+        Happening::Claimed,
+        Happening::Entered(to),
+        Happening::Published,
+        Happening::Failed,
+        Happening::Released,
+        Happening::Cancelled,
+        Happening::TimedOut,
+    ]
+    .into_iter();
+    ways.any(|happening| from.next(happening) == Ok(to))
+}
+
 fn file_error(path: &Path, problem: impl ToString) -> AdminError {
     AdminError::File { path: path.to_owned(), problem: problem.to_string() }
 }
 
+fn with_ending(file: &Path, ending: &str) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
 /// What stands under another name until it is whole.
 fn partial(file: &Path) -> PathBuf {
-    let mut name = file.as_os_str().to_owned();
-    name.push(".partial");
-    name.into()
+    with_ending(file, ".partial")
 }
 
 fn remove_if_there(path: &Path) -> Result<(), AdminError> {
@@ -636,12 +665,19 @@ pub async fn backup(data_dir: &Path, file: &Path) -> Result<(), AdminError> {
 /// a backup.
 ///
 /// # Errors
-/// [`AdminError::File`] if there is a database, or the backup is damaged.
+/// [`AdminError::File`] if there is a database or what is left of one, or the backup is damaged.
 pub async fn restore(file: &Path, data_dir: &Path) -> Result<(), AdminError> {
     fs::create_dir_all(data_dir).map_err(|error| file_error(data_dir, error))?;
     let _lock = lock(data_dir).await?;
     let target = data_dir.join(DATABASE_FILE);
     refuse_existing(&target)?;
+    for changes in CHANGES.map(|ending| with_ending(&target, ending)) {
+        if changes.exists() {
+            let problem = "it belongs to a database that is gone, and would be taken for a part of \
+                           the restored one: move it away as well";
+            return Err(file_error(&changes, problem));
+        }
+    }
     if !file.exists() {
         return Err(file_error(file, "there is no such file"));
     }

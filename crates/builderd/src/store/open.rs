@@ -41,6 +41,9 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (10, "revision", include_str!("../../migrations/0010_revision.sql")),
 ];
 
+/// The last of them.
+pub(super) const NEWEST_MIGRATION: i64 = MIGRATIONS[MIGRATIONS.len() - 1].0;
+
 /// What a migration does behind its own text where the engines have no words in common: triggers.
 /// First SQLite's, then PostgreSQL's.
 const OF_EACH_ENGINE: &[(i64, [&str; 2])] = &[

@@ -2,8 +2,9 @@
 //!
 //! One line of the log is one JSON object with tenant, build and trace (`lines.rs`). Metrics are
 //! recorded once, through OpenTelemetry, and read as Prometheus text and pushed as OTLP
-//! (`metrics.rs`, `levels.rs`). Traces exist always, so that every line has a trace id and an incoming
-//! `traceparent` goes on; they are sent only when a collector is configured.
+//! (`metrics.rs`, `levels.rs`). A build's trace has a span for each of its steps, those of the
+//! engine's process as well (`steps.rs`). Traces exist always, so that every line has a trace id and
+//! an incoming `traceparent` goes on; they are sent only when a collector is configured.
 //!
 //! It does not know what is worth telling: the service calls it.
 
@@ -11,6 +12,7 @@ mod labels;
 mod levels;
 mod lines;
 mod metrics;
+mod steps;
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal as _};
@@ -39,6 +41,7 @@ use crate::config::{Config, LogConfig, LogFormat, TelemetryConfig};
 
 pub(crate) use levels::{Cache, RunningBuild, StorageLevels, TenantLevels};
 pub(crate) use metrics::{Metrics, Pull};
+pub(crate) use steps::Steps;
 
 /// How often metrics are pushed.
 const PUSH_INTERVAL: Duration = Duration::from_secs(30);

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::build::record::BuildMetrics;
 use crate::build::state::BuildState;
+use crate::build::{BuildEvent, Phase};
 use crate::tenant::{TenantId, Tier};
 
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -361,6 +362,8 @@ async fn spans_and_metrics_reach_a_collector() {
     tracing::dispatcher::with_default(&dispatch, || {
         let build = build_span("t1", "build_42", 2, Some(PARENT));
         build.in_scope(|| step_span("downloading").in_scope(|| ()));
+        let mut steps = Steps::default();
+        build.in_scope(|| steps.apply(&BuildEvent::PhaseStarted { phase: Phase::Flatten }));
     });
     everything(&telemetry.metrics());
     telemetry.finish().await;
@@ -371,7 +374,7 @@ async fn spans_and_metrics_reach_a_collector() {
     let sent = |path: &str, needle: &[u8]| {
         bodies.get(path).is_some_and(|bodies| bodies.iter().any(|body| contains(body, needle)))
     };
-    for needle in [&b"build_42"[..], b"downloading", b"builderd-under-test", b"1.2.3"] {
+    for needle in [&b"build_42"[..], b"downloading", b"flatten", b"builderd-under-test", b"1.2.3"] {
         assert!(sent("/v1/traces", needle), "{:?} {bodies:?}", String::from_utf8_lossy(needle));
     }
     let trace: Vec<u8> = (0..16)

@@ -1,11 +1,14 @@
-//! Certificates from files: read at the start, and again whenever their content has changed.
+//! Certificates and revocation lists from files: read at the start, and again whenever their
+//! content has changed.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use sha2::{Digest as _, Sha256};
+use webpki::{CertRevocationList, OwnedCertRevocationList};
 
 use super::TlsError;
 use super::clients::Clients;
@@ -19,6 +22,8 @@ pub(super) struct Files {
     pub(super) key: PathBuf,
     /// Who signs clients' certificates.
     pub(super) ca: Option<PathBuf>,
+    /// What they have revoked.
+    pub(super) revoked: Option<PathBuf>,
     pub(super) client_auth: ClientAuth,
 }
 
@@ -27,6 +32,7 @@ pub(super) struct Contents {
     certificate: Vec<u8>,
     key: Vec<u8>,
     ca: Option<Vec<u8>>,
+    revoked: Option<Vec<u8>>,
 }
 
 /// By what a change is known: a hash over everything, since files that are swapped by link
@@ -63,6 +69,7 @@ impl Files {
             certificate: bytes(&self.certificate)?,
             key: bytes(&self.key)?,
             ca: self.ca.as_deref().map(bytes).transpose()?,
+            revoked: self.revoked.as_deref().map(bytes).transpose()?,
         })
     }
 
@@ -77,7 +84,11 @@ impl Files {
             (Some(path), Some(content)) => certificates(path, content)?,
             _ => Vec::new(),
         };
-        let demands = Demands { auth: self.client_auth, authorities, admits: None };
+        let revoked = match (&self.revoked, &contents.revoked) {
+            (Some(path), Some(content)) => lists(path, content)?,
+            _ => Vec::new(),
+        };
+        let demands = Demands { auth: self.client_auth, authorities, revoked, admits: None };
         material::ready(chain, key, demands).map_err(|source| TlsError::Unusable {
             what: self.certificate.display().to_string(),
             source,
@@ -87,8 +98,9 @@ impl Files {
 
 impl Contents {
     pub(super) fn print(&self) -> Print {
-        let ca = self.ca.as_deref().unwrap_or_default();
-        print([&self.certificate[..], &self.key, ca])
+        let (ca, revoked) = (self.ca.as_deref(), self.revoked.as_deref());
+        let (ca, revoked) = (ca.unwrap_or_default(), revoked.unwrap_or_default());
+        print([&self.certificate[..], &self.key, ca, revoked])
     }
 }
 
@@ -100,5 +112,33 @@ fn certificates(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'stati
     match certificates.is_empty() {
         true => Err(wrong("no certificate".to_owned())),
         false => Ok(certificates),
+    }
+}
+
+/// The lists in a file: at least one, since without one nothing is checked at all, and one of each
+/// authority, since only the first would be looked into.
+fn lists(
+    path: &Path,
+    content: &[u8],
+) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    let wrong = |problem| TlsError::Pem { path: path.to_owned(), problem };
+    let lists: Vec<_> = CertificateRevocationListDer::pem_slice_iter(content)
+        .collect::<Result<_, _>>()
+        .map_err(|error| wrong(error.to_string()))?;
+    let mut known = HashSet::new();
+    for (index, list) in lists.iter().enumerate() {
+        let number = index + 1;
+        let list = OwnedCertRevocationList::from_der(list)
+            .map_err(|error| wrong(format!("revocation list {number} cannot be read: {error}")))?;
+        let list = CertRevocationList::from(list);
+        let place = list.issuing_distribution_point().map(<[u8]>::to_vec);
+        if !known.insert((list.issuer().to_vec(), place)) {
+            let problem = "is of the same authority as one before it: keep the newer one alone";
+            return Err(wrong(format!("revocation list {number} {problem}")));
+        }
+    }
+    match lists.is_empty() {
+        true => Err(wrong("no revocation list".to_owned())),
+        false => Ok(lists),
     }
 }

@@ -1,15 +1,17 @@
-//! From a certificate chain, a key and the authorities of clients to what rustls works with.
+//! From a certificate chain, a key, the authorities of clients and their revocation lists to what
+//! rustls works with.
 //!
 //! One provider of cryptography (aws-lc), TLS 1.3 and 1.2, HTTP/2 and HTTP/1.1. A session is
 //! never resumed: each handshake checks the client's certificate as of now. What checks it is kept
 //! beside, so that a connection that is open is asked the same again.
 
-use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{fmt, io};
 
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{
@@ -26,6 +28,9 @@ pub(super) struct Demands {
     pub(super) auth: ClientAuth,
     /// Who must have signed it.
     pub(super) authorities: Vec<CertificateDer<'static>>,
+    /// Which certificates they, and those between them and a client, have revoked: a list of each
+    /// of them, or none at all to believe every certificate.
+    pub(super) revoked: Vec<CertificateRevocationListDer<'static>>,
     /// Which ids may come in; every one if none.
     pub(super) admits: Option<Admits>,
 }
@@ -39,6 +44,8 @@ pub(super) struct Ready {
     /// For rustls.
     pub(super) config: Arc<ServerConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
+    /// Whether the log says that revocation lists shut clients out.
+    has_told: AtomicBool,
 }
 
 impl Ready {
@@ -47,6 +54,47 @@ impl Ready {
         let Some((own, others)) = chain.split_first() else { return false };
         self.verifier.verify_client_cert(own, others, now).is_ok()
     }
+
+    /// Tells the log, once, if a handshake failed because a revocation list is missing or has run
+    /// out: it is the operator who can mend that, and the client who sees it.
+    pub(super) fn tell(&self, failed: &io::Error) {
+        let Some(problem) = problem_of_lists(failed) else { return };
+        if !self.has_told.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                problem,
+                "clients are refused for want of a good revocation list: check \
+                 UNKEY_BUILDERD_TLS_CRL_FILE"
+            );
+        }
+    }
+}
+
+/// What is wrong with revocation lists, if a handshake failed for that.
+pub(super) fn problem_of_lists(failed: &io::Error) -> Option<&'static str> {
+    use CertificateError::{
+        ExpiredRevocationList, ExpiredRevocationListContext, UnknownRevocationStatus,
+    };
+    let error = failed.get_ref()?.downcast_ref::<Error>()?;
+    let problems = [
+        (
+            matches!(
+                error,
+                Error::InvalidCertificate(
+                    ExpiredRevocationList | ExpiredRevocationListContext { .. }
+                )
+            ),
+            "one has run out",
+        ),
+        (
+            matches!(error, Error::InvalidCertificate(UnknownRevocationStatus)),
+            "there is none of an authority",
+        ),
+        (
+            matches!(error, Error::InvalidCertRevocationList(_)),
+            "one is not signed by its authority",
+        ),
+    ];
+    problems.into_iter().find_map(|(is_it, problem)| is_it.then_some(problem))
 }
 
 fn provider() -> Arc<CryptoProvider> {
@@ -67,7 +115,7 @@ pub(super) fn ready(
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Ready { config: Arc::new(config), verifier })
+    Ok(Ready { config: Arc::new(config), verifier, has_told: AtomicBool::new(false) })
 }
 
 fn verifier(demands: Demands) -> Result<Arc<dyn ClientCertVerifier>, Error> {
@@ -75,7 +123,10 @@ fn verifier(demands: Demands) -> Result<Arc<dyn ClientCertVerifier>, Error> {
     for authority in demands.authorities {
         roots.add(authority)?;
     }
-    let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+    // A list that has run out does not say what was revoked since.
+    let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+        .with_crls(demands.revoked)
+        .enforce_revocation_expiration();
     let builder = match demands.auth {
         ClientAuth::None => return Ok(WebPkiClientVerifier::no_client_auth()),
         ClientAuth::Optional => builder.allow_unauthenticated(),

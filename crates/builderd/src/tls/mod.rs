@@ -126,7 +126,8 @@ impl Tls {
         let ready = self.ready.borrow().clone();
         let ready = ready.ok_or_else(|| io::Error::other("there is no identity to show"))?;
         let handshake = TlsAcceptor::from(Arc::clone(&ready.config)).accept(stream);
-        let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await??;
+        let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await?;
+        let stream = stream.inspect_err(|error| ready.tell(error))?;
         let (_, session) = stream.get_ref();
         let chain = session.peer_certificates().unwrap_or_default();
         let shown = (!chain.is_empty()).then(|| Shown {
@@ -152,8 +153,8 @@ impl Shown {
         self.id.as_ref()
     }
 
-    /// Waits until it would not be let in any more: it has run out, who signed it is not trusted
-    /// any more, its id may not come in, or there is nobody to say so.
+    /// Waits until it would not be let in any more: it has run out or is revoked, who signed it is
+    /// not trusted any more, its id may not come in, or there is nobody to say so.
     pub(crate) async fn ended(mut self) {
         loop {
             let told = async {
@@ -235,11 +236,12 @@ pub(crate) async fn start(
     let (clients, told_clients) = watch::channel(clients);
     let mut seen = Seen { clients: Look::Good(print), ..Seen::default() };
     let (source, first) = match &settings.source {
-        TlsSource::Files { certificate, key, ca } => {
+        TlsSource::Files { certificate, key, ca, revoked } => {
             let files = Files {
                 certificate: certificate.clone(),
                 key: key.clone(),
                 ca: ca.clone(),
+                revoked: revoked.clone(),
                 client_auth: settings.client_auth,
             };
             let contents = files.contents()?;

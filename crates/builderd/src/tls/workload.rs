@@ -86,6 +86,7 @@ impl Workload {
         let demands = Demands {
             auth: self.client_auth,
             authorities: bundle.authorities().iter().map(der).collect(),
+            revoked: Vec::new(),
             admits: Some(self.admits(domain.clone())),
         };
         material::ready(chain, PrivateKeyDer::from(key), demands)

@@ -80,6 +80,21 @@ async fn a_backup_is_taken_beside_a_server_and_restored() {
     assert_eq!(restored.system().tokens().await.unwrap(), vec![token("one")]);
     assert!(admin::check(&restored).await.unwrap().is_empty());
 
+    // What a server that died has not yet written into a database belongs to that one alone.
+    let bereft = workshop.path("bereft");
+    std::fs::create_dir(&bereft).unwrap();
+    for ending in ["wal", "journal"] {
+        let changes = bereft.join(format!("builderd.db-{ending}"));
+        std::fs::write(&changes, b"of another database").unwrap();
+        let refused = admin::restore(&file, &bereft).await.unwrap_err();
+        let AdminError::File { path, problem } = refused else { panic!("{refused:?}") };
+        assert_eq!(path, changes);
+        assert!(problem.contains("move it away as well"), "{problem}");
+        assert!(!bereft.join("builderd.db").exists());
+        std::fs::remove_file(changes).unwrap();
+    }
+    admin::restore(&file, &bereft).await.unwrap();
+
     std::fs::write(workshop.path("noise"), crate::support::noise(1, 20_000)).unwrap();
     let damaged = admin::restore(&workshop.path("noise"), &workshop.path("third")).await;
     assert!(damaged.is_err(), "noise was taken for a backup");

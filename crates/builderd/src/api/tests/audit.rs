@@ -179,6 +179,22 @@ async fn bytes_are_written_down_and_headers_are_not() {
 }
 
 #[tokio::test]
+async fn a_refusal_waits_for_a_database_that_takes_no_rows_for_a_while() {
+    let server = Server::start(Mode::Tokens).await;
+    let before = server.audit().await.len();
+    only_reads(&server.store, true).await;
+    let refused = send(server.rpc("GetBuild", &json!({}))).await;
+    assert_eq!(refused.status, StatusCode::UNAUTHORIZED);
+    // The first try has failed by now.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    only_reads(&server.store, false).await;
+    let rows = server.audit_of(before + 1).await;
+    assert_eq!(told(rows.last()), ["", "build.read", "", "unauthenticated"]);
+    assert_eq!(rows.len(), before + 1, "{rows:#?}");
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn nothing_that_is_sent_gets_into_the_log() {
     const CANARY: &str = "canary-31415926";
     let server = Server::start(Mode::Tokens).await;

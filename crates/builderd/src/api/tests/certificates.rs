@@ -51,6 +51,7 @@ impl Site {
                 certificate: write("c.pem", &own.certificate_pem),
                 key: write("k.pem", &own.key_pem),
                 ca: Some(write("ca.pem", &authority.pem)),
+                revoked: None,
             },
             client_auth: ClientAuth::Optional,
             clients_file: Some(clients_file.clone()),

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::stream::Follower;
 use super::{Reply, Server, rules, send};
-use crate::api::{ApiRules, Mode};
+use crate::api::{ApiRules, HELD_MAX, HeldMax, Mode};
 use crate::config::Origins;
 use crate::store::tests::only_reads;
 use crate::tenant::Tier;
@@ -84,6 +84,45 @@ async fn who_watches_health_is_told_of_every_change_and_of_the_end() {
     told("NOT_SERVING").await;
     for mut watcher in watchers {
         assert_eq!(watcher.frame().await, (2, json!({})), "the stream ends with the service");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_address_has_only_so_many_calls_that_need_no_credential() {
+    let held_max = HeldMax { open: 2, ..HELD_MAX };
+    let rules = ApiRules { held_max, ..rules(Mode::Tokens, Tier::Free) };
+    let server = Server::start_by(rules, Origins::NONE).await;
+    let watch = "/grpc.health.v1.Health/Watch";
+    let mut watchers = Vec::new();
+    for _ in 0..2 {
+        let mut watcher = Follower::call("", &server, watch, json!({})).await;
+        assert_eq!(watcher.frame().await.0, 0);
+        watchers.push(watcher);
+    }
+    let check = |client: &reqwest::Client| {
+        let check = client.post(server.url("/grpc.health.v1.Health/Check"));
+        send(check.header("content-type", "application/json").body("{}"))
+    };
+    let here = reqwest::Client::builder().no_proxy().build().unwrap();
+    let refused = check(&here).await;
+    assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(refused.json()["code"], "resource_exhausted");
+    // What else it may do it does, and others are not concerned: all of 127.0.0.0/8 is this machine.
+    assert_eq!(get(&server, "/health").await.status, StatusCode::OK);
+    let there = reqwest::Client::builder().no_proxy().local_address(Some([127, 0, 0, 3].into()));
+    let there = there.build().unwrap();
+    assert_eq!(check(&there).await.status, StatusCode::OK);
+    // An answer that is read to its end is nobody's any more.
+    assert_eq!(check(&there).await.status, StatusCode::OK);
+    drop(watchers);
+    let begun = Instant::now();
+    while check(&here).await.status != StatusCode::OK {
+        assert!(begun.elapsed() < SEEN_MAX);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for _ in 0..5 {
+        assert_eq!(check(&here).await.status, StatusCode::OK);
     }
     server.stop().await;
 }

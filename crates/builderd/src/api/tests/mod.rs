@@ -263,7 +263,13 @@ impl Server {
 
 /// As the service has them by default.
 pub(super) fn rules(mode: Mode, default_tier: Tier) -> ApiRules {
-    ApiRules { mode, default_tier, looks_per_sec: 100, body_max: super::BODY_MAX }
+    ApiRules {
+        mode,
+        default_tier,
+        looks_per_sec: 100,
+        body_max: super::BODY_MAX,
+        held_max: super::HELD_MAX,
+    }
 }
 
 /// A request that every tier may make.

@@ -5,12 +5,13 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::{Server, create_body, send};
-use crate::api::{Mode, new_token};
+use super::{Server, create_body, rules, send};
+use crate::api::{ApiRules, HELD_MAX, HeldMax, Mode, new_token};
 use crate::clock::{Clock as _, WallClock};
+use crate::config::Origins;
 use crate::store::audit::AuditRow;
 use crate::store::{Outcome, TokenRow};
-use crate::tenant::Right;
+use crate::tenant::{Right, Tier};
 
 /// A follower that speaks Connect's streaming JSON.
 pub(super) struct Follower {
@@ -103,6 +104,74 @@ async fn a_follower_gets_the_backlog_what_comes_and_the_end() {
     let (_, end) = follower.end().await;
     assert_eq!(end, json!({}), "a finished build ends the stream well");
     server.stop().await;
+}
+
+#[tokio::test]
+async fn long_lines_come_whole_and_in_their_order() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    // More than a follower keeps at once.
+    let line = |index: usize| format!("line {index} {}", "x".repeat(8000));
+    let lines: Vec<String> = (0..50).map(line).collect();
+    server.log(&claimed, &lines.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let mut follower = Follower::open(&server, json!({"buildId": id, "follow": true})).await;
+    assert!(follower.until(&lines[49]).await.ends_with(&lines));
+    let (seen, end) = Follower::open(&server, json!({ "buildId": id })).await.end().await;
+    let seen: Vec<&str> = seen.iter().filter_map(|line| line["message"].as_str()).collect();
+    assert!(seen.ends_with(&lines.iter().map(String::as_str).collect::<Vec<_>>()));
+    assert_eq!(end, json!({}));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_tenant_holds_only_so_many_answers_open() {
+    let held_max = HeldMax { logs: 2, artifacts: 1, ..HELD_MAX };
+    let rules = ApiRules { held_max, ..rules(Mode::Development, Tier::Enterprise) };
+    let server = Server::start_by(rules, Origins::NONE).await;
+    let id = server.create("t").await;
+    let claimed = server.claim().await;
+    server.log(&claimed, &["a line"]).await;
+    let body = || json!({"buildId": id, "follow": true});
+    let mut open =
+        vec![Follower::open(&server, body()).await, Follower::open(&server, body()).await];
+    let (_, end) = Follower::open(&server, body()).await.end().await;
+    assert_eq!(end["error"]["code"], "resource_exhausted");
+    let message = end["error"]["message"].as_str().unwrap();
+    assert!(message.starts_with("2 followed logs of this tenant"), "{message}");
+    // Another tenant has places of its own.
+    let stranger = server.plain(&format!("GetBuildLogs/{id}")).header("x-tenant-id", "other");
+    assert_eq!(send(stranger).await.status, 404);
+    // Who goes leaves a place.
+    drop(open.pop());
+    eventually(async || {
+        let mut again = Follower::open(&server, body()).await;
+        again.frame().await.0 == 0
+    })
+    .await;
+
+    server.complete(&claimed, &vec![7; 64 << 20], "none").await;
+    let download = || server.plain(&format!("GetBuildArtifact/{id}")).header("x-tenant-id", "t");
+    // Somebody who does not read.
+    let held = download().send().await.unwrap();
+    assert_eq!(held.status(), 200);
+    let refused = send(download()).await;
+    assert_eq!(refused.status, 429);
+    assert_eq!(refused.header("retry-after"), "5");
+    assert_eq!(refused.json()["error"]["code"], "RATE_LIMITED");
+    drop(held);
+    eventually(async || download().send().await.unwrap().status() == 200).await;
+    server.stop().await;
+}
+
+/// Asks again until it is so.
+async fn eventually(is_so: impl AsyncFn() -> bool) {
+    let asking = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), asking).await.expect("it comes to be");
 }
 
 #[tokio::test]

@@ -3,8 +3,10 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 
 use super::*;
 use crate::artifact::{LocalArtifacts, OpenArtifact, Stored};
@@ -57,15 +59,17 @@ impl Worker {
     }
 }
 
-/// Files that a worker wants at the worst moment: when the janitor has decided to remove them.
-struct Contended {
+/// What happens when a file with that name is to be removed, before it is.
+type OnRemove = Box<dyn Fn(&str) -> BoxFuture<'static, io::Result<()>> + Send + Sync>;
+
+/// Files to whose removal something happens.
+struct Watched {
     files: Arc<LocalArtifacts>,
-    worker: Arc<Worker>,
-    heard: Mutex<Vec<ControlFlow<()>>>,
+    on_remove: OnRemove,
 }
 
 #[async_trait]
-impl ArtifactStore for Contended {
+impl ArtifactStore for Watched {
     fn staging(&self) -> &Path {
         self.files.staging()
     }
@@ -81,8 +85,7 @@ impl ArtifactStore for Contended {
     }
 
     async fn remove(&self, key: &str) -> io::Result<()> {
-        let heard = self.worker.publish().await;
-        self.heard.lock().unwrap().push(heard);
+        (self.on_remove)(key).await?;
         self.files.remove(key).await
     }
 
@@ -101,11 +104,11 @@ impl ArtifactStore for Contended {
 
 /// The file of a build that came to nothing, two hours ago.
 #[expect(clippy::disallowed_methods, reason = "a file's time")]
-async fn forgotten_file(files: &LocalArtifacts) {
+async fn forgotten_file(files: &LocalArtifacts, key: &str) {
     let staged = files.staging().join("old");
     std::fs::write(&staged, CONTENT).unwrap();
-    files.publish(&staged, KEY).await.unwrap();
-    let file = std::fs::File::options().append(true).open(files.path(KEY)).unwrap();
+    files.publish(&staged, key).await.unwrap();
+    let file = std::fs::File::options().append(true).open(files.path(key)).unwrap();
     file.set_modified(std::time::SystemTime::now() - Duration::from_secs(7200)).unwrap();
 }
 
@@ -191,7 +194,7 @@ async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
     let store = Store::open_sqlite(directory.path()).await.unwrap();
     let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(WallClock.now()));
     let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
-    forgotten_file(&files).await;
+    forgotten_file(&files, KEY).await;
     queue_build(&store, "app", clock.now()).await;
     let claimed = store.system().claim("worker", 3600, clock.now()).await.unwrap().unwrap();
     let staged = files.staging().join("made");
@@ -204,17 +207,25 @@ async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
         staged,
     };
     let worker = Arc::new(worker);
-    let contended = Arc::new(Contended {
-        files: Arc::clone(&files),
-        worker: Arc::clone(&worker),
-        heard: Mutex::default(),
-    });
-    let artifacts = Arc::clone(&contended) as Arc<dyn ArtifactStore>;
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    // The worker wants the file at the worst moment: when the janitor has decided to remove it.
+    let on_remove: OnRemove = {
+        let (worker, heard) = (Arc::clone(&worker), Arc::clone(&heard));
+        Box::new(move |_| {
+            let (worker, heard) = (Arc::clone(&worker), Arc::clone(&heard));
+            Box::pin(async move {
+                let said = worker.publish().await;
+                heard.lock().unwrap().push(said);
+                Ok(())
+            })
+        })
+    };
+    let artifacts = Arc::new(Watched { files: Arc::clone(&files), on_remove });
     let mut janitor = Janitor::new(store, artifacts, clock, Metrics::unread(), rules());
     janitor.sweep().await.unwrap();
     assert!(files.open(KEY).await.unwrap().is_some(), "seen for the first time, it stays");
     janitor.sweep().await.unwrap();
-    assert_eq!(*contended.heard.lock().unwrap(), [ControlFlow::Continue(())], "it must wait");
+    assert_eq!(*heard.lock().unwrap(), [ControlFlow::Continue(())], "it must wait");
     assert!(files.open(KEY).await.unwrap().is_none(), "nobody had named it");
 
     assert_eq!(worker.publish().await, ControlFlow::Break(()), "the way is free");
@@ -222,5 +233,66 @@ async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
         janitor.sweep().await.unwrap();
     }
     assert!(files.open(KEY).await.unwrap().is_some(), "the completed build has its file");
-    assert_eq!(contended.heard.lock().unwrap().len(), 1);
+    assert_eq!(heard.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_removed_keeps_nothing_else_from_being_cleared_away() {
+    const STUCK: [&str; 2] = ["public/m-stuck", "tenant-a/stuck"];
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock = Arc::new(StoppedClock::at(WallClock.now()));
+    let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
+    for key in ["public/a", STUCK[0], STUCK[1], "public/z"] {
+        forgotten_file(&files, key).await;
+    }
+    // What is no file of ours is left alone.
+    std::fs::create_dir(files.path("public/directory")).unwrap();
+    let cache = directory.path().join("cache");
+    let packs = PackCache::open(&cache).unwrap();
+    let domain = cache.join("packs-v1/local");
+    let pack = domain.join(format!("{}.pack", "0".repeat(64)));
+
+    let problem = Arc::new(Mutex::new(Some(io::ErrorKind::PermissionDenied)));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let on_remove: OnRemove = {
+        let (problem, asked) = (Arc::clone(&problem), Arc::clone(&asked));
+        Box::new(move |key| {
+            let problem = STUCK.contains(&key).then(|| {
+                asked.fetch_add(1, Ordering::SeqCst);
+                *problem.lock().unwrap()
+            });
+            Box::pin(async move { problem.flatten().map_or(Ok(()), |kind| Err(kind.into())) })
+        })
+    };
+    let artifacts = Arc::new(Watched { files: Arc::clone(&files), on_remove });
+    let rules = JanitorRules { packs: Some((packs, 0)), ..rules() };
+    let its_clock = Arc::clone(&clock) as Arc<dyn Clock>;
+    let mut janitor = Janitor::new(store, artifacts, its_clock, Metrics::unread(), rules);
+    janitor.sweep().await.unwrap();
+    std::fs::create_dir_all(&domain).unwrap();
+    std::fs::write(&pack, CONTENT).unwrap();
+    let failed = janitor.sweep().await.unwrap_err();
+    assert_eq!(failed.kind(), io::ErrorKind::PermissionDenied);
+    assert_eq!(asked.swap(0, Ordering::SeqCst), STUCK.len());
+    for (key, is_there) in
+        [("public/a", false), ("public/z", false), (STUCK[0], true), (STUCK[1], true)]
+    {
+        assert_eq!(files.open(key).await.unwrap().is_some(), is_there, "{key}");
+    }
+    assert!(!pack.exists(), "the cache is pruned all the same");
+
+    // A store that does not answer is asked once; when it does, everything is as it should be.
+    // What was begun is over first.
+    clock.advance_secs(3600);
+    *problem.lock().unwrap() = Some(io::ErrorKind::TimedOut);
+    assert_eq!(janitor.sweep().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+    clock.advance_secs(3600);
+    *problem.lock().unwrap() = None;
+    janitor.sweep().await.unwrap();
+    for key in STUCK {
+        assert!(files.open(key).await.unwrap().is_none(), "{key}");
+    }
+    assert!(Path::new(&files.path("public/directory")).is_dir());
 }

@@ -124,6 +124,14 @@ impl Rows {
              WHERE n.sharing_domain = $1 AND n.recipe = $2 FOR SHARE OF a");
         let found = tx.optional(query.text(&name.domain.to_string()).text(&name.recipe)).await?;
         let Some(found) = found else { return Ok(None) };
+        let result = match found.json("result") {
+            // Whoever builds it anew writes it anew.
+            Err(StoreError::Corrupt(problem)) => {
+                tracing::error!(name = name.recipe, problem, "a known artifact cannot be read");
+                return Ok(None);
+            }
+            result => result?,
+        };
         let key = found.text("artifact_key")?;
         let query = sql("UPDATE build SET artifact_key = $4 \
              WHERE tenant_id = $1 AND id = $2 AND state = $3");
@@ -131,7 +139,6 @@ impl Rows {
         if let Some(other) = held.artifact_key.as_deref().filter(|other| *other != key) {
             remove_if_unused(&mut tx, other).await?;
         }
-        let result = found.json("result")?;
         tx.commit().await?;
         Ok(Some(KnownArtifact { result }))
     }
@@ -149,7 +156,7 @@ impl Rows {
             let mut some = 0;
             for row in &old {
                 let (tenant, id) = (row.parsed("tenant_id")?, row.parsed("id")?);
-                some += u64::from(self.again(|| self.forget_once(&tenant, &id)).await?);
+                some += u64::from(self.forget(&tenant, &id).await?);
             }
             forgotten += some;
             if some == 0 {
@@ -208,7 +215,7 @@ impl Rows {
             let mut some = false;
             for row in &owners {
                 let (tenant, id) = (row.parsed("tenant_id")?, row.parsed("id")?);
-                some |= self.again(|| self.forget_once(&tenant, &id)).await?;
+                some |= self.forget(&tenant, &id).await?;
             }
             if !some {
                 break;
@@ -221,6 +228,18 @@ impl Rows {
             Ok(is_gone)
         })
         .await
+    }
+
+    /// The same as [`forget_once`](Self::forget_once), but a build that cannot be read keeps its file:
+    /// the others shall not wait for whoever mends it.
+    async fn forget(&self, tenant: &TenantId, id: &BuildId) -> Result<bool, StoreError> {
+        match self.again(|| self.forget_once(tenant, id)).await {
+            Err(StoreError::Corrupt(problem)) => {
+                tracing::error!(%tenant, build = %id, problem, "an old build cannot be read");
+                Ok(false)
+            }
+            done => done,
+        }
     }
 
     /// Takes a completed build's file away; the build stays.

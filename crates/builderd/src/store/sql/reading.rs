@@ -90,7 +90,9 @@ pub(super) fn shown(row: &Row) -> Result<Build, StoreError> {
 fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
     let reason = row.maybe_text("cancel_reason")?;
     let cancel_reason = row.maybe_int("cancel_requested_at")?.map(|_| reason.unwrap_or_default());
-    let state: BuildState = row.parsed("state")?;
+    // Every end has a word that all versions know (`build`'s checks in the schema): what has another
+    // one has not ended.
+    let state = gaps.or(row.parsed("state"), || BuildState::Queued);
     // What came of it is told as long as it is there.
     let has_artifact = row.maybe_text("artifact_key")?.is_some();
     let result = match state == BuildState::Completed && has_artifact {
@@ -111,10 +113,10 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
         limits: gaps.or(row.json("limits"), || tier.limits()),
         request: gaps.or(row.json("request"), BuildRequest::default),
         state,
-        progress_percent: row.small("progress_percent")?,
+        progress_percent: gaps.or(row.small("progress_percent"), || 0),
         step: row.text("step")?,
         cancel_reason,
-        attempt: row.small("attempt")?,
+        attempt: gaps.or(row.small("attempt"), || 0),
         attempts: gaps.or(row.json("attempts"), Vec::new),
         created_at: row.at("created_at")?,
         started_at: row.maybe_at("started_at")?,

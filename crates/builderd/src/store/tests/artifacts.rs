@@ -3,6 +3,7 @@
 use super::{TestStore, result, tenant};
 use crate::build::record::{Build, BuildResult};
 use crate::build::state::BuildState;
+use crate::store::engine::sql;
 use crate::store::{ArtifactDomain, ArtifactName, Claimed, Outcome};
 
 /// The name that everybody shares, or that a tenant has for itself.
@@ -118,6 +119,39 @@ pub(super) async fn old_artifacts_are_forgotten(t: &TestStore) {
     assert_eq!(storage(t, "a").await, 20);
     assert_eq!(t.rows().expire(t.now()).await.unwrap(), 0);
     t.rows().delete(&old.tenant, &old.id).await.unwrap();
+}
+
+pub(super) async fn a_build_that_cannot_be_read_keeps_no_other_from_being_forgotten(t: &TestStore) {
+    let broken = make(t, "a", "tenant-a", &result("tenant-a/broken", 10)).await;
+    t.advance_secs(1);
+    let plain = make(t, "a", "tenant-a", &result("tenant-a/plain", 20)).await;
+    t.advance_secs(1);
+    t.damage("UPDATE build SET attempt = -1 WHERE id = $1", &broken).await;
+    assert_eq!(t.rows().expire(t.now()).await.unwrap(), 1);
+    assert!(t.get(&plain).await.result.is_none());
+    assert!(t.rows().artifact_is_referenced("tenant-a/broken").await.unwrap());
+    make(t, "a", "tenant-a", &result("tenant-a/young", 40)).await;
+    assert_eq!(t.rows().evict(0).await.unwrap(), 1);
+    assert_eq!(storage(t, "a").await, 10);
+    t.damage("UPDATE build SET attempt = 1 WHERE id = $1", &broken).await;
+    assert_eq!(t.rows().evict(0).await.unwrap(), 1);
+}
+
+pub(super) async fn a_known_artifact_that_cannot_be_read_is_made_anew(t: &TestStore) {
+    let made = result("public/one", 100);
+    make(t, "a", "public", &made).await;
+    let spoil = sql("UPDATE artifact_name SET result = '{\"of\":\"another version\"}'");
+    assert_eq!(t.rows().engine.execute(spoil).await.unwrap(), 1);
+    let again = t.create("b").await;
+    let claimed = t.claim().await;
+    assert_eq!(known(t, &claimed, "public").await, None);
+    t.pack(&claimed).await;
+    let outcome = Outcome::Completed(Box::new(made.clone()));
+    t.rows().finish(&claimed.lease, Some(&name("public")), &outcome, t.now()).await.unwrap();
+    assert_eq!(t.state(&again).await, BuildState::Completed);
+    t.create("c").await;
+    let claimed = t.claim().await;
+    assert_eq!(known(t, &claimed, "public").await, Some(made));
 }
 
 pub(super) async fn the_oldest_artifacts_make_room(t: &TestStore) {

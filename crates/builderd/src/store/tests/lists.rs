@@ -3,7 +3,8 @@
 use super::{TestStore, failure, new_build, plenty, tenant};
 use crate::build::record::{BuildId, FailureCode, Micros};
 use crate::build::state::BuildState;
-use crate::store::{Accepted, Filter, Outcome, Page};
+use crate::store::admin::{self, Violation};
+use crate::store::{Accepted, Filter, Outcome, Page, StoreError};
 
 pub(super) fn newest(limit: u32) -> Filter {
     Filter { limit, ..Filter::default() }
@@ -71,6 +72,49 @@ pub(super) async fn a_build_that_cannot_be_read_is_shown_as_what_it_is(t: &TestS
     assert!(t.try_claim(60).await.is_none());
     let queued = Filter { states: vec![BuildState::Queued], ..newest(10) };
     assert_eq!(ids(&list(t, &queued).await), [strange.id]);
+}
+
+pub(super) async fn a_state_of_another_version_hides_no_build(t: &TestStore) {
+    let (strange, plain) = (t.create("a").await, t.create("a").await);
+    for damage in [
+        "UPDATE build SET state = 'paused' WHERE id = $1",
+        "UPDATE build SET attempt = -1, progress_percent = -1 WHERE id = $1",
+    ] {
+        t.damage(damage, &strange).await;
+        let page = list(t, &newest(10)).await;
+        assert_eq!(ids(&page), [plain.id.clone(), strange.id.clone()], "{damage}");
+        assert_eq!((page.builds[0].is_whole, page.builds[1].is_whole), (true, false));
+        let shown = t.get(&strange).await;
+        assert_eq!(shown, page.builds[1]);
+        assert_eq!((shown.state, shown.request), (BuildState::Queued, strange.request.clone()));
+        assert!(shown.step.contains("cannot be read"), "{}", shown.step);
+    }
+    // Whoever knows what it means works on it, and nobody else does anything to it.
+    assert_eq!(t.claim().await.build.id, plain.id);
+    assert!(t.try_claim(60).await.is_none());
+    let (rows, tenant, id) = (t.rows(), &strange.tenant, &strange.id);
+    let cancelled = rows.cancel(tenant, id, "", t.now()).await;
+    assert!(matches!(cancelled, Err(StoreError::Corrupt(_))), "{cancelled:?}");
+    assert!(matches!(rows.delete(tenant, id).await, Err(StoreError::Corrupt(_))));
+    let step = "UPDATE build_event SET to_state = 'paused' WHERE build_id = $1 AND seq = 1";
+    t.damage(step, &strange).await;
+    t.damage(
+        "INSERT INTO build_event SELECT tenant_id, build_id, 2, happened_at, 'paused', \
+         'resumed', lease_token, actor FROM build_event WHERE build_id = $1",
+        &strange,
+    )
+    .await;
+    let found = admin::check(&t.store).await.unwrap();
+    let named = |violation: &Violation| violation.subject == "paused to resumed";
+    assert!(found.iter().any(named), "{found:#?}");
+    for repair in [
+        "DELETE FROM build_event WHERE build_id = $1 AND seq = 2",
+        "UPDATE build_event SET to_state = 'queued' WHERE build_id = $1",
+        "UPDATE build SET state = 'queued', attempt = 0, progress_percent = 0 WHERE id = $1",
+    ] {
+        t.damage(repair, &strange).await;
+    }
+    assert_eq!(t.claim().await.build.id, strange.id);
 }
 
 pub(super) async fn a_page_ends_early_where_its_builds_are_large(t: &TestStore) {

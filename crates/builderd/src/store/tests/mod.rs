@@ -377,6 +377,7 @@ stories! {
     lists:
         pages_follow_each_other,
         a_build_that_cannot_be_read_is_shown_as_what_it_is,
+        a_state_of_another_version_hides_no_build,
         a_page_ends_early_where_its_builds_are_large,
         filters_find_rare_states,
         figures_cover_a_stretch_of_time;
@@ -389,6 +390,8 @@ stories! {
         a_public_artifact_is_found_by_others,
         what_a_running_build_wants_stays,
         old_artifacts_are_forgotten,
+        a_build_that_cannot_be_read_keeps_no_other_from_being_forgotten,
+        a_known_artifact_that_cannot_be_read_is_made_anew,
         the_oldest_artifacts_make_room;
     removals:
         a_file_is_taken_or_removed_never_both,

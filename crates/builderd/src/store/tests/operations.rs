@@ -195,6 +195,14 @@ async fn seen(store: &Store) -> String {
 pub(super) async fn a_store_moves_to_postgresql(url: &str) {
     let (from, to) = (TestStore::sqlite().await, TestStore::postgres(url).await);
     filled(&from).await;
+    // What this version does not know would be left out of the copy.
+    let newer = "INSERT INTO _sqlx_migrations (version, description, success, checksum, \
+         execution_time) VALUES (9999, 'the future', TRUE, x'00', 1)";
+    from.rows().engine.execute(sql(newer)).await.unwrap();
+    let refused = admin::migrate_store(&from.store, &to.store).await;
+    assert!(matches!(refused, Err(AdminError::Newer { migration: 9999 })), "{refused:?}");
+    let undo = "DELETE FROM _sqlx_migrations WHERE version = 9999";
+    from.rows().engine.execute(sql(undo)).await.unwrap();
     let copied = admin::migrate_store(&from.store, &to.store).await.unwrap();
     assert!(copied.iter().all(|table| table.rows > 0), "{copied:?}");
     assert_eq!(seen(&from.store).await, seen(&to.store).await);

@@ -246,9 +246,15 @@ pub(super) async fn a_build_that_cannot_be_read_holds_nobody_up(t: &TestStore) {
     t.advance_secs(1);
     let plain = t.create("a").await;
     let other = t.create("b").await;
-    // As a newer version might write it.
-    t.damage("UPDATE build SET request = '{\"from\":\"the future\"}' WHERE id = $1", &strange)
-        .await;
+    // As a newer version might write it: all that this one knows, and one thing more, which must
+    // not be left undone.
+    t.damage(
+        "UPDATE build SET request = REPLACE(request, '{\"image\":', \
+         '{\"sign_with\":\"a key\",\"image\":') WHERE id = $1",
+        &strange,
+    )
+    .await;
+    assert!(!t.get(&strange).await.is_whole);
     let mut taken = BTreeSet::from([t.claim().await.build.id, t.claim().await.build.id]);
     assert_eq!(taken, BTreeSet::from([plain.id.clone(), other.id.clone()]));
     assert!(t.try_claim(LONG).await.is_none());

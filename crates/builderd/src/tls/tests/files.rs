@@ -2,6 +2,7 @@
 
 use tempfile::TempDir;
 
+use super::material::problem_of_lists;
 use super::*;
 
 type Versions = &'static [&'static SupportedProtocolVersion];
@@ -25,11 +26,20 @@ impl Disk {
             std::fs::write(path("ca.pem"), &clients.pem).unwrap();
             path("ca.pem")
         });
-        let source = TlsSource::Files { certificate: path("c.pem"), key: path("k.pem"), ca };
+        let (certificate, key) = (path("c.pem"), path("k.pem"));
+        let source = TlsSource::Files { certificate, key, ca, revoked: None };
         let settings = TlsConfig { source, client_auth, clients_file: None, for_metrics: true };
         let disk = Self { directory, authority, settings };
         disk.renew();
         disk
+    }
+
+    /// With lists of what clients' authorities have revoked.
+    fn with_lists(mut self, text: &str) -> Self {
+        let TlsSource::Files { revoked, .. } = &mut self.settings.source else { unreachable!() };
+        *revoked = Some(self.directory.path().join("r.pem"));
+        self.write("r.pem", text);
+        self
     }
 
     fn write(&self, name: &str, text: &str) {
@@ -213,6 +223,82 @@ async fn a_certificate_is_good_until_it_runs_out() {
 }
 
 #[tokio::test]
+async fn a_revoked_certificate_is_refused_and_its_connections_end() {
+    let clients = Authority::new("clients", &[]);
+    let (own, other) = (clients.issue(&["urn:x:own"]), clients.issue(&["urn:x:other"]));
+    for versions in [OLD, NEW] {
+        let disk = Disk::new(ClientAuth::Required, Some(&clients));
+        let disk = disk.with_lists(&clients.list(&[], 2100));
+        let (site, mut keeper) = disk.start().await;
+        let caller = |shows| Caller { versions, ..Caller::new(&disk.authority, Some(shows)) };
+        let mut open = caller(&own).connect(&site).await.unwrap();
+        assert_eq!(ask(&mut open).await.unwrap(), "urn:x:own");
+        disk.write("r.pem", &clients.list(&[own.serial], 2100));
+        keeper.look().await;
+        is_over(open).await;
+        let error = caller(&own).name(&site).await.unwrap_err();
+        assert!(error.to_string().contains("CertificateRevoked"), "{error}");
+        assert_eq!(caller(&other).name(&site).await.unwrap(), "urn:x:other");
+        // A list that cannot be read takes nothing back.
+        disk.write("r.pem", "");
+        keeper.look().await;
+        assert!(caller(&own).name(&site).await.is_err());
+        assert_eq!(caller(&other).name(&site).await.unwrap(), "urn:x:other");
+        site.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_revocation_list_that_has_run_out_lets_nobody_in() {
+    let (clients, strangers) = (Authority::new("clients", &[]), Authority::new("strangers", &[]));
+    let own = clients.issue(&["urn:x:own"]);
+    let mut problems = Vec::new();
+    // One of the same name, and another one's signature.
+    let impostor = Authority::new("clients", &[]);
+    for list in [clients.list(&[], 2021), strangers.list(&[], 2100), impostor.list(&[], 2100)] {
+        let disk = Disk::new(ClientAuth::Optional, Some(&clients)).with_lists(&list);
+        let (tls, _keeper) = start(&disk.settings, Metrics::unread()).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let config = Caller::new(&disk.authority, Some(&own)).config();
+        let connect = async {
+            let stream = TcpStream::connect(address).await.unwrap();
+            // With TLS 1.3 the client hears of it later.
+            drop(TlsConnector::from(config).connect(address.ip().into(), stream).await);
+        };
+        let accept = async { tls.accept(listener.accept().await.unwrap().0).await };
+        let ((), accepted) = tokio::join!(connect, accept);
+        problems.push(problem_of_lists(&accepted.unwrap_err()).unwrap());
+        let site = Site::start(tls).await;
+        assert_eq!(Caller::new(&disk.authority, None).name(&site).await.unwrap(), "nobody");
+        site.stop().await;
+    }
+    let told = ["run out", "none of", "not signed by"];
+    assert!(problems.iter().zip(told).all(|(found, word)| found.contains(word)), "{problems:?}");
+}
+
+#[tokio::test]
+async fn a_revocation_list_is_needed_of_everybody_above_a_client() {
+    let root = Authority::new("root of clients", &[]);
+    let between = Authority::signed_by(Some(&root), "between", &[]);
+    let own = between.issue(&["urn:x:own"]);
+    let (of_root, of_between) = (root.list(&[], 2100), between.list(&[], 2100));
+    for (lists, comes_in) in [
+        (of_root.clone(), false),
+        (of_between.clone(), false),
+        (format!("{of_root}{of_between}"), true),
+        (format!("{of_root}{}", between.list(&[own.serial], 2100)), false),
+        (format!("{}{of_between}", root.list(&[between.serial], 2100)), false),
+    ] {
+        let disk = Disk::new(ClientAuth::Required, Some(&root)).with_lists(&lists);
+        let (site, _keeper) = disk.start().await;
+        let name = Caller::new(&disk.authority, Some(&own)).name(&site).await;
+        assert_eq!(name.ok().as_deref(), comes_in.then_some("urn:x:own"));
+        site.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn what_is_wrong_is_told_once_and_counted() {
     let disk = Disk::new(ClientAuth::None, None);
     let telemetry = crate::telemetry::tests::readable(false);
@@ -285,7 +371,8 @@ async fn a_handshake_ends_in_time() {
 #[tokio::test]
 async fn a_server_without_good_files_does_not_start() {
     let clients = Authority::new("clients", &[]);
-    let disk = Disk::new(ClientAuth::Required, Some(&clients));
+    let list = clients.list(&[], 2100);
+    let disk = Disk::new(ClientAuth::Required, Some(&clients)).with_lists(&list);
     let other = disk.authority.issue(&[]);
     let problem = async |name: &str, text: &str| {
         let good = std::fs::read_to_string(disk.directory.path().join(name)).unwrap();
@@ -300,6 +387,11 @@ async fn a_server_without_good_files_does_not_start() {
         ("k.pem", &other.key_pem, "do not fit together"),
         ("ca.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "c.pem"),
         ("ca.pem", "", "ca.pem"),
+        // Without a list nothing would be checked, and of two only the first.
+        ("r.pem", "", "no revocation list"),
+        ("r.pem", &clients.pem, "no revocation list"),
+        ("r.pem", &list.replace("\nMI", "\nMJ"), "cannot be read"),
+        ("r.pem", &format!("{list}{}", clients.list(&[1], 2100)), "list 2 is of the same"),
     ] {
         let problem = problem(name, text).await;
         assert!(problem.contains(word), "{word}: {problem}");

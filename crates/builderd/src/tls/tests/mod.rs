@@ -8,14 +8,16 @@ mod spiffe;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Extension;
 use axum::routing::get;
 use rcgen::string::Ia5String;
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SanType, SerialNumber, date_time_ymd,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion};
@@ -35,6 +37,9 @@ pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pub(crate) certificate: CertificateDer<'static>,
     pub(crate) pem: String,
+    serial: u64,
+    /// Certificates between it and a root, its own first; none of a root.
+    below: Vec<CertificateDer<'static>>,
 }
 
 /// A certificate and its key.
@@ -43,22 +48,62 @@ pub(crate) struct Issued {
     pub(crate) key: Vec<u8>,
     pub(crate) certificate_pem: String,
     pub(crate) key_pem: String,
+    serial: u64,
+    /// Certificates between it and a root.
+    below: Vec<CertificateDer<'static>>,
+}
+
+/// A number that no certificate of this process has yet.
+fn next_serial() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    LAST.fetch_add(1, Ordering::Relaxed) + 1
 }
 
 impl Authority {
     pub(crate) fn new(name: &str, ids: &[&str]) -> Self {
-        let mut params = params(name, ids);
+        Self::signed_by(None, name, ids)
+    }
+
+    fn signed_by(above: Option<&Self>, name: &str, ids: &[&str]) -> Self {
+        let (mut params, serial) = (params(name, ids), next_serial());
+        params.serial_number = Some(SerialNumber::from(serial));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().unwrap();
-        let certificate = params.self_signed(&key).unwrap();
+        let certificate = match above {
+            None => params.self_signed(&key),
+            Some(above) => params.signed_by(&key, &above.issuer),
+        };
+        let certificate = certificate.unwrap();
         let (der, pem) = (certificate.der().clone(), certificate.pem());
-        Self { issuer: Issuer::new(params, key), certificate: der, pem }
+        let below =
+            above.map_or_else(Vec::new, |above| [&[der.clone()][..], &above.below].concat());
+        Self { issuer: Issuer::new(params, key), certificate: der, pem, serial, below }
+    }
+
+    /// The list of what it has revoked, in PEM, good until the end of a year.
+    fn list(&self, revoked: &[u64], year: i32) -> String {
+        let revoked = revoked.iter().map(|serial| RevokedCertParams {
+            serial_number: SerialNumber::from(*serial),
+            revocation_time: date_time_ymd(2020, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2020, 1, 1),
+            next_update: date_time_ymd(year, 12, 31),
+            crl_number: SerialNumber::from(next_serial()),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
     }
 
     /// For this machine's address, and with the ids as URIs.
     pub(crate) fn issue(&self, ids: &[&str]) -> Issued {
-        let mut params = params("leaf", ids);
+        let (mut params, serial) = (params("leaf", ids), next_serial());
+        params.serial_number = Some(SerialNumber::from(serial));
         params.subject_alt_names.push(SanType::IpAddress([127, 0, 0, 1].into()));
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -71,6 +116,8 @@ impl Authority {
             key: key.serialize_der(),
             certificate_pem: certificate.pem(),
             key_pem: key.serialize_pem(),
+            serial,
+            below: self.below.clone(),
         }
     }
 }
@@ -142,7 +189,8 @@ impl<'a> Caller<'a> {
         let mut config = match self.shows {
             None => builder.with_no_client_auth(),
             Some(own) => {
-                builder.with_client_auth_cert(vec![own.certificate.clone()], own.key()).unwrap()
+                let chain = [&[own.certificate.clone()][..], &own.below].concat();
+                builder.with_client_auth_cert(chain, own.key()).unwrap()
             }
         };
         config.alpn_protocols = vec![self.alpn.to_vec()];
