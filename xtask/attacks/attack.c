@@ -16,15 +16,18 @@
 #include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* keyctl(2): what the C library has no names for. */
+/* keyctl(2), userfaultfd(2), and a flag of no namespace: what the C library has no names for. */
 #define SESSION_KEYRING (-3)
 #define GET_KEYRING_ID 0
+#define USER_MODE_ONLY 1
+#define NO_NAMESPACE 1
 
 static const char *word;
 
@@ -111,6 +114,30 @@ static long reach(const char *address, const char *port) {
                  : connect(wire, (struct sockaddr *)&v6, sizeof v6);
 }
 
+/* Asks the commands' own way out for a connection; tells its status. */
+static int through_proxy(const char *place) {
+    struct sockaddr_in door = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct timeval patience = {.tv_sec = 30};
+    const char *proxy = getenv("http_proxy"), *port = proxy ? strrchr(proxy, ':') : NULL;
+    char words[512];
+    if (port == NULL) {
+        errno = ENOPROTOOPT;
+        return tell(-1);
+    }
+    door.sin_port = htons(atoi(port + 1));
+    int wire = socket(AF_INET, SOCK_STREAM, 0);
+    setsockopt(wire, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    if (connect(wire, (struct sockaddr *)&door, sizeof door) < 0) return tell(-1);
+    int length = snprintf(words, sizeof words, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", place, place);
+    if (write(wire, words, length) != length) return tell(-1);
+    /* "HTTP/1.1 403" */
+    length = recv(wire, words, 12, MSG_WAITALL);
+    if (length < 12) return tell(-1);
+    printf("attack proxy: %.3s\n", words + 9);
+    close(wire);
+    return 0;
+}
+
 static int files(void) {
     long count = 0;
     while (open("/bin/attack", O_RDONLY) >= 0) count++;
@@ -136,7 +163,7 @@ static int fill(const char *path) {
     long bytes = 0, more;
     if (file < 0) return tell(-1);
     while ((more = write(file, noise, sizeof noise)) > 0) bytes += more;
-    return tell_after(bytes >> 20, "MiB");
+    return tell_after(bytes >> 10, "KiB");
 }
 
 /* Children that no signal but one ends, each in a session of its own. */
@@ -189,6 +216,37 @@ static int steer(void) {
     return 0;
 }
 
+/* What the kernel says of this process. */
+static int status(const char *field) {
+    char line[256];
+    size_t length = strlen(field);
+    FILE *file = fopen("/proc/self/status", "r");
+    if (file == NULL) return tell(-1);
+    while (fgets(line, sizeof line, file) != NULL) {
+        if (strncmp(line, field, length) || line[length] != ':') continue;
+        printf("attack status: %s", line + length + 2);
+        return 0;
+    }
+    errno = ENODATA;
+    return tell(-1);
+}
+
+static int namespace(const char *kind) {
+    char path[64], name[64];
+    snprintf(path, sizeof path, "/proc/self/ns/%s", kind);
+    ssize_t length = readlink(path, name, sizeof name - 1);
+    if (length < 0) return tell(-1);
+    printf("attack namespace: %.*s\n", (int)length, name);
+    return 0;
+}
+
+static int is_read_only(const char *path) {
+    struct statvfs found;
+    if (statvfs(path, &found) < 0) return tell(-1);
+    printf("attack written-to: %s\n", found.f_flag & ST_RDONLY ? "EROFS" : "SUCCEEDED");
+    return 0;
+}
+
 static int as_nobody(const char *program) {
     if (setgid(65534) < 0 || setuid(65534) < 0) return tell(-1);
     execl(program, program, "who", NULL);
@@ -201,6 +259,10 @@ static int with_words(int count, char **words) {
     if (!strcmp(word, "write")) return tell(opened(words[2], O_WRONLY));
     if (!strcmp(word, "climb")) return tell(climb(words[2]));
     if (!strcmp(word, "fill")) return fill(words[2]);
+    if (!strcmp(word, "proxy")) return through_proxy(words[2]);
+    if (!strcmp(word, "status")) return status(words[2]);
+    if (!strcmp(word, "namespace")) return namespace(words[2]);
+    if (!strcmp(word, "written-to")) return is_read_only(words[2]);
     if (!strcmp(word, "nobody")) return as_nobody(words[2]);
     if (!strcmp(word, "connect") && count > 3) return tell(reach(words[2], words[3]));
     return -1;
@@ -213,6 +275,13 @@ static long called(void) {
     if (!strcmp(word, "mount")) return mount("none", "/tmp", "tmpfs", 0, NULL);
     if (!strcmp(word, "mount-cgroup")) return mount("none", "/tmp", "cgroup2", 0, NULL);
     if (!strcmp(word, "mount-anew")) return syscall(SYS_fsopen, "tmpfs", 0);
+    /* Nobody needs a right for it. */
+    if (!strcmp(word, "open-tree")) return syscall(SYS_open_tree, AT_FDCWD, "/", 0);
+    /* The kernel would find fault with these before it asks for rights (EFAULT, EBADF, EINVAL): who
+     * is told EPERM has met the filter. */
+    if (!strcmp(word, "senseless-mount")) return mount("none", "/tmp", (char *)1, 0, NULL);
+    if (!strcmp(word, "senseless-setns")) return setns(-1, 0);
+    if (!strcmp(word, "senseless-unshare")) return unshare(NO_NAMESPACE);
     if (!strcmp(word, "pivot")) return syscall(SYS_pivot_root, "/tmp", "/tmp");
     if (!strcmp(word, "setns")) {
         here = open("/proc/1/ns/mnt", O_RDONLY);
@@ -226,7 +295,7 @@ static long called(void) {
         return syscall(SYS_add_key, "user", "a", "b", 1, SESSION_KEYRING);
     if (!strcmp(word, "bpf")) return load_program();
     if (!strcmp(word, "perf")) return syscall(SYS_perf_event_open, NULL, 0, -1, -1, 0);
-    if (!strcmp(word, "userfault")) return syscall(SYS_userfaultfd, 0);
+    if (!strcmp(word, "userfault")) return syscall(SYS_userfaultfd, USER_MODE_ONLY);
     if (!strcmp(word, "io-uring")) return syscall(SYS_io_uring_setup, 1, NULL);
     if (!strcmp(word, "handle")) return by_handle();
     if (!strcmp(word, "module")) return syscall(SYS_init_module, NULL, 0, "");

@@ -171,28 +171,30 @@ impl Bench {
         stop(server)
     }
 
-    /// Builds of a quiet tenant, by turns alone and beside a noisy one of that tier that has as
-    /// many builds as it may.
+    /// Builds of a quiet tenant, one that has not built for a while, by turns alone and beside a
+    /// noisy one of that tier that has as many builds as it may. Both are new ones in each turn:
+    /// who builds all the time is not quiet, and small tiers have few builds in a day.
     fn noise(&self, tier: &'static str, builds: u64, kinds: &[&Kind]) -> Result<()> {
         let shell = self.shell()?;
         let large = self.pushed(&images::layout("small")?, "small")?;
         let server = self.place.start()?;
-        let quiet = Api::new(server.address(), "quiet", "PRO");
+        let quiet = |turn: &str| Api::new(server.address(), &format!("quiet-{turn}"), "PRO");
         let mut alone = Vec::new();
         let mut beside: Vec<Vec<f64>> = kinds.iter().map(|_| Vec::new()).collect();
-        quiet_build(&quiet, &large)?;
+        quiet_build(&quiet("first"), &large)?;
         for round in 0..self.rounds {
+            let api = quiet(&round.to_string());
             for _ in 0..BUILDS_EACH {
-                alone.push(quiet_build(&quiet, &large)?);
+                alone.push(quiet_build(&api, &large)?);
             }
             for (number, (kind, times)) in kinds.iter().zip(&mut beside).enumerate() {
-                // A tenant of its own in each turn: small tiers have few builds in a day.
                 let name = format!("noisy-{}-{number}-{round}", tier.to_lowercase());
-                let api = Api::new(server.address(), &name, tier);
-                let noise = Noise::new(api, kind, [&shell, &large]);
+                let noisy = Api::new(server.address(), &name, tier);
+                let api = quiet(&format!("{number}-{round}"));
+                let noise = Noise::new(noisy, kind, [&shell, &large]);
                 noise.beside(builds, || {
                     for _ in 0..BUILDS_EACH {
-                        times.push(quiet_build(&quiet, &large)?);
+                        times.push(quiet_build(&api, &large)?);
                     }
                     Ok(())
                 })?;

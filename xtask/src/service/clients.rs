@@ -50,7 +50,7 @@ fn installed(
     Ok(dir)
 }
 
-/// A virtual environment with grpcio, moto and py-spiffe.
+/// A virtual environment with grpcio, moto, py-spiffe and rotel.
 pub(crate) fn python() -> Result<PathBuf> {
     let requirements = source("python/requirements.txt");
     installed("python", &read(&requirements)?, |dir| {
@@ -72,6 +72,27 @@ pub(crate) fn google() -> Result<Program> {
 /// where to be.
 pub(crate) fn spiffe() -> Result<Program> {
     let program = Program::new(python()?.join("bin/python")).arg(source("spiffe/agent.py"));
+    Ok(program.env("PYTHONDONTWRITEBYTECODE", "1"))
+}
+
+/// A collector of telemetry, not yet told where to listen: rotel, which takes OTLP and hands it on.
+pub(crate) fn collector() -> Result<Program> {
+    let python = python()?.join("bin/python");
+    let place = "from importlib.util import find_spec\n\
+                 print(find_spec('rotel').submodule_search_locations[0])";
+    let place = PathBuf::from(Program::new(python).args(["-c", place]).text()?);
+    Ok(Program::new(place.join("rotel-agent")).arg("start"))
+}
+
+/// What takes what a collector hands on, not yet told where to listen.
+pub(crate) fn otlp() -> Result<Program> {
+    let program = Program::new(python()?.join("bin/python")).arg(source("python/otlp.py"));
+    Ok(program.env("PYTHONDONTWRITEBYTECODE", "1"))
+}
+
+/// Who watches a service's health through grpcio, not yet told whose.
+pub(crate) fn watcher() -> Result<Program> {
+    let program = Program::new(python()?.join("bin/python")).arg(source("python/health.py"));
     Ok(program.env("PYTHONDONTWRITEBYTECODE", "1"))
 }
 

@@ -7,6 +7,7 @@
 mod commands;
 mod foreign;
 mod ground;
+mod names;
 mod neighbours;
 mod rogue;
 
@@ -19,7 +20,7 @@ use ground::{Ground, Programs};
 
 use super::Verdict;
 use super::lab::{Lab, root_needed};
-use super::walls::{carry, groups};
+use super::walls::{Held, carry, groups};
 use crate::arguments::Arguments;
 use crate::process::Program;
 
@@ -79,7 +80,8 @@ pub(super) fn every_attack_by_a_tenant_fails_where_cgroups_are_of_version_2(
         &disk,
         &format!(
             "busybox ifconfig lo 127.0.0.1 up; mount -t cgroup2 none /sys/fs/cgroup; \
-             mount -t tmpfs none /tmp; touch /etc/hosts; cd {GUEST}; \
+             mount -t tmpfs none /tmp; touch /etc/hosts /etc/resolv.conf; \
+             echo hosts: files dns > /etc/nsswitch.conf; cd {GUEST}; \
              ./xtask attacks --binary {GUEST}/builderd --programs programs --dir {GUEST}/ground 2>&1"
         ),
         GUEST_LIMIT,
@@ -166,10 +168,12 @@ fn suite(binary: &Path, dir: &Path, programs: &Path) -> Result<()> {
     let ground = Ground::open(binary, dir, programs)?;
     let mut table = Table::default();
     table.healthy(&ground);
+    // What the others are after lies there, and in the caches, from the start.
+    let theirs = neighbours::Private::built(&ground)?;
     commands::run(&ground, &mut table)?;
     foreign::images(&ground, &mut table)?;
     foreign::registries(&ground, &mut table)?;
-    neighbours::run(&ground, &mut table)?;
+    neighbours::run(&ground, &mut table, &theirs)?;
     let (honest, slowest) = ground.honest();
     let complaints = ground.place.complaints();
     let left = leave(ground, &loops);
@@ -194,6 +198,10 @@ fn leave(ground: Ground, loops_before: &BTreeSet<PathBuf>) -> Result<String> {
     if !children.is_empty() {
         bail!("processes {children:?} of builds still run");
     }
+    let held = Held::by(&ground.server)?.since(&ground.held);
+    if !held.is_empty() {
+        bail!("the service still holds {held:?}");
+    }
     let builds = ground.all_builds()?;
     let Ground { server, place, dir, .. } = ground;
     let status = server.stop(Duration::from_secs(20))?;
@@ -213,7 +221,9 @@ fn leave(ground: Ground, loops_before: &BTreeSet<PathBuf>) -> Result<String> {
     match mounts.lines().find(|line| line.contains(&dir)) {
         Some(line) => bail!("mounted: {line}"),
         None => {
-            Ok(format!("of {} builds no process, group, loop device, mount or file", builds.len()))
+            let count = builds.len();
+            let kinds = "process, group, loop device, mount, namespace or file";
+            Ok(format!("of {count} builds no {kinds}"))
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Stories about clients that other people wrote. Each lives one whole life of a build: create,
 //! follow, get, list, cancel another one, look at quotas and figures, delete.
 
+use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -12,11 +13,14 @@ use super::lab::Lab;
 use super::service::{place, slow_image, slowly};
 use crate::images;
 use crate::process::Program;
-use crate::service::api::{Api, SERVICE, number};
+use crate::service::api::{Api, Order, SERVICE, number};
 use crate::service::{Server, clients, free_port, until};
 
 /// How many transports the Node.js client goes through.
 const NODE_TRANSPORTS: usize = 14;
+
+/// How long somebody else's program may take to do one thing.
+const CLIENT_MAX: Duration = Duration::from_secs(120);
 
 /// Those that a page goes through: once where it may, once where it may not.
 const WEB_TRANSPORTS: [&str; 5] =
@@ -52,6 +56,11 @@ fn with_settings(
 fn last_lines(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     format!("the service said:\n{}", lines[lines.len().saturating_sub(15)..].join("\n"))
+}
+
+/// A program that does not outlive us, however we end.
+fn dying(program: Program) -> Program {
+    program.under(Program::new("setpriv").args(["--pdeathsig", "KILL"]))
 }
 
 /// A directory for sockets: unix(7) gives a path 108 bytes, which a corner may have used up.
@@ -123,17 +132,150 @@ pub(super) fn python_grpcio_lives_a_builds_life(lab: &Lab) -> Result<Verdict> {
     })
 }
 
+pub(super) fn python_grpcio_watches_health_until_the_service_has_stopped(
+    lab: &Lab,
+) -> Result<Verdict> {
+    let watcher = clients::watcher()?;
+    let corner = lab.corner()?;
+    let server = place(lab, &corner)?.start()?;
+    let log = corner.path("watcher.log");
+    let mut watcher = dying(watcher.arg(server.address())).background(&log)?;
+    let said = || std::fs::read_to_string(&log).unwrap_or_default();
+    let is_watching = || Ok(said().contains("watching").then_some(()));
+    until("it watches", CLIENT_MAX, is_watching).with_context(said)?;
+    if !server.stop(Duration::from_secs(20))?.success() {
+        bail!("the service did not stop well while it was watched");
+    }
+    let status = watcher.wait_for(CLIENT_MAX)?.context("it watches for ever").with_context(said)?;
+    if !status.success() || passed(&said()) != 1 {
+        bail!("it said:\n{}", said());
+    }
+    Ok(Verdict::Passed)
+}
+
+pub(super) fn a_collector_is_told_of_a_build_and_its_steps(lab: &Lab) -> Result<Verdict> {
+    let [taker, grpc, http] = [free_port()?, free_port()?, free_port()?];
+    let corner = lab.corner()?;
+    let (told, said) = (corner.path("told"), corner.path("collector.log"));
+    let _taker = dying(clients::otlp()?.arg(taker.to_string())).background(&told)?;
+    let collector = clients::collector()?
+        .args(["--otlp-grpc-endpoint", &format!("127.0.0.1:{grpc}")])
+        .args(["--otlp-http-endpoint", &format!("127.0.0.1:{http}")])
+        .args(["--exporter", "otlp", "--disable-batching", "--otlp-exporter-endpoint"])
+        .arg(format!("http://127.0.0.1:{taker}"));
+    let _collector = dying(collector).background(&said)?;
+    for port in [taker, http] {
+        let listens = || Ok(TcpStream::connect(("127.0.0.1", port)).is_ok().then_some(()));
+        until("the collector listens", CLIENT_MAX, listens)
+            .with_context(|| std::fs::read_to_string(&said).unwrap_or_default())?;
+    }
+    let server = place(lab, &corner)?
+        .set("OTEL_ENABLED", "true")
+        .set("OTEL_ENDPOINT", &format!("127.0.0.1:{http}"))
+        .set("OTEL_SERVICE_NAME", "builderd-under-test")
+        .start()?;
+    let image = lab.pushed(images::TINY)?;
+    let api = Api::new(server.address(), "traced", "PRO");
+    let created = Program::new("curl")
+        .args(["--silent", "--show-error", "--fail-with-body"])
+        .args(["--header", "X-Tenant-ID: traced", "--header", "Content-Type: application/json"])
+        .args(["--header", &format!("traceparent: 00-{TRACE}-{CALLER}-01"), "--data"])
+        .args([api.message(&Order::of(&image)).to_string()])
+        .arg(format!("http://{}{SERVICE}/CreateBuild", server.address()))
+        .text()?;
+    let created: Value = serde_json::from_str(&created)?;
+    let id = created["build_id"].as_str().context("no build_id")?;
+    api.completed(id, CLIENT_MAX)?;
+    // What has not been sent yet is sent at the end.
+    let log = server.said();
+    if !server.stop(Duration::from_secs(20))?.success() {
+        bail!("the service did not stop well:\n{}", last_lines(&log));
+    }
+    let told = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&told).unwrap_or_default();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    };
+    let mut problem = None;
+    until("all is handed on", Duration::from_secs(20), || {
+        let checked = check_trace(&told(), id).and_then(|()| check_metrics(&told()));
+        problem = checked.err();
+        Ok(problem.is_none().then_some(()))
+    })
+    .with_context(|| format!("{problem:?}\n{:#?}", told()))?;
+    println!("      ok rotel: {} spans and metrics", told().len());
+    Ok(Verdict::Passed)
+}
+
+/// A trace that its caller began.
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const CALLER: &str = "00f067aa0ba902b7";
+
+/// Who asked, the build below it, its steps below that, and the engine's below one of these.
+fn check_trace(told: &[Value], id: &str) -> Result<()> {
+    let one = |name: &str, parent: &str| {
+        let is_it = |line: &&Value| {
+            line["span"] == name && line["trace"] == TRACE && line["parent"] == parent
+        };
+        let found: Vec<&Value> = told.iter().filter(is_it).collect();
+        let [span] = found[..] else { bail!("{} spans {name} below {parent}", found.len()) };
+        if span["service"]["service.name"] != "builderd-under-test" {
+            bail!("{name} is of another service: {span}");
+        }
+        Ok(span.clone())
+    };
+    let below = |name: &str, parent: &Value| one(name, parent["id"].as_str().unwrap_or_default());
+    let request = one("CreateBuild", CALLER)?;
+    if request["server"] != true {
+        bail!("a request of a server is one: {request}");
+    }
+    let build = below("build", &request)?;
+    let attributes = &build["attributes"];
+    if (&attributes["tenant"], &attributes["build"]) != (&json!("traced"), &json!(id)) {
+        bail!("the build is not told: {build}");
+    }
+    for step in ["resolve", "publish"] {
+        below(step, &build)?;
+    }
+    let run = below("run", &build)?;
+    let mut steps_nanos = 0;
+    for step in ["layers", "flatten", "layout", "write"] {
+        steps_nanos += number(&below(step, &run)?["nanos"]);
+    }
+    if steps_nanos == 0 || steps_nanos > number(&run["nanos"]) {
+        bail!("steps of {steps_nanos} ns are not within {run}");
+    }
+    Ok(())
+}
+
+/// The value of a point with these attributes, of the last that was told.
+fn check_metrics(told: &[Value]) -> Result<()> {
+    let value = |name: &str, attribute: &str, wanted: &str| {
+        let lines = told.iter().rev().filter(|line| line["metric"] == name);
+        let points = lines.filter_map(|line| line["points"].as_array()).flatten();
+        let mut found = points.filter(|point| point["attributes"][attribute] == wanted);
+        found.next().map(|point| point["value"].clone())
+    };
+    for (name, attribute, wanted) in [
+        ("builderd_builds_total", "status", "completed"),
+        ("builderd_build_duration_seconds", "status", "completed"),
+        ("rpc_server_requests_total", "method", "CreateBuild"),
+    ] {
+        if value(name, attribute, wanted).as_ref().map(number) != Some(1) {
+            bail!("{name} with {attribute} {wanted} is {:?}", value(name, attribute, wanted));
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn py_spiffe_and_the_service_believe_one_agent(lab: &Lab) -> Result<Verdict> {
     const STEPS: usize = 4;
-    const SECS_MAX: Duration = Duration::from_secs(120);
     let corner = lab.corner()?;
     let (agent_dir, log) = (short_dir()?, corner.path("agent.log"));
     let dir = agent_dir.path();
-    let setpriv = Program::new("setpriv").args(["--pdeathsig", "KILL"]);
-    let mut agent = clients::spiffe()?.arg(dir).under(setpriv).background(&log)?;
+    let mut agent = dying(clients::spiffe()?.arg(dir)).background(&log)?;
     let said = || std::fs::read_to_string(&log).unwrap_or_default();
     let socket = dir.join("server.sock");
-    until("the agent's socket", SECS_MAX, || Ok(socket.exists().then_some(())))
+    until("the agent's socket", CLIENT_MAX, || Ok(socket.exists().then_some(())))
         .with_context(said)?;
     let known = corner.path("clients.toml");
     std::fs::write(&known, "[[client]]\nid = \"spiffe://example.org/client\"\n")?;
@@ -145,7 +287,8 @@ pub(super) fn py_spiffe_and_the_service_believe_one_agent(lab: &Lab) -> Result<V
     let address = dir.join("address.part");
     std::fs::write(&address, server.address())?;
     std::fs::rename(&address, dir.join("address"))?;
-    let status = agent.wait_for(SECS_MAX)?.context("the clients do not end").with_context(said)?;
+    let status =
+        agent.wait_for(CLIENT_MAX)?.context("the clients do not end").with_context(said)?;
     if !status.success() || passed(&said()) != STEPS {
         bail!("the clients said:\n{}\n{}", said(), last_lines(&server.said()));
     }

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::{Value, json};
 
-use super::Verdict;
-use super::lab::{Corner, Lab, files_below, same_bytes};
+use super::lab::{Corner, Lab, Size, files_below, same_bytes};
 use super::service::{hex, place};
+use super::{Verdict, older};
 use crate::chores::fsck;
 use crate::compare::walk;
 use crate::process::Program;
@@ -321,6 +321,17 @@ impl<'a> Campaign<'a> {
         format!("the service warned of:\n{}", texts.join("\n"))
     }
 
+    /// Stops a node for good.
+    fn retire(&mut self, node: usize) -> Result<()> {
+        self.doors.change(node, None);
+        let server = self.servers[node].take().context("the node is down")?;
+        let status = server.stop(Duration::from_secs(20))?;
+        if !status.success() {
+            bail!("SIGTERM ended a node with {status}");
+        }
+        self.places[node].nothing_staged()
+    }
+
     /// Stops all nodes; then nothing unfinished may be left on any disk.
     fn stop(&mut self) -> Result<()> {
         for (server, place) in self.servers.iter_mut().zip(&self.places) {
@@ -536,15 +547,29 @@ fn sqlite(place: &Place, sql: &str) -> Result<String> {
 }
 
 pub(super) fn builds_survive_killed_nodes_and_a_crashed_database(lab: &Lab) -> Result<Verdict> {
-    const NODES: usize = 3;
+    survived_by_a_fleet(lab, &[lab.binary(); 3])
+}
+
+pub(super) fn builds_survive_while_nodes_of_two_versions_share_a_database(
+    lab: &Lab,
+) -> Result<Verdict> {
+    match older::binary(lab.size == Size::Full)? {
+        // The first brings the schema up to date.
+        Ok(older) => survived_by_a_fleet(lab, &[lab.binary(), &older, lab.binary()]),
+        Err(reason) => Ok(Verdict::Skipped(reason)),
+    }
+}
+
+/// One node for each binary, all of them on one PostgreSQL and one object store.
+fn survived_by_a_fleet(lab: &Lab, binaries: &[&Path]) -> Result<Verdict> {
     let corner = lab.corner()?;
     let (postgres, objects) = (Postgres::start()?, ObjectStore::start()?);
     let key = corner.path("master.key").display().to_string();
     let mut places = Vec::new();
-    for node in 0..NODES {
+    for (node, binary) in binaries.iter().enumerate() {
         let dir = corner.path(&format!("node-{node}"));
         places.push(
-            Place::new(lab.binary(), &dir)?
+            Place::new(binary, &dir)?
                 .set("MASTER_KEY_FILE", &key)
                 .set("DATABASE_TYPE", "postgres")
                 .set("DATABASE_URL", &postgres.url())
@@ -559,6 +584,12 @@ pub(super) fn builds_survive_killed_nodes_and_a_crashed_database(lab: &Lab) -> R
     let mut campaign = Campaign::new(lab, Plan::of(lab, &["zstd", "gzip"]), places)?;
     campaign.postgres = Some(postgres);
     let checked = campaign.run().and_then(|builds| {
+        // An older version cannot read all that this one stores.
+        for (node, binary) in binaries.iter().enumerate() {
+            if *binary != lab.binary() {
+                campaign.retire(node)?;
+            }
+        }
         let paths = check_artifacts(&campaign, &corner, &builds)?;
         campaign.stop()?;
         let url = format!("s3://{BUCKET}/");

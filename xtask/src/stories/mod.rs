@@ -14,6 +14,7 @@ mod disk;
 mod growth;
 mod images;
 mod lab;
+mod older;
 mod scale;
 mod service;
 mod sources;
@@ -92,6 +93,7 @@ fn all() -> Vec<Story> {
         cache::two_processes_share_one_cache,
         cache::prune_and_no_cache_leave_nothing,
         disk::a_full_disk_leaves_no_output,
+        disk::packs_and_image_are_all_that_a_build_puts_on_the_disk,
         disk::wherever_packs_and_image_lie_the_bytes_are_the_same,
         disk::a_killed_build_leaves_no_file,
         disk::an_interrupted_build_leaves_no_file,
@@ -112,11 +114,14 @@ fn all() -> Vec<Story> {
         clients::connect_node_lives_a_builds_life_on_every_transport,
         clients::connect_web_in_a_browser_lives_a_builds_life_where_its_origin_may_call,
         clients::python_grpcio_lives_a_builds_life,
+        clients::python_grpcio_watches_health_until_the_service_has_stopped,
+        clients::a_collector_is_told_of_a_build_and_its_steps,
         clients::buf_curl_lives_a_builds_life_by_reflection_alone,
         clients::py_spiffe_and_the_service_believe_one_agent,
         buckets::an_artifact_lives_its_life_in_a_bucket_of_google_cloud_storage,
         crash::builds_survive_a_service_that_is_killed_again_and_again,
         crash::builds_survive_killed_nodes_and_a_crashed_database,
+        crash::builds_survive_while_nodes_of_two_versions_share_a_database,
     ];
     list.extend(crafted::cases().into_iter().map(|case| Story {
         sentence: format!("crafted: {}", case.sentence()),

@@ -104,6 +104,7 @@ pub(super) fn of_a_stopped_build_nothing_is_left_after_a_second(lab: &Lab) -> Re
     let image = slow_image(lab, &throttle, 1)?;
     // Of services that were killed before, and will clear it away when they start again.
     let before = groups();
+    let held_before = Held::by(&server)?;
     let mut took = Vec::new();
     for _ in 0..cancelled {
         let id = running(&api, &server, &image)?;
@@ -131,7 +132,7 @@ pub(super) fn of_a_stopped_build_nothing_is_left_after_a_second(lab: &Lab) -> Re
         if !message.contains("signal 9") {
             bail!("a killed build failed with {message:?}");
         }
-        nothing_left(&server, &before)?;
+        nothing_left(&server, &before, &held_before)?;
     }
     took.sort_unstable();
     let at = |hundredths: usize| took[(took.len() - 1) * hundredths / 100];
@@ -139,7 +140,7 @@ pub(super) fn of_a_stopped_build_nothing_is_left_after_a_second(lab: &Lab) -> Re
     if at(99) > AFTERLIFE {
         bail!("the p99 of cancelling is {:?}", at(99));
     }
-    nothing_left(&server, &before)?;
+    nothing_left(&server, &before, &held_before)?;
     place.nothing_staged()?;
     Ok(Verdict::Passed)
 }
@@ -154,11 +155,51 @@ fn running(api: &Api, server: &Server, image: &str) -> Result<String> {
     Ok(id)
 }
 
-fn nothing_left(server: &Server, before: &BTreeSet<PathBuf>) -> Result<()> {
+fn nothing_left(server: &Server, before: &BTreeSet<PathBuf>, held: &Held) -> Result<()> {
     let left = until("nothing is left", AFTERLIFE, || {
-        Ok((groups() == *before && server.children().is_empty()).then_some(()))
+        let is_empty = groups() == *before && server.children().is_empty();
+        Ok((is_empty && Held::by(server)?.since(held).is_empty()).then_some(()))
     });
-    left.with_context(|| format!("{:?} and {:?} are left", groups(), server.children()))
+    left.with_context(|| {
+        let held = Held::by(server).map(|now| now.since(held)).unwrap_or_default();
+        format!("{:?}, {:?} and {held:?} are left", groups(), server.children())
+    })
+}
+
+/// What a service holds of the kernel beside its processes: without a process a mount or a
+/// namespace stays only where somebody has it.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    mounts: BTreeSet<String>,
+    namespaces: BTreeSet<String>,
+}
+
+impl Held {
+    /// As of now; nothing to somebody who is not root, who is not told.
+    pub(super) fn by(server: &Server) -> Result<Self> {
+        const KINDS: [&str; 8] =
+            ["cgroup:[", "ipc:[", "mnt:[", "net:[", "pid:[", "time:[", "user:[", "uts:["];
+        if root_needed().is_some() {
+            return Ok(Self::default());
+        }
+        let own = PathBuf::from(format!("/proc/{}", server.id()));
+        let mounts = std::fs::read_to_string(own.join("mounts"))?;
+        // Files are opened and closed meanwhile.
+        let files = std::fs::read_dir(own.join("fd"))?.flatten();
+        let files = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        let names = files.map(|target| target.display().to_string());
+        let is_namespace = |name: &String| KINDS.iter().any(|kind| name.starts_with(kind));
+        Ok(Self {
+            mounts: mounts.lines().map(str::to_owned).collect(),
+            namespaces: names.filter(is_namespace).collect(),
+        })
+    }
+
+    /// What was not there before.
+    pub(super) fn since(&self, before: &Self) -> Vec<String> {
+        let mounts = self.mounts.difference(&before.mounts);
+        mounts.chain(self.namespaces.difference(&before.namespaces)).cloned().collect()
+    }
 }
 
 /// Groups of builds in any hierarchy of this machine.

@@ -1,6 +1,7 @@
 //! What commands of a build try: programs that attack the kernel, the host and other builds.
 
-use std::path::Path;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -8,6 +9,7 @@ use serde_json::json;
 
 use super::Table;
 use super::ground::{BUILD, Ground, OPERATORS_SECRET, VICTIMS_CANARY, VICTIMS_TOKEN};
+use super::names::TURNING;
 use crate::compare::walk;
 use crate::images::layout::LayoutWriter;
 use crate::images::tar::Node;
@@ -25,9 +27,14 @@ const LOG_BYTES_MAX: usize = (1 << 20) + (64 << 10);
 
 const CALLS: &str = "allow-list of system calls";
 const CAPABILITIES: &str = "capabilities of a user namespace";
+/// The kernel says the same where either stands: a row cannot tell which it was.
+const CALLS_OR_CAPABILITIES: &str = "allow-list of system calls, capabilities";
 const NETWORK: &str = "network namespace";
 const TREE: &str = "mount namespace";
 const PROC: &str = "masked and read-only /proc";
+const PROC_OR_USERS: &str = "read-only /proc, user namespace";
+/// What the attacker hides from himself: a search that does not find it finds nothing.
+const CONTROL: &str = "secret-of-the-attacker-1f8e";
 
 /// What is tried, what stands in the way, and what the attacker may say of it.
 type Try = (String, &'static str, &'static [&'static str]);
@@ -36,6 +43,8 @@ pub(super) fn run(ground: &Ground, table: &mut Table) -> Result<()> {
     let config = Ground::tools_config();
     let image = ground.image("tools", &config, |writer| ground.tools(writer))?;
     calls(ground, table, &image)?;
+    through_proxy(ground, table, &image)?;
+    table.add("a namespace of the server's", "seven namespaces", namespaces(ground, &image));
     table.add("argv and environment of everything in sight", PROC, secrets(ground, &image));
     exhaustion(ground, table, &image)?;
     table.add("memory bomb", "memory of the cgroup", memory(ground, &image));
@@ -43,14 +52,15 @@ pub(super) fn run(ground: &Ground, table: &mut Table) -> Result<()> {
     table.add("fork storm without end", "time limit", endless(ground, &image));
     table.add("log flooding, 80 MB", "bounded log", flood(ground, &image));
     table.add("escape sequences in the log", "cleaned log", steer(ground, &image));
-    table.add("/proc/self/exe of the OCI runtime", "read-only runtime", overwrite(ground));
+    let result = overwrite(ground);
+    table.add("/proc/self/exe of the OCI runtime", "a copy of it, user namespace", result);
     table.add("/proc and /dev that are links", "OCI runtime", links(ground));
     Ok(())
 }
 
 /// One line each, all in one build.
 fn calls(ground: &Ground, table: &mut Table, image: &str) -> Result<()> {
-    let tries = tries(ground);
+    let tries = tries(ground)?;
     let script: Vec<String> = tries.iter().map(|(words, ..)| format!("attack {words}")).collect();
     let halves: Vec<String> = script.chunks(16).map(|part| part.join("; ")).collect();
     let commands: Vec<&str> = halves.iter().map(String::as_str).collect();
@@ -75,8 +85,49 @@ fn bad(found: &str, expected: &[&str]) -> Result<String> {
     bail!("{found}, not {}", expected.join(" or "))
 }
 
-fn tries(ground: &Ground) -> Vec<Try> {
+/// System calls, of which the wall is that they are refused.
+fn refused() -> Vec<Try> {
     const EPERM: &[&str] = &["EPERM"];
+    let mut tries: Vec<Try> = Vec::new();
+    for words in [
+        "ptrace",
+        "memory-of-others",
+        "unshare",
+        "clone",
+        "keyctl",
+        "add-key",
+        "perf",
+        "userfault",
+        "io-uring",
+        "vsock",
+        "open-tree",
+        "senseless-mount",
+        "senseless-setns",
+        "senseless-unshare",
+    ] {
+        tries.push((words.into(), CALLS, EPERM));
+    }
+    for words in [
+        "mount",
+        "mount-anew",
+        "pivot",
+        "setns",
+        "bpf",
+        "handle",
+        "module",
+        "reboot",
+        "mount-cgroup",
+        "unshare-cgroup",
+        "raw-socket",
+        "packet-socket",
+    ] {
+        tries.push((words.into(), CALLS_OR_CAPABILITIES, EPERM));
+    }
+    tries.push(("device".into(), CAPABILITIES, EPERM));
+    tries
+}
+
+fn tries(ground: &Ground) -> Result<Vec<Try>> {
     const ENOENT: &[&str] = &["ENOENT"];
     const REFUSED: &[&str] = &["ECONNREFUSED"];
     const UNREACHABLE: &[&str] = &["ENETUNREACH"];
@@ -84,60 +135,132 @@ fn tries(ground: &Ground) -> Vec<Try> {
     const UNWRITABLE: &[&str] = &["EACCES", "EROFS"];
     // Not every kernel has it.
     const UNWRITABLE_OR_NONE: &[&str] = &["EACCES", "EROFS", "ENOENT"];
-    let mut tries: Vec<Try> = Vec::new();
-    for words in [
-        "ptrace",
-        "memory-of-others",
-        "mount",
-        "mount-anew",
-        "pivot",
-        "setns",
-        "unshare",
-        "clone",
-        "keyctl",
-        "add-key",
-        "bpf",
-        "perf",
-        "userfault",
-        "io-uring",
-        "handle",
-        "module",
-        "reboot",
-        "mount-cgroup",
-        "unshare-cgroup",
-        "vsock",
-    ] {
-        tries.push((words.into(), CALLS, EPERM));
+    let mut tries = refused();
+    // CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SYS_CHROOT, SETFCAP.
+    for set in ["CapEff", "CapBnd"] {
+        tries.push((format!("status {set}"), "nine capabilities", &["00000000800400fb"]));
     }
-    for words in ["device", "raw-socket", "packet-socket"] {
-        tries.push((words.into(), CAPABILITIES, EPERM));
-    }
+    tries.push(("status Seccomp".into(), CALLS, &["2"]));
+    tries.push(("status NoNewPrivs".into(), "no new privileges", &["1"]));
     tries.push(("nobody /bin/raised".into(), "no new privileges", &["user 65534"]));
     tries.push(("kill".into(), "PID namespace", &["ESRCH"]));
-    tries.push(("write /sys/fs/cgroup/cgroup.procs".into(), TREE, ENOENT));
+    // Groups have other places there on each kind of host; a command sees no place at all.
+    tries.push(("read /sys/fs/cgroup".into(), TREE, ENOENT));
+    tries.push(("written-to /proc/sys".into(), PROC, &["EROFS"]));
     tries.push(("read /srv/disk".into(), "devices are not unpacked", ENOENT));
-    tries.push(("write /proc/sys/kernel/core_pattern".into(), PROC, UNWRITABLE));
-    tries.push(("write /proc/sysrq-trigger".into(), PROC, UNWRITABLE_OR_NONE));
-    let data = ground.place.database().display().to_string();
-    let artifacts = ground.place.artifacts().display().to_string();
-    for words in [
-        format!("read {data}"),
-        format!("read /proc/1/root{data}"),
-        format!("climb {data}"),
-        format!("read {artifacts}"),
-        format!("climb {artifacts}"),
-    ] {
-        tries.push((words, TREE, ENOENT));
+    tries.push(("write /proc/sys/kernel/core_pattern".into(), PROC_OR_USERS, UNWRITABLE));
+    tries.push(("write /proc/sysrq-trigger".into(), PROC_OR_USERS, UNWRITABLE_OR_NONE));
+    for file in ours(ground)? {
+        let file = file.display();
+        for words in
+            [format!("read {file}"), format!("read /proc/1/root{file}"), format!("climb {file}")]
+        {
+            tries.push((words, TREE, ENOENT));
+        }
     }
     let service = ground.server.address().replace(':', " ");
     for place in [ground.neighbour.address().replace(':', " "), service] {
         tries.push((format!("connect {place}"), NETWORK, REFUSED));
     }
-    tries.push((format!("connect ::1 {}", ground.neighbour.port()), NETWORK, REFUSED));
+    // Where nobody listens nothing is proved.
+    if ground.neighbour.is_on_v6() {
+        tries.push((format!("connect ::1 {}", ground.neighbour.port()), NETWORK, REFUSED));
+    }
     for place in ["169.254.169.254 80", "10.0.0.1 443", "192.168.0.1 53", "fd00:ec2::254 80"] {
         tries.push((format!("connect {place}"), NETWORK, UNREACHABLE));
     }
-    tries
+    Ok(tries)
+}
+
+/// Files that no command may see, and that are there: the database with the logs, an artifact and
+/// the pack of a layer, which the victim has by now.
+fn ours(ground: &Ground) -> Result<[PathBuf; 3]> {
+    let database = ground.place.database();
+    database.metadata().with_context(|| database.display().to_string())?;
+    let artifact = file_below(&ground.place.artifacts())?;
+    Ok([database, artifact, file_below(&ground.cache)?])
+}
+
+fn file_below(directory: &Path) -> Result<PathBuf> {
+    let mut todo = vec![directory.to_owned()];
+    while let Some(place) = todo.pop() {
+        for entry in std::fs::read_dir(&place)? {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            match entry.metadata()?.len() {
+                1.. if kind.is_file() => return Ok(entry.path()),
+                _ if kind.is_dir() => todo.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    bail!("nothing lies below {}", directory.display())
+}
+
+/// Where commands may reach whatever is public, they have one way out, which judges every place.
+fn through_proxy(ground: &Ground, table: &mut Table, image: &str) -> Result<()> {
+    let port = ground.neighbour.port();
+    let before = ground.neighbour.connections();
+    let places = [
+        format!("127.0.0.1:{port}"),
+        format!("0x7f.1:{port}"),
+        format!("[::1]:{port}"),
+        format!("[::ffff:127.0.0.1]:{port}"),
+        format!("localhost:{port}"),
+        ground.server.address().to_owned(),
+        "169.254.169.254:80".to_owned(),
+        "10.0.0.1:443".to_owned(),
+        format!("inside.attacker.example:{port}"),
+        "metadata.attacker.example:80".to_owned(),
+        format!("both.attacker.example:{port}"),
+    ];
+    // What the operator allows is reached, or the rest proves nothing; the last one twice, since
+    // it leads there and to the neighbour in turn.
+    let (allowed, turning) = (ground.names.lure().to_string(), format!("{TURNING}:{port}"));
+    let all = [&[allowed][..], &places, &[turning.clone(), turning]].concat();
+    let script: Vec<String> = all.iter().map(|place| format!("attack proxy '{place}'")).collect();
+    let ended = ground.roam(image, &[&script.join("; ")])?;
+    let said = ended.said("proxy");
+    let [allowed, denied @ .., one, other] = &said[..] else {
+        bail!("it said {said:?}: {}", ended.build["failure"]);
+    };
+    if *allowed != "200" || denied.len() != places.len() {
+        bail!("the proxy said {said:?}: {:?}", ended.lines);
+    }
+    let judged = |is_refused: bool, said: &str| match is_refused {
+        true => Ok(said.to_owned()),
+        false => bail!("{said}"),
+    };
+    for (place, said) in places.iter().zip(denied) {
+        let what = format!("CONNECT {}", place.replace(port, "PORT"));
+        table.add(&what, "proxy of the commands", judged(*said == "403", said));
+    }
+    let turned = ["200 403", "403 200"].contains(&format!("{one} {other}").as_str());
+    let turned = judged(turned, &format!("{one}, {other}"));
+    table.add("CONNECT to a name that turns, twice", "proxy of the commands", turned);
+    let met = ground.neighbour.connections() - before;
+    let untouched = judged(met == 0, &format!("{met} connections"));
+    table.add("any of them at the neighbour", "proxy of the commands", untouched);
+    Ok(())
+}
+
+/// Whoever is in a namespace of the server's has that one's powers over it.
+fn namespaces(ground: &Ground, image: &str) -> Result<String> {
+    const KINDS: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
+    let script = KINDS.map(|kind| format!("attack namespace {kind}")).join("; ");
+    let ended = ground.build(image, &[&script])?;
+    let said = ended.said("namespace");
+    if said.len() != KINDS.len() {
+        bail!("it said {said:?}: {}", ended.build["failure"]);
+    }
+    for (kind, own) in KINDS.iter().zip(said) {
+        let path = format!("/proc/{}/ns/{kind}", ground.server.id());
+        let servers = std::fs::read_link(path)?.display().to_string();
+        if own == servers || !own.starts_with(&format!("{kind}:[")) {
+            bail!("a command is in {own}, and the server in {servers}");
+        }
+    }
+    Ok("none of them".into())
 }
 
 /// Every secret there is, looked for wherever a command can look.
@@ -147,10 +270,9 @@ fn secrets(ground: &Ground, image: &str) -> Result<String> {
         let (front, last) = secret.split_at(secret.len() - 1);
         format!("{front}[{last}]")
     };
-    let mut script =
-        String::from("cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n' ");
-    script.push_str("> /srv/seen; ");
-    for secret in [OPERATORS_SECRET, VICTIMS_TOKEN, VICTIMS_CANARY] {
+    let mut script = format!("export OWN={CONTROL}; cat /proc/*/environ /proc/*/cmdline ");
+    script.push_str("2>/dev/null | tr '\\0' '\\n' > /srv/seen; ");
+    for secret in [OPERATORS_SECRET, VICTIMS_TOKEN, VICTIMS_CANARY, CONTROL] {
         let pattern = pattern(secret);
         script.push_str(&format!(
             "echo attack seen: $(grep -rl '{pattern}' /srv /bin /dev/shm /etc /tmp /var | wc -l); "
@@ -158,45 +280,49 @@ fn secrets(ground: &Ground, image: &str) -> Result<String> {
     }
     script.push_str("echo attack seen: $(grep -c builder[d] /srv/seen)");
     let ended = ground.build(image, &[&script])?;
-    let seen = ended.said("seen");
-    if seen != ["0", "0", "0", "0"] {
-        bail!("secrets were found: {seen:?} {:?}", ended.build["failure"]);
+    match ended.said("seen")[..] {
+        ["0", "0", "0", "1", "0"] => Ok("nothing found but its own".into()),
+        [_, _, _, "0", _] => bail!("the search does not even find its own: {:?}", ended.lines),
+        ref seen => bail!("secrets were found: {seen:?} {:?}", ended.build["failure"]),
     }
-    Ok("nothing found".into())
 }
 
-/// What ends at a number that the kernel counts to.
+/// What ends at a number that the kernel counts to: with which error, and after how much. Another
+/// wall far behind the one that is meant would end it, too, and so would one in front of it.
+type Exhaustion = (&'static str, &'static str, &'static str, &'static str, RangeInclusive<u64>);
+
 fn exhaustion(ground: &Ground, table: &mut Table, image: &str) -> Result<()> {
-    for (what, wall, script, word, error) in [
-        ("fork bomb", "PIDs of the cgroup", "attack forks", "forks", "EAGAIN"),
-        ("open files", "RLIMIT_NOFILE", "attack files", "files", "EMFILE"),
-        ("inodes", "scratch file system", "attack inodes; rm -rf /srv/inodes", "inodes", "ENOSPC"),
-        (
-            "disk filler",
-            "scratch file system",
-            "attack fill /srv/full; rm /srv/full",
-            "fill",
-            "ENOSPC",
-        ),
-        ("disk filler in /dev", "size of the tmpfs", "attack fill /dev/full", "fill", "ENOSPC"),
-        (
-            "disk filler in /dev/shm",
-            "size of the tmpfs",
-            "attack fill /dev/shm/full",
-            "fill",
-            "ENOSPC",
-        ),
-    ] {
+    const DISK: &str = "scratch file system";
+    const TMPFS: &str = "size of the tmpfs";
+    let tried: [Exhaustion; 6] = [
+        ("fork bomb", "PIDs of the cgroup", "attack forks", "EAGAIN", 100..=512),
+        ("open files", "RLIMIT_NOFILE", "attack files", "EMFILE", 100..=65_536),
+        ("inodes", DISK, "attack inodes; rm -rf /srv/inodes", "ENOSPC", 1000..=1 << 20),
+        // KiB from here on. There is a device at /dev/full that is always full.
+        ("disk filler", DISK, "attack fill /srv/full; rm /srv/full", "ENOSPC", 1 << 14..=1 << 18),
+        ("disk filler in /dev", TMPFS, "attack fill /dev/more", "ENOSPC", 4..=64),
+        ("disk filler in /dev/shm", TMPFS, "attack fill /dev/shm/more", "ENOSPC", 1024..=65_536),
+    ];
+    for (what, wall, script, error, bounds) in tried {
+        let word = script.split([' ', ';']).nth(1).unwrap_or_default();
         let ended = ground.build(image, &[script])?;
         let said: Vec<String> = ended.said(word).iter().map(|&line| line.to_owned()).collect();
         let result = ended.completed().and_then(|_| match &said[..] {
-            [line] if line.starts_with(&format!("{error} after ")) => Ok(line.clone()),
-            other => bail!("{other:?}, not {error}"),
+            [line] if counted(line, error).is_some_and(|count| bounds.contains(&count)) => {
+                Ok(line.clone())
+            }
+            other => bail!("{other:?}, not {error} after {bounds:?}"),
         });
         table.add(what, wall, result);
         table.healthy(ground);
     }
     Ok(())
+}
+
+/// How much there was before this error.
+fn counted(line: &str, error: &str) -> Option<u64> {
+    let rest = line.strip_prefix(error)?.strip_prefix(" after ")?;
+    rest.split(' ').next()?.parse().ok()
 }
 
 fn memory(ground: &Ground, image: &str) -> Result<String> {
@@ -359,11 +485,8 @@ fn links(ground: &Ground) -> Result<String> {
     })?;
     let ended = ground.build(&image, &["true"])?;
     ground.nothing_escaped()?;
-    ended.failed("", "").or_else(|_| {
-        let cause = ended.build["failure"]["cause"].as_str().unwrap_or_default().to_owned();
-        match cause.is_empty() {
-            true => bail!("the build ended as {}", ended.build["state"]),
-            false => Ok(cause),
-        }
-    })
+    let code = ended.build["failure"]["code"].as_str().unwrap_or_default();
+    // Which code is the runtime's to say: it may blame the image, or find that it cannot run.
+    ended.failed(code, "the OCI runtime says: ")?;
+    ended.failed(code, "proc")
 }

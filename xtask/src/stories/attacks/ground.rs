@@ -2,12 +2,14 @@
 //! does not, a registry of the attacker's own and a neighbour that nobody may reach.
 
 use std::cell::Cell;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
+use super::names::Names;
 use super::rogue::Rogue;
 use crate::images::generated;
 use crate::images::layout::LayoutWriter;
@@ -17,6 +19,7 @@ use crate::service::api::{Api, Order, retry_after};
 use crate::service::throttle::Throttle;
 use crate::service::wire::{Answer, Connection, Request};
 use crate::service::{Place, Server};
+use crate::stories::walls::Held;
 use crate::workspace;
 
 /// How long any build of these may take; an emulated machine is slow.
@@ -119,7 +122,16 @@ pub(super) struct Ground {
     /// A way to the same registry that takes its time.
     pub(super) slow: Throttle,
     pub(super) neighbour: Rogue,
+    /// A name that leads to it, every second time.
+    pub(super) names: Names,
+    /// Where the packs of layers lie, those of other tenants, too.
+    pub(super) cache: PathBuf,
+    /// What the service held before anything was built.
+    pub(super) held: Held,
     pub(super) attacker: Api,
+    /// The attacker under another name, under which its commands may reach every public host, at
+    /// the neighbour's port as well.
+    pub(super) roamer: Api,
     pub(super) victim: Api,
     pub(super) programs: Programs,
     runtime: PathBuf,
@@ -132,24 +144,31 @@ impl Ground {
     pub(super) fn open(binary: &Path, dir: &Path, programs: &Path) -> Result<Self> {
         let (registry, neighbour) = (Rogue::start()?, Rogue::start()?);
         let slow = Throttle::start(registry.address(), SLOW_BYTES_PER_SEC)?;
+        let names = Names::start(neighbour.port().parse()?)?;
+        let cache = dir.join("cache");
         let insecure = format!("{},{}", registry.address(), slow.address());
         std::fs::create_dir_all(dir)?;
-        let wrapped = with_hosts(binary, dir)?;
+        let wrapped = with_hosts(binary, dir, names.server())?;
         let runtime = PathBuf::from(Program::shell("command -v runc || ls /usr/sbin/runc").text()?);
         let place = Place::new(&wrapped, &dir.join("service"))?
             .set("ADDRESS", "127.0.0.1")
+            .set("CACHE_DIR", &cache.display().to_string())
+            .set("EGRESS_ALLOWED_PRIVATE", &names.lure().to_string())
+            .set("COMMANDS_EGRESS_OF_TENANTS", &format!("roamer=*,roamer=*:{}", neighbour.port()))
             .set("DOCKER_INSECURE_REGISTRIES", &insecure)
             .set("S3_SECRET_ACCESS_KEY", OPERATORS_SECRET)
             .set("OCI_RUNTIME", &runtime.display().to_string())
             .set("OCI_RUNTIME_ACCEPT_VULNERABLE", "CVE-2025-31133,CVE-2025-52565,CVE-2025-52881");
         let server = place.start_guarded()?;
+        let held = Held::by(&server)?;
         let tenant = |name: &str| -> Result<Api> {
             let words = ["token", "create", "--tier", "pro", "--tenant", name];
             let outcome = place.command().args(words).checked()?;
             let token = String::from_utf8(outcome.stdout)?;
             Ok(Api::new(server.address(), name, "PRO").with_token(token.trim()))
         };
-        let (attacker, victim) = (tenant("attacker")?, tenant("victim")?);
+        let [attacker, roamer, victim] = ["attacker", "roamer", "victim"].map(tenant);
+        let (attacker, roamer, victim) = (attacker?, roamer?, victim?);
         Ok(Self {
             dir: dir.into(),
             programs: Programs::make(programs)?,
@@ -158,7 +177,11 @@ impl Ground {
             registry,
             slow,
             neighbour,
+            names,
+            cache,
+            held,
             attacker,
+            roamer,
             victim,
             runtime,
             honest_builds: Cell::new(0),
@@ -216,7 +239,11 @@ impl Ground {
 
     /// CreateBuild of the attacker, which tries once and may take little.
     pub(super) fn order(&self, image: &str, commands: &[&str]) -> Value {
-        let mut message = self.attacker.message(&Order::of(image));
+        Self::order_by(&self.attacker, image, commands)
+    }
+
+    fn order_by(who: &Api, image: &str, commands: &[&str]) -> Value {
+        let mut message = who.message(&Order::of(image));
         let config = &mut message["config"];
         config["retryPolicy"] = json!({"maxRetries": 0});
         config["limits"] = json!({"maxMemoryBytes": MEMORY_BYTES, "maxDiskBytes": DISK_BYTES});
@@ -228,7 +255,11 @@ impl Ground {
 
     /// Sends an order and returns the build's id.
     pub(super) fn create(&self, order: &Value) -> Result<String> {
-        let answer = self.attacker.ask("CreateBuild", order)?;
+        Self::create_by(&self.attacker, order)
+    }
+
+    fn create_by(who: &Api, order: &Value) -> Result<String> {
+        let answer = who.ask("CreateBuild", order)?;
         Ok(answer["buildId"].as_str().context("the answer names no build")?.to_owned())
     }
 
@@ -251,10 +282,18 @@ impl Ground {
         }
     }
 
-    /// The ids of all builds of both tenants.
+    /// Builds an image with these commands as the roamer, to whatever end.
+    pub(super) fn roam(&self, image: &str, commands: &[&str]) -> Result<Ended> {
+        let id = Self::create_by(&self.roamer, &Self::order_by(&self.roamer, image, commands))?;
+        let text = |line: Value| line["message"].as_str().unwrap_or_default().to_owned();
+        let lines = self.roamer.follow(&id)?.into_iter().map(text).collect();
+        Ok(Ended { build: self.roamer.build(&id)?, lines })
+    }
+
+    /// The ids of all builds of all tenants.
     pub(super) fn all_builds(&self) -> Result<Vec<String>> {
         let mut ids = Vec::new();
-        for tenant in [&self.attacker, &self.victim] {
+        for tenant in [&self.attacker, &self.roamer, &self.victim] {
             let (builds, _) = tenant.list()?;
             ids.extend(
                 builds.iter().filter_map(|build| build["buildId"].as_str().map(str::to_owned)),
@@ -331,8 +370,9 @@ impl Ground {
     }
 }
 
-/// The binary, in mounts of its own where names lead wherever the attacker likes.
-fn with_hosts(binary: &Path, dir: &Path) -> Result<PathBuf> {
+/// The binary, in mounts of its own where names lead wherever the attacker likes: those of a file,
+/// and those that the attacker's own server of names knows.
+fn with_hosts(binary: &Path, dir: &Path, server: Ipv4Addr) -> Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt as _;
     let hosts = dir.join("hosts");
     std::fs::write(
@@ -343,10 +383,14 @@ fn with_hosts(binary: &Path, dir: &Path) -> Result<PathBuf> {
          192.0.43.8 both.attacker.example\n\
          127.0.0.1 both.attacker.example\n",
     )?;
+    let servers = dir.join("resolv.conf");
+    std::fs::write(&servers, format!("nameserver {server}\noptions timeout:2 attempts:2\n"))?;
     let script = dir.join("builderd");
     let line = format!(
-        "#!/bin/sh\nmount --make-rprivate / && mount --bind '{}' /etc/hosts && exec '{}' \"$@\"\n",
+        "#!/bin/sh\nmount --make-rprivate / && mount --bind '{}' /etc/hosts && \
+         mount --bind '{}' /etc/resolv.conf && exec '{}' \"$@\"\n",
         hosts.display(),
+        servers.display(),
         binary.display()
     );
     let inner = dir.join("builderd-inside");

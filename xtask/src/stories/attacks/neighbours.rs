@@ -1,5 +1,6 @@
 //! What one tenant tries with another's builds, images and secrets, by the API alone.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -7,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Table;
 use super::ground::{BUILD, Ground, OPERATORS_SECRET, VICTIMS_CANARY, VICTIMS_TOKEN};
+use super::rogue::Answer;
 use crate::images::generated::noise;
 use crate::images::tar::Node;
 use crate::service::api::{Order, SERVICE};
@@ -16,21 +18,39 @@ const DOOR: &str = "tenants' own rows";
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 const NOISE_BYTES: u64 = 2 << 20;
 
-pub(super) fn run(ground: &Ground, table: &mut Table) -> Result<()> {
-    let layout = ground.layout("private", &json!({}), |writer| {
-        writer.layer(|tar| tar.add("etc/secret", &Node::file(VICTIMS_CANARY.repeat(5000))))
-    })?;
-    let image = ground.registry.serve_privately(&layout, "private", VICTIMS_TOKEN)?;
-    let id = order_privately(ground, &image)?;
-    ground.victim.follow(&id)?;
-    let theirs = ground.victim.completed(&id, BUILD).context("the victim's own build")?;
-    table.add("another's build, log and artifact by its id", DOOR, by_id(ground, &id));
+/// An image that the victim alone may pull, and has built.
+pub(super) struct Private {
+    id: String,
+    image: String,
+    layout: PathBuf,
+    build: Value,
+}
+
+impl Private {
+    pub(super) fn built(ground: &Ground) -> Result<Self> {
+        let layout = ground.layout("private", &json!({}), |writer| {
+            writer.layer(|tar| tar.add("etc/secret", &Node::file(VICTIMS_CANARY.repeat(5000))))
+        })?;
+        let image = ground.registry.serve_privately(&layout, "private", VICTIMS_TOKEN)?;
+        let id = order_privately(ground, &image)?;
+        ground.victim.follow(&id)?;
+        let build = ground.victim.completed(&id, BUILD).context("the victim's own build")?;
+        Ok(Self { id, image, layout, build })
+    }
+}
+
+pub(super) fn run(ground: &Ground, table: &mut Table, theirs: &Private) -> Result<()> {
+    let Private { id, image, build, .. } = theirs;
+    table.add("another's build, log and artifact by its id", DOOR, by_id(ground, id));
     table.add("another's name in a request", DOOR, by_name(ground));
     table.add("no token, a token that was guessed", "the door", without_token(ground));
-    table.add("another's private image from cache", "sharing domains", from_cache(ground, &image));
+    let result = ground.build(image, &[])?.failed("AUTHENTICATION_FAILED", "");
+    table.add("another's private image", "its registry is asked again", result);
+    let result = by_digest(ground, theirs);
+    table.add("another's private layers, by their digests", "sharing domains", result);
     let secrets = while_it_runs(ground);
     table.add("argv and environment of the host's processes", "secrets by pipe", secrets);
-    if ground.victim.build(&id)? != theirs {
+    if ground.victim.build(id)? != *build {
         bail!("the victim's build is not what it was");
     }
     table.healthy(ground);
@@ -93,9 +113,38 @@ fn without_token(ground: &Ground) -> Result<String> {
     Ok("401".into())
 }
 
-/// Neither the layers nor the artifact are had by whoever cannot pull them.
-fn from_cache(ground: &Ground, image: &str) -> Result<String> {
-    ground.build(image, &[])?.failed("AUTHENTICATION_FAILED", "")
+/// The attacker knows all of an image but its layer, and that the service has it: the same manifest
+/// is public at a place of his own, which has no such blob.
+fn by_digest(ground: &Ground, theirs: &Private) -> Result<String> {
+    let image = ground.registry.serve(&theirs.layout, "borrowed")?;
+    let layer = ground.registry.top_layer(&theirs.layout, "borrowed")?;
+    ground.registry.put(&layer, Answer::missing());
+    let told = ground.build(&image, &[])?.failed("INVALID_SOURCE", "")?;
+    match ground.registry.asked().iter().any(|line| line.contains(&layer)) {
+        true => Ok(told),
+        false => bail!("its registry was not asked for the layer: {told}"),
+    }
+}
+
+/// The processes below one, at this moment.
+fn descendants(of: u32) -> Vec<u32> {
+    let list = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = list.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parents: Vec<(u32, u32)> = ids.filter_map(|id| Some((id, parent_of(id)?))).collect();
+    let (mut found, mut next) = (Vec::new(), vec![of]);
+    while let Some(above) = next.pop() {
+        let below = parents.iter().filter(|(_, parent)| *parent == above).map(|(id, _)| *id);
+        let below: Vec<u32> = below.collect();
+        found.extend(&below);
+        next.extend(below);
+    }
+    found
+}
+
+fn parent_of(id: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    parent.trim().parse().ok()
 }
 
 /// Any user of the host may read what a process was called with; its owner, its environment.
@@ -106,13 +155,15 @@ fn while_it_runs(ground: &Ground) -> Result<String> {
     ground.registry.serve_privately(&layout, "slow", VICTIMS_TOKEN)?;
     let image = format!("{}/slow:latest", ground.slow.address());
     let id = order_privately(ground, &image)?;
-    let mut seen = 0;
+    let (mut seen, mut most) = (0, 0);
     let found = until("a process builds, and ends", BUILD, || {
-        let children = ground.server.children();
-        seen += children.len();
-        for child in &children {
+        let processes = descendants(ground.server.id());
+        most = most.max(processes.len());
+        for process in &processes {
             for file in ["cmdline", "environ"] {
-                let bytes = std::fs::read(format!("/proc/{child}/{file}")).unwrap_or_default();
+                // One that has ended has none.
+                let bytes = std::fs::read(format!("/proc/{process}/{file}")).unwrap_or_default();
+                seen += usize::from(file == "cmdline" && !bytes.is_empty());
                 let text = String::from_utf8_lossy(&bytes).into_owned();
                 for secret in [OPERATORS_SECRET, VICTIMS_TOKEN] {
                     if text.contains(secret) {
@@ -128,6 +179,6 @@ fn while_it_runs(ground: &Ground) -> Result<String> {
     match found {
         Some(problem) => bail!(problem),
         None if seen == 0 => bail!("no process was ever seen"),
-        None => Ok("nothing found".into()),
+        None => Ok(format!("nothing found in {most} at once")),
     }
 }

@@ -4,9 +4,9 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +27,11 @@ pub(super) struct Answer {
 }
 
 impl Answer {
+    /// As if there were no such thing.
+    pub(super) fn missing() -> Self {
+        Self { status: 404, ..Self::default() }
+    }
+
     fn document(content_type: &str, body: Vec<u8>) -> Self {
         let headers = vec![("Content-Type", content_type.to_owned())];
         Self { status: 200, headers, body, token: None }
@@ -50,12 +55,14 @@ impl Answer {
 struct State {
     answers: Mutex<BTreeMap<String, Answer>>,
     asked: Mutex<Vec<String>>,
+    connections: AtomicUsize,
     stopped: AtomicBool,
 }
 
-/// Listens on a free loopback port as long as the value lives.
+/// Listens on a free loopback port as long as the value lives, of IPv6 as well where there is one.
 pub(super) struct Rogue {
     address: String,
+    on_v6: Option<SocketAddr>,
     state: Arc<State>,
 }
 
@@ -63,11 +70,24 @@ impl Rogue {
     /// Has nothing yet.
     pub(super) fn start() -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let address = listener.local_addr()?.to_string();
-        let state = Arc::new(State::default());
-        let shared = Arc::clone(&state);
-        std::thread::spawn(move || accept(&listener, &shared));
-        Ok(Self { address, state })
+        let address = listener.local_addr()?;
+        // Not every machine has it.
+        let on_v6 = TcpListener::bind((Ipv6Addr::LOCALHOST, address.port())).ok();
+        let rogue = Self {
+            address: address.to_string(),
+            on_v6: on_v6.as_ref().map(TcpListener::local_addr).transpose()?,
+            state: Arc::default(),
+        };
+        for listener in [Some(listener), on_v6].into_iter().flatten() {
+            let shared = Arc::clone(&rogue.state);
+            std::thread::spawn(move || accept(&listener, &shared));
+        }
+        Ok(rogue)
+    }
+
+    /// Whether it is also reached at the loopback address of IPv6.
+    pub(super) fn is_on_v6(&self) -> bool {
+        self.on_v6.is_some()
     }
 
     /// `127.0.0.1:PORT`
@@ -77,6 +97,12 @@ impl Rogue {
 
     pub(super) fn port(&self) -> &str {
         self.address.rsplit(':').next().unwrap_or_default()
+    }
+
+    /// How many have come so far, whatever they said: who begins with TLS asks nothing that
+    /// [`Self::asked`] would know.
+    pub(super) fn connections(&self) -> usize {
+        self.state.connections.load(Ordering::Relaxed)
     }
 
     /// The request lines so far.
@@ -140,8 +166,9 @@ impl Rogue {
 impl Drop for Rogue {
     fn drop(&mut self) {
         self.state.stopped.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts; if it has ended there is nobody to wake.
+        // Wakes the threads that accept; if they have ended there is nobody to wake.
         let _ = TcpStream::connect(&self.address);
+        let _ = self.on_v6.map(TcpStream::connect);
     }
 }
 
@@ -155,6 +182,7 @@ fn accept(listener: &TcpListener, state: &Arc<State>) {
             return;
         }
         let Ok(client) = client else { continue };
+        state.connections.fetch_add(1, Ordering::Relaxed);
         let state = Arc::clone(state);
         // A client that goes away is no error of ours.
         std::thread::spawn(move || drop(talk(&client, &state)));
@@ -179,7 +207,6 @@ fn talk(mut client: &TcpStream, state: &State) -> std::io::Result<()> {
             shown = value.trim().to_owned();
         }
     }
-    // A connection without a word counts as well: nobody was to come.
     lock(&state.asked).push(first.trim().to_owned());
     let mut words = first.split_whitespace();
     let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
@@ -211,6 +238,8 @@ fn talk(mut client: &TcpStream, state: &State) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use super::*;
     use crate::service::wire::{Connection, Request};
 
@@ -226,5 +255,10 @@ mod tests {
         assert_eq!((away.status(), away.head.header("location")), (307, Some("http://elsewhere/")));
         assert_eq!(ask("/nothing").status(), 404);
         assert_eq!(rogue.asked(), ["GET /away?x=1 HTTP/1.1", "GET /nothing HTTP/1.1"]);
+        // The beginning of a handshake is no request, but somebody has come.
+        let mut stranger = TcpStream::connect(rogue.address()).unwrap();
+        stranger.write_all(&[0x16, 0x03, 0x01, 0xff, b'\n']).unwrap();
+        stranger.read_to_end(&mut Vec::new()).unwrap();
+        assert_eq!((rogue.asked().len(), rogue.connections()), (2, 3));
     }
 }

@@ -1,0 +1,72 @@
+"""Takes what a collector hands on (OTLP over gRPC) and says one line of JSON for each span and metric.
+
+usage: otlp.py PORT
+"""
+
+import json
+import sys
+from concurrent import futures
+
+import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics_pb
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as metrics_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
+
+
+def attributes(pairs):
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
+
+
+def say(**line):
+    print(json.dumps(line, default=str), flush=True)
+
+
+class Traces(trace_grpc.TraceServiceServicer):
+    def Export(self, request, context):
+        for resource in request.resource_spans:
+            service = attributes(resource.resource.attributes)
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    say(
+                        span=span.name,
+                        server=span.kind == span.SPAN_KIND_SERVER,
+                        trace=span.trace_id.hex(),
+                        id=span.span_id.hex(),
+                        parent=span.parent_span_id.hex(),
+                        nanos=span.end_time_unix_nano - span.start_time_unix_nano,
+                        attributes=attributes(span.attributes),
+                        service=service,
+                    )
+        return trace_pb.ExportTraceServiceResponse()
+
+
+class Metrics(metrics_grpc.MetricsServiceServicer):
+    def Export(self, request, context):
+        for resource in request.resource_metrics:
+            service = attributes(resource.resource.attributes)
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    kind = metric.WhichOneof("data")
+                    points = [
+                        {
+                            "attributes": attributes(point.attributes),
+                            "value": point.count if kind == "histogram"
+                            else getattr(point, point.WhichOneof("value")),
+                        }
+                        for point in getattr(metric, kind).data_points
+                    ]
+                    say(metric=metric.name, kind=kind, points=points, service=service)
+        return metrics_pb.ExportMetricsServiceResponse()
+
+
+def main():
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
+    trace_grpc.add_TraceServiceServicer_to_server(Traces(), server)
+    metrics_grpc.add_MetricsServiceServicer_to_server(Metrics(), server)
+    server.add_insecure_port(f"127.0.0.1:{sys.argv[1]}")
+    server.start()
+    server.wait_for_termination()
+
+
+main()
