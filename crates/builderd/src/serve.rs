@@ -24,6 +24,7 @@ use crate::artifact::{
 use crate::build::child::RegistrySpec;
 use crate::build::host::Host;
 use crate::build::janitor::{Janitor, JanitorRules};
+use crate::build::kept::SealedPacks;
 use crate::build::service::{BuildService, STOP_WAIT, ServiceRules};
 use crate::build::worker::{ATTEMPTS_MAX, WorkerRules, Workers, clear_leftovers};
 use crate::clock::{Clock, WallClock};
@@ -175,7 +176,8 @@ pub(crate) async fn serve(
     }
     let caches = config.storage.cache_enabled;
     let packs = caches.then(|| PackCache::open(&config.storage.cache_dir)).transpose()?;
-    let (service_rules, worker_rules) = rules(&config, &host)?;
+    let (service_rules, mut worker_rules) = rules(&config, &host)?;
+    worker_rules.sealed_packs = caches.then(|| sealed_packs(&config, &store, &key)).transpose()?;
     let service = Arc::new(BuildService::new(
         store.clone(),
         Arc::clone(&artifacts),
@@ -400,12 +402,27 @@ fn sealed(
     Arc::new(SealedArtifacts::new(artifacts, Arc::new(TenantKeys::new(store.clone(), wrapper))))
 }
 
+/// Where layers of protected tenants are kept.
+fn sealed_packs(
+    config: &Config,
+    store: &Store,
+    key: &Arc<MasterKey>,
+) -> Result<Arc<SealedPacks>, ServeError> {
+    let wrapper = Arc::clone(key) as Arc<dyn KeyWrapper>;
+    let keys = Arc::new(TenantKeys::new(store.clone(), wrapper));
+    let (directory, limit_bytes) = (&config.rootfs_output_dir, config.storage.cache_max_bytes);
+    let packs = SealedPacks::open(directory, limit_bytes, keys);
+    let packs = packs.map_err(|source| ServeError::Path { path: directory.clone(), source })?;
+    Ok(Arc::new(packs))
+}
+
 fn api_rules(config: &Config) -> ApiRules {
     ApiRules {
         mode: if config.dev { Mode::Development } else { Mode::Tokens },
         default_tier: config.tenants.default_tier,
         looks_per_sec: config.health_rate_per_sec,
         body_max: api::BODY_MAX,
+        held_max: api::HELD_MAX,
     }
 }
 
@@ -478,6 +495,7 @@ fn worker_rules(config: &Config, host: Arc<Host>) -> Result<WorkerRules, ServeEr
             let directory = directory.unwrap_or_else(|_| storage.cache_dir.clone());
             (directory, storage.cache_max_bytes)
         }),
+        sealed_packs: None,
         cache_enabled: storage.cache_enabled,
         host,
         program,

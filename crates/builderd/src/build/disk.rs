@@ -231,7 +231,12 @@ pub(super) struct DiskFile<'a> {
     direct: Option<File>,
 }
 
-impl DiskFile<'_> {
+impl<'a> DiskFile<'a> {
+    /// What is seen of it goes to `disk` instead.
+    pub(super) fn counted_by(self, disk: &'a Disk) -> Self {
+        Self { disk, ..self }
+    }
+
     /// Fills `buffer` from byte `offset` on.
     pub(super) fn read(&mut self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let length = buffer.len();
@@ -277,7 +282,8 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Buffers of a [`DiskWriter`] that wait for the disk while the next one is filled.
 const WRITES_WAITING: usize = 2;
 
-/// Writes a part of a file from front to back in large aligned pieces; [`Write::flush`] ends it.
+/// Writes a part of a file from front to back in large aligned pieces, and perhaps all of another
+/// one with the same bytes; [`Write::flush`] ends it.
 ///
 /// A thread of its own waits for the disk, so that who writes can go on meanwhile.
 pub(super) struct DiskWriter {
@@ -292,9 +298,10 @@ pub(super) struct DiskWriter {
 }
 
 impl DiskWriter {
-    /// Lets `work` write the bytes of `part` and no others.
+    /// Lets `work` write the bytes of `part` and no others; `copy` has them from its front on.
     pub(super) fn run<T>(
         mut file: DiskFile<'_>,
+        mut copy: Option<DiskFile<'_>>,
         part: Range<u64>,
         work: impl FnOnce(&mut Self) -> T,
     ) -> T {
@@ -304,7 +311,11 @@ impl DiskWriter {
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 while let Ok((buffer, filled)) = to_write.recv() {
-                    let result = file.write(&buffer.bytes()[..filled], offset);
+                    let bytes = &buffer.bytes()[..filled];
+                    let result = file.write(bytes, offset).and_then(|()| match &mut copy {
+                        Some(copy) => copy.write(bytes, offset - part.start),
+                        None => Ok(()),
+                    });
                     offset += filled as u64;
                     let failed = result.is_err();
                     // Nobody waits for the answer of a writer that gave up.
@@ -389,7 +400,7 @@ mod tests {
                 File::options().create(true).truncate(true).read(true).write(true).open(&path);
             let (file, disk) = (file.unwrap(), Disk::default());
             let bytes: Vec<u8> = (0..251u8).cycle().take(length).collect();
-            DiskWriter::run(disk.attach(&file, Liking::Direct), 0..u64::MAX, |writer| {
+            DiskWriter::run(disk.attach(&file, Liking::Direct), None, 0..u64::MAX, |writer| {
                 for part in bytes.chunks(100_000) {
                     writer.write_all(part).unwrap();
                 }
@@ -404,17 +415,49 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_has_the_bytes_of_the_part_from_its_front_on() {
+        let files = [tempfile::tempfile_in(".").unwrap(), tempfile::tempfile_in(".").unwrap()];
+        let (disk, aside) = (Disk::default(), Disk::default());
+        let bytes: Vec<u8> = (0..251u8).cycle().take(2 * WRITE_BYTES + 12_345).collect();
+        let out = disk.attach(&files[0], Liking::Direct);
+        let copy = disk.attach(&files[1], Liking::Faster).counted_by(&aside);
+        let base = 3 << 20;
+        DiskWriter::run(out, Some(copy), base..u64::MAX, |writer| {
+            writer.write_all(&bytes).and_then(|()| writer.flush())
+        })
+        .unwrap();
+        for (file, from) in files.iter().zip([base, 0]) {
+            let mut found = vec![0; bytes.len()];
+            file.read_exact_at(&mut found, from).unwrap();
+            assert!(found == bytes, "from {from}");
+            assert_eq!(file.metadata().unwrap().len(), from + bytes.len() as u64);
+        }
+        let counted = [&disk, &aside].map(|disk| disk.writes());
+        let counted = counted.map(|writes| writes.cached_bytes + writes.direct_bytes);
+        // What is no multiple of a block goes no way of choice.
+        assert_eq!(counted, [2 * WRITE_BYTES as u64; 2]);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (out, copy) = (&files[0], Some(disk.attach(&full, Liking::Faster)));
+        let error =
+            DiskWriter::run(disk.attach(out, Liking::Faster), copy, 0..u64::MAX, |writer| {
+                writer.write_all(&bytes).and_then(|()| writer.flush())
+            });
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::StorageFull, "nor is it less");
+    }
+
+    #[test]
     fn a_write_that_fails_is_told_and_nothing_is_written_beyond_the_part() {
         let file = File::open("/dev/null").unwrap();
         let disk = Disk::default();
         let piece = vec![1; WRITE_BYTES];
-        let error = DiskWriter::run(disk.attach(&file, Liking::Faster), 0..u64::MAX, |writer| {
+        let out = disk.attach(&file, Liking::Faster);
+        let error = DiskWriter::run(out, None, 0..u64::MAX, |writer| {
             (0..16).try_for_each(|_| writer.write_all(&piece)).and_then(|()| writer.flush())
         });
         assert_eq!(error.unwrap_err().raw_os_error(), Some(9), "EBADF: opened for reading");
         let file = tempfile::tempfile_in(".").unwrap();
         let part = 4096..WRITE_BYTES as u64;
-        let error = DiskWriter::run(disk.attach(&file, Liking::Faster), part, |writer| {
+        let error = DiskWriter::run(disk.attach(&file, Liking::Faster), None, part, |writer| {
             writer.write_all(&piece).and_then(|()| writer.flush())
         });
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::FileTooLarge);

@@ -10,14 +10,16 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use ext4::BLOCK_SIZE;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use oci::{Fetcher, Image, Layer};
-use rootfs::{PackSummary, Tally};
+use rootfs::{PackError, PackSummary, Tally};
 use sandbox::Wall;
 use tokio::sync::{mpsc, oneshot};
 
@@ -32,6 +34,8 @@ use crate::staged::Staged;
 const CHUNKS_IN_FLIGHT: usize = 32;
 /// Least progress between two events of one layer.
 const PROGRESS_STEP_BYTES: u64 = 1 << 20;
+/// How often it is looked at what workers write.
+const LOOK_AT_DISK: Duration = Duration::from_millis(100);
 
 /// The packs of an image, bottom first, and what it cost to get them.
 pub(super) struct LayerPacks {
@@ -59,6 +63,14 @@ struct Job<'a> {
     /// What the layers come to, those of the cache too.
     tally: Arc<Tally>,
     taken: Mutex<Vec<Taken>>,
+    written: Mutex<Written>,
+}
+
+/// One layer's pack.
+struct Packed {
+    pack: OpenPack,
+    /// The same in its stretch of the file that can become the image.
+    placed: Option<OpenPack>,
 }
 
 /// A blob and the layers that name it, by their place, ascending.
@@ -73,13 +85,20 @@ pub(super) async fn fetch(
     disk: &Arc<Disk>,
     observer: &dyn Observer,
 ) -> Result<LayerPacks, BuildError> {
-    let slabs = match spec.packs {
-        PackStorage::Temporary if slab_bytes(image) >= spec.layer_limits.data_bytes_max => {
-            stage_slabs(spec)?
+    // What is in the cache already lies elsewhere: it can only be copied.
+    let is_known = |layer: &Layer| match &spec.packs {
+        PackStorage::Cache { cache, domain, .. } => {
+            let key = PackKey { domain: domain.clone(), digest: layer.digest };
+            cache.pack_path(&key).exists()
         }
-        PackStorage::Temporary => None,
-        PackStorage::Cache { .. } => None,
+        PackStorage::Temporary => false,
     };
+    let fits = slab_bytes(image) >= spec.layer_limits.data_bytes_max;
+    let slabs = match fits && !image.layers.iter().any(is_known) {
+        true => stage_slabs(spec)?,
+        false => None,
+    };
+    let copies = slabs.is_some() && matches!(spec.packs, PackStorage::Cache { .. });
     let job = Job {
         spec,
         fetcher,
@@ -90,16 +109,24 @@ pub(super) async fn fetch(
         fetched_bytes: AtomicU64::new(0),
         tally: Arc::default(),
         taken: Mutex::default(),
+        written: Mutex::new(Written::of(&spec.layer_limits, copies)),
     };
-    let packed: Vec<(Mentions, LayerOrigin, OpenPack)> = stream::iter(by_blob(image))
+    let packed = stream::iter(by_blob(image))
         .map(|mentions| job.blob(mentions))
         .buffer_unordered(spec.jobs.max(1))
-        .try_collect()
-        .await?;
+        .try_collect();
+    let packed: Vec<(Mentions, LayerOrigin, Packed)> = tokio::select! {
+        packed = packed => packed?,
+        layer = outgrown(&job.written) => return Err(job.too_much(layer)),
+    };
     // Of a stretch of the file that is in the image twice, only copies can be made.
-    let twice = packed.iter().any(|(mentions, _, pack)| mentions.len() > 1 && pack.data_blocks > 0);
+    let twice =
+        packed.iter().any(|(mentions, _, it)| mentions.len() > 1 && it.pack.data_blocks > 0);
+    let are_placed = !twice && packed.iter().all(|(.., it)| it.placed.is_some());
+    let slabs = slabs.filter(|_| are_placed);
     let mut found: Vec<(usize, LayerOrigin, OpenPack)> = Vec::new();
-    for (mentions, origin, pack) in packed {
+    for (mentions, origin, Packed { pack, placed }) in packed {
+        let pack = placed.filter(|_| slabs.is_some()).unwrap_or(pack);
         found.extend(mentions.into_iter().map(|layer| (layer, origin, pack.clone())));
     }
     found.sort_by_key(|&(layer, ..)| layer);
@@ -109,9 +136,71 @@ pub(super) async fn fetch(
         packed: found.len() - cached,
         fetched_bytes: job.fetched_bytes.into_inner(),
         taken: std::mem::take(&mut lock(&job.taken)),
-        slabs: slabs.filter(|_| !twice),
+        slabs,
         packs: found.into_iter().map(|(.., pack)| pack).collect(),
     })
+}
+
+/// What the workers of a build have written so far, whatever they say of it. The kernel holds each
+/// to the disk of its build; this holds them to it together.
+#[derive(Debug)]
+struct Written {
+    bytes_max: u64,
+    /// Layers and the files that they are being written to.
+    open: Vec<(usize, Arc<File>)>,
+    /// Of those that are whole.
+    whole_bytes: u64,
+}
+
+impl Written {
+    /// All data together, and the names of one layer, perhaps twice: more than this only somebody
+    /// writes who does not keep to the limits.
+    fn of(limits: &rootfs::Limits, copies: bool) -> Self {
+        let bytes_max = limits.image_data_bytes_max.saturating_add(limits.toc_bytes_max);
+        let bytes_max = bytes_max.saturating_mul(if copies { 2 } else { 1 });
+        Self { bytes_max, open: Vec::new(), whole_bytes: 0 }
+    }
+
+    /// The file is about to be written to; the first layer in it answers for it.
+    fn begin(&mut self, layer: usize, file: &Arc<File>) {
+        if !self.open.iter().any(|(_, open)| Arc::ptr_eq(open, file)) {
+            self.open.push((layer, Arc::clone(file)));
+        }
+    }
+
+    /// Nobody writes to the file any more.
+    fn end(&mut self, file: &Arc<File>) {
+        let ended = self.open.extract_if(.., |(_, open)| Arc::ptr_eq(open, file));
+        let bytes: u64 = ended.map(|(_, file)| used_bytes(&file)).sum();
+        self.whole_bytes = self.whole_bytes.saturating_add(bytes);
+    }
+
+    /// The layer with the largest file, if all are larger than they may be.
+    fn outgrown(&self) -> Option<usize> {
+        let used = self.open.iter().map(|(layer, file)| (used_bytes(file), *layer));
+        let used: Vec<(u64, usize)> = used.collect();
+        let sum = used.iter().fold(self.whole_bytes, |sum, (bytes, _)| sum.saturating_add(*bytes));
+        let largest = used.into_iter().max().map_or(0, |(_, layer)| layer);
+        (sum > self.bytes_max).then_some(largest)
+    }
+}
+
+/// What a file takes of the disk: neither its holes nor what the file system has put by behind its
+/// end.
+fn used_bytes(file: &File) -> u64 {
+    /// A block of stat(2), whatever the file system's own are.
+    const BLOCK_BYTES: u64 = 512;
+    file.metadata().map_or(0, |file| file.len().min(file.blocks().saturating_mul(BLOCK_BYTES)))
+}
+
+/// Waits until too much is written, and says of which layer.
+async fn outgrown(written: &Mutex<Written>) -> usize {
+    loop {
+        tokio::time::sleep(LOOK_AT_DISK).await;
+        if let Some(layer) = lock(written).outgrown() {
+            return layer;
+        }
+    }
 }
 
 /// The layers by the blob they name, the largest blobs first. A size that is not the blob's makes
@@ -159,10 +248,10 @@ impl Job<'_> {
     async fn blob(
         &self,
         mentions: Mentions,
-    ) -> Result<(Mentions, LayerOrigin, OpenPack), BuildError> {
+    ) -> Result<(Mentions, LayerOrigin, Packed), BuildError> {
         let index = mentions[0];
         let layer = &self.image.layers[index];
-        let (origin, open) = match &self.spec.packs {
+        let (origin, packed) = match &self.spec.packs {
             PackStorage::Cache { cache, domain, .. } => {
                 let key = PackKey { domain: domain.clone(), digest: layer.digest };
                 self.through_cache(index, layer, cache, key).await?
@@ -170,25 +259,38 @@ impl Job<'_> {
             PackStorage::Temporary => (LayerOrigin::Packed, self.temporary(index, layer).await?),
         };
         for &index in &mentions {
-            self.check_diff_id(index, &self.image.layers[index], &open.diff_id)?;
+            check_diff_id(index, &self.image.layers[index], &packed.pack.diff_id)?;
             let digest = layer.digest.to_string();
             self.observer.event(&BuildEvent::LayerReady { layer: index, digest, origin });
         }
-        Ok((mentions, origin, open))
+        Ok((mentions, origin, packed))
     }
 
-    async fn temporary(&self, index: usize, layer: &Layer) -> Result<OpenPack, BuildError> {
-        if let Some(slabs) = &self.slabs {
-            let slab = slab_bytes(self.image);
-            let base = index as u64 * slab;
-            let summary = self.fetch_and_pack(index, layer, slabs, base..base + slab).await?;
-            return open_pack(index, layer, Arc::clone(slabs), base, summary.pack_bytes);
+    async fn temporary(&self, index: usize, layer: &Layer) -> Result<Packed, BuildError> {
+        if self.slabs.is_some() {
+            let pack = self.placed(index, layer, None).await?;
+            return Ok(Packed { placed: Some(pack.clone()), pack });
         }
         // The file stays nameless and goes with its descriptor.
         let staged = stage(self.spec)?;
         let file = shared(staged.file())?;
-        let summary = self.fetch_and_pack(index, layer, &file, 0..u64::MAX).await?;
-        open_pack(index, layer, file, 0, summary.pack_bytes)
+        let summary = self.fetch_and_pack(index, layer, (&file, 0..u64::MAX), None).await?;
+        let pack = open_pack(index, layer, file, 0, summary.pack_bytes)?;
+        Ok(Packed { pack, placed: None })
+    }
+
+    /// Makes the pack in its stretch of the file of all, and perhaps in a file of its own.
+    async fn placed(
+        &self,
+        index: usize,
+        layer: &Layer,
+        copy: Option<&Arc<File>>,
+    ) -> Result<OpenPack, BuildError> {
+        let slabs = self.slabs.as_ref().ok_or(BuildError::WorkerLost { phase: Phase::Layers })?;
+        let slab = slab_bytes(self.image);
+        let base = index as u64 * slab;
+        let summary = self.fetch_and_pack(index, layer, (slabs, base..base + slab), copy).await?;
+        open_pack(index, layer, Arc::clone(slabs), base, summary.pack_bytes)
     }
 
     async fn through_cache(
@@ -197,25 +299,33 @@ impl Job<'_> {
         layer: &Layer,
         cache: &PackCache,
         key: PackKey,
-    ) -> Result<(LayerOrigin, OpenPack), BuildError> {
-        if let Some(open) = self.cached(index, cache, &key).await? {
-            return Ok((LayerOrigin::Cached, open));
+    ) -> Result<(LayerOrigin, Packed), BuildError> {
+        if let Some(pack) = self.cached(index, cache, &key).await? {
+            return Ok((LayerOrigin::Cached, Packed { pack, placed: None }));
         }
         let lock = self.lock(index, layer, cache, &key).await?;
         // Another process may have made it while we waited for the lock.
-        if let Some(open) = self.cached(index, cache, &key).await? {
-            return Ok((LayerOrigin::Cached, open));
+        if let Some(pack) = self.cached(index, cache, &key).await? {
+            return Ok((LayerOrigin::Cached, Packed { pack, placed: None }));
         }
         let staged = cache.stage(&key)?;
         let file = shared(staged.file())?;
-        let summary = self.fetch_and_pack(index, layer, &file, 0..u64::MAX).await?;
-        // What gets a name is for others too: it must be the pack that they will look for.
-        let whole_bytes = file.metadata().map_err(reopening)?.len();
-        let mut open = open_pack(index, layer, file, 0, summary.pack_bytes.max(whole_bytes))?;
-        self.check_diff_id(index, layer, &open.diff_id)?;
-        open.file = Arc::new(cache.commit(&key, staged)?);
+        let (placed, pack_bytes) = match &self.slabs {
+            // Written to both places at once, nothing has to be read back for the image.
+            Some(_) => {
+                let placed = self.placed(index, layer, Some(&file)).await?;
+                let pack_bytes = placed.length();
+                (Some(placed), pack_bytes)
+            }
+            None => {
+                let part = (&file, 0..u64::MAX);
+                (None, self.fetch_and_pack(index, layer, part, None).await?.pack_bytes)
+            }
+        };
+        drop(file);
+        let pack = commit(index, layer, cache, &key, staged, pack_bytes)?;
         drop(lock);
-        Ok((LayerOrigin::Packed, open))
+        Ok((LayerOrigin::Packed, Packed { pack, placed }))
     }
 
     /// Says so before it waits for whoever makes the pack.
@@ -266,14 +376,14 @@ impl Job<'_> {
         })
     }
 
-    /// Streams the blob through a worker into a part of `file`; all three digests match when it
-    /// returns.
+    /// Streams the blob through a worker into a part of `file`, and into all of `copy`; all three
+    /// digests match when it returns.
     async fn fetch_and_pack(
         &self,
         index: usize,
         layer: &Layer,
-        file: &Arc<File>,
-        part: Range<u64>,
+        (file, part): (&Arc<File>, Range<u64>),
+        copy: Option<&Arc<File>>,
     ) -> Result<PackSummary, BuildError> {
         self.observer.event(&BuildEvent::LayerStarted {
             layer: index,
@@ -286,12 +396,13 @@ impl Job<'_> {
         let (blob_bytes, tar_bytes, data_bytes) = self.tally.totals();
         let packer = Packer {
             chunks: blob,
-            file: Arc::clone(file),
+            files: std::iter::once(file).chain(copy).cloned().collect(),
             task: PackTask {
                 layer: index,
                 digest: layer.digest,
                 part,
                 liking: if stays { Liking::Direct } else { Liking::Faster },
+                is_copied: copy.is_some(),
                 limits: self.spec.layer_limits.clone(),
                 counted: [blob_bytes, tar_bytes, data_bytes],
                 writes: self.disk.writes().without_bytes(),
@@ -300,6 +411,9 @@ impl Job<'_> {
             disk: Arc::clone(self.disk),
             tally: Arc::clone(&self.tally),
         };
+        for file in std::iter::once(file).chain(copy) {
+            lock(&self.written).begin(index, file);
+        }
         let worker = packer.spawn()?;
         let fed = self.feed(index, layer, chunks).await;
         let packed = worker.await.map_err(|_| BuildError::WorkerLost { phase: Phase::Layers })?;
@@ -307,8 +421,25 @@ impl Job<'_> {
         fed?;
         let (summary, taken) = packed?;
         lock(&self.taken).push(taken);
-        self.check_diff_id(index, layer, &summary.diff_id)?;
+        self.wrote(file, copy)?;
+        check_diff_id(index, layer, &summary.diff_id)?;
         Ok(summary)
+    }
+
+    /// A worker has ended. That of another layer may still write to the file of all.
+    fn wrote(&self, file: &Arc<File>, copy: Option<&Arc<File>>) -> Result<(), BuildError> {
+        let mut written = lock(&self.written);
+        if let Some(layer) = written.outgrown() {
+            return Err(self.too_much(layer));
+        }
+        let is_whole = self.slabs.is_none().then_some(file);
+        is_whole.into_iter().chain(copy).for_each(|file| written.end(file));
+        Ok(())
+    }
+
+    fn too_much(&self, layer: usize) -> BuildError {
+        let source = PackError::ImageDataBytes(self.spec.layer_limits.image_data_bytes_max);
+        BuildError::Pack { layer, digest: self.image.layers[layer].digest, source }
     }
 
     /// Fetches the blob and hands its bytes to the worker; `Ok` when size and digest matched.
@@ -353,24 +484,33 @@ impl Job<'_> {
     fn pull_failed(&self, source: oci::PullError) -> BuildError {
         BuildError::pull(&self.spec.source, source)
     }
+}
 
-    fn check_diff_id(
-        &self,
-        index: usize,
-        layer: &Layer,
-        found: &[u8; 32],
-    ) -> Result<(), BuildError> {
-        let found = hex(found);
-        if found == layer.diff_id.hex() {
-            return Ok(());
-        }
-        Err(BuildError::DiffId {
-            layer: index,
-            digest: layer.digest,
-            claimed: layer.diff_id,
-            found,
-        })
+fn check_diff_id(index: usize, layer: &Layer, found: &[u8; 32]) -> Result<(), BuildError> {
+    let found = hex(found);
+    if found == layer.diff_id.hex() {
+        return Ok(());
     }
+    Err(BuildError::DiffId { layer: index, digest: layer.digest, claimed: layer.diff_id, found })
+}
+
+/// Gives a pack its name, if it is the one that others will look for: what gets a name is for them,
+/// too. `pack_bytes` is what its worker says.
+fn commit(
+    index: usize,
+    layer: &Layer,
+    cache: &PackCache,
+    key: &PackKey,
+    staged: Staged,
+    pack_bytes: u64,
+) -> Result<OpenPack, BuildError> {
+    let file = shared(staged.file())?;
+    // They look at its end, wherever its worker says that it is.
+    let whole_bytes = file.metadata().map_err(reopening)?.len();
+    let mut open = open_pack(index, layer, file, 0, pack_bytes.max(whole_bytes))?;
+    check_diff_id(index, layer, &open.diff_id)?;
+    open.file = Arc::new(cache.commit(key, staged)?);
+    Ok(open)
 }
 
 type PackResult = Result<(PackSummary, Taken), BuildError>;
@@ -378,7 +518,7 @@ type PackResult = Result<(PackSummary, Taken), BuildError>;
 /// The worker that makes one pack, and the thread that looks after it.
 struct Packer {
     chunks: mpsc::Receiver<io::Result<Bytes>>,
-    file: Arc<File>,
+    files: Vec<Arc<File>>,
     task: PackTask,
     walls: Vec<Wall>,
     disk: Arc<Disk>,
@@ -391,8 +531,9 @@ impl Packer {
         std::thread::Builder::new()
             .name(format!("layer-{}", self.task.layer))
             .spawn(move || {
-                let Self { chunks, file, task, walls, disk, tally } = self;
-                let packed = confined::pack(task, &file, chunks, &walls, &tally, &disk);
+                let Self { chunks, files, task, walls, disk, tally } = self;
+                let files: Vec<&File> = files.iter().map(|file| &**file).collect();
+                let packed = confined::pack(task, &files, chunks, &walls, &tally, &disk);
                 // The build may have given up meanwhile; then nobody wants the answer.
                 let _ = answer.send(packed);
             })
@@ -435,3 +576,6 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         text
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,7 @@ pub(crate) mod host;
 mod image;
 pub(crate) mod janitor;
 mod journal;
+pub(crate) mod kept;
 mod layers;
 mod metadata;
 mod meter;

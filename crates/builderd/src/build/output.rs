@@ -669,10 +669,10 @@ mod tests {
                 Some(file) => (file, index as u64 * slab),
                 None => (&own, 0),
             };
-            let summary =
-                DiskWriter::run(disk.attach(file, Liking::Direct), base..base + slab, |out| {
-                    rootfs::make_pack(&tar[..], out, &Limits::default()).unwrap()
-                });
+            let out = disk.attach(file, Liking::Direct);
+            let summary = DiskWriter::run(out, None, base..base + slab, |out| {
+                rootfs::make_pack(&tar[..], out, &Limits::default()).unwrap()
+            });
             OpenPack::new(file.try_clone().unwrap(), base, summary.pack_bytes).unwrap()
         };
         layers().into_iter().enumerate().map(pack).collect()

@@ -34,6 +34,7 @@ use super::admission::Admission;
 use super::child::RegistrySpec;
 use super::disk::lock;
 use super::host::Host;
+use super::kept::SealedPacks;
 use super::record::{Build, BuildResult, Failure, FailureCode, Micros};
 use super::shares::CpuShares;
 use super::state::BuildState;
@@ -68,6 +69,8 @@ pub(crate) struct WorkerRules {
     pub(crate) pull_timeout: Duration,
     /// Where layer packs are kept, and how many bytes of them; none keeps nothing.
     pub(crate) packs: Option<(PathBuf, u64)>,
+    /// Where those of protected tenants are kept, if any are.
+    pub(crate) sealed_packs: Option<Arc<SealedPacks>>,
     /// Whether a known artifact may be handed out again.
     pub(crate) cache_enabled: bool,
     /// Whether artifacts of every tenant are encrypted, and not only those whose tier requires it.
@@ -305,14 +308,24 @@ impl Workers {
         self.rules.encrypts_all || build.tier.requires_encryption()
     }
 
-    /// Where layer packs of a build are kept, and how many bytes of them.
-    fn packs(&self, build: &Build) -> Option<&(PathBuf, u64)> {
+    /// Whether a layer that was made once need not be made again.
+    fn keeps_packs(&self) -> bool {
+        self.rules.packs.is_some()
+    }
+
+    /// Where layer packs are kept in the open that the build may use, and how many bytes of them.
+    fn open_packs(&self, build: &Build) -> Option<&(PathBuf, u64)> {
         self.rules.packs.as_ref().filter(|_| !self.protects(build))
+    }
+
+    /// Where those are kept that it may use, if they must lie encrypted.
+    fn sealed_packs(&self, build: &Build) -> Option<&SealedPacks> {
+        self.rules.sealed_packs.as_deref().filter(|_| self.protects(build))
     }
 
     /// Where a try makes its files.
     fn staging(&self, lease: &Lease) -> PathBuf {
-        self.artifacts.staging().join(format!("{}-{}", lease.build(), lease.token()))
+        self.artifacts.staging().join(try_name(lease))
     }
 
     /// The permit to make this artifact; who waits for it finds it made.
@@ -332,6 +345,11 @@ fn internal(cause: &str) -> Failure {
         blame: "ours".into(),
         remedy: "please report this as a bug of builderd".into(),
     }
+}
+
+/// What directories of a try are called.
+fn try_name(lease: &Lease) -> String {
+    format!("{}-{}", lease.build(), lease.token())
 }
 
 /// Removes what builds of an earlier process left in the staging directory. Call it only while

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rootfs::Tally;
 
 use super::{Line, Order, PackTask, Taken, Task, ToldError};
-use crate::build::disk::{Disk, DiskWriter, lock};
+use crate::build::disk::{Disk, DiskWriter, Liking, lock};
 use crate::build::process::status_bytes;
 use crate::build::{BuildError, BuildEvent, Observer, image};
 
@@ -78,13 +78,22 @@ fn pack(
     disk: &Disk,
     speaker: &Speaker,
 ) -> Result<Line, BuildError> {
-    let PackTask { layer, digest, part, liking, limits, counted, writes } = task;
-    let file =
-        files.first().ok_or(BuildError::WorkerLost { phase: crate::build::Phase::Layers })?;
+    let PackTask { layer, digest, part, liking, is_copied, limits, counted, writes } = task;
+    let file = |number: usize| {
+        files.get(number).ok_or(BuildError::WorkerLost { phase: crate::build::Phase::Layers })
+    };
     disk.learn(&writes.without_bytes());
+    // The image is made of the other file: how much of that is on the disk is the question.
+    let aside = Disk::default();
+    aside.learn(&writes.without_bytes());
+    let out = disk.attach(file(0)?, liking);
+    let copy = match is_copied {
+        true => Some(disk.attach(file(1)?, Liking::Faster).counted_by(&aside)),
+        false => None,
+    };
     let tally = Tally::of(counted);
     let teller = Teller { tally: &tally, speaker };
-    let summary = DiskWriter::run(disk.attach(file, liking), part, |out| {
+    let summary = DiskWriter::run(out, copy, part, |out| {
         let blob = Telling { inner: blob, teller: &teller, bytes: 0 };
         let mut out = Telling { inner: out, teller: &teller, bytes: 0 };
         rootfs::make_pack_of(blob, &mut out, &limits, &tally)

@@ -54,16 +54,19 @@ enum Task {
     Image(Box<ImageTask>),
 }
 
-/// One layer: the blob follows on standard input, the pack goes to the first file.
+/// One layer: the blob follows on standard input, the pack goes to the first file, and perhaps to
+/// a second one.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct PackTask {
     /// Its place from the bottom, from 0.
     pub(super) layer: usize,
     /// Of its blob, as the manifest says.
     pub(super) digest: oci::Digest,
-    /// Where in the file.
+    /// Where in the first file.
     pub(super) part: Range<u64>,
     pub(super) liking: Liking,
+    /// Whether the second file gets it too, from its front on.
+    pub(super) is_copied: bool,
     pub(super) limits: Limits,
     /// What the layers have come to before: bytes of blobs, of tars, of data.
     pub(super) counted: [u64; 3],
@@ -178,25 +181,25 @@ pub(crate) fn probe() -> Result<Vec<Wall>, BuildError> {
     worker.end(heard)
 }
 
-/// Makes the pack of one layer from the chunks of its blob.
+/// Makes the pack of one layer from the chunks of its blob, in each of `files` that the task has.
 ///
 /// # Errors
 /// [`BuildError`], as the worker tells it, or that it ended without a word.
 pub(super) fn pack(
     task: PackTask,
-    file: &File,
+    files: &[&File],
     chunks: mpsc::Receiver<io::Result<Bytes>>,
     walls: &[Wall],
     tally: &Tally,
     disk: &Disk,
 ) -> Result<(PackSummary, Taken), BuildError> {
-    pack_by(&Program::own(Phase::Layers)?, task, file, chunks, walls, tally, disk)
+    pack_by(&Program::own(Phase::Layers)?, task, files, chunks, walls, tally, disk)
 }
 
 fn pack_by(
     program: &Program,
     task: PackTask,
-    file: &File,
+    files: &[&File],
     chunks: mpsc::Receiver<io::Result<Bytes>>,
     walls: &[Wall],
     tally: &Tally,
@@ -206,7 +209,8 @@ fn pack_by(
     let refused = |source| BuildError::Pack { layer, digest, source };
     let mut counted = task.counted;
     let task = Task::Pack(Box::new(task));
-    let mut worker = Worker::start(program, task, &[Handed::ToWrite(file)], Phase::Layers)?;
+    let files: Vec<Handed<'_>> = files.iter().map(|file| Handed::ToWrite(file)).collect();
+    let mut worker = Worker::start(program, task, &files, Phase::Layers)?;
     let stdin = worker.stdin.take();
     let (heard, fed) = std::thread::scope(|scope| {
         let sandbox = &worker.sandbox;

@@ -41,6 +41,7 @@ fn pack_task() -> PackTask {
         digest: format!("sha256:{:064}", 7).parse().unwrap(),
         part: 0..u64::MAX,
         liking: Liking::Faster,
+        is_copied: false,
         limits: Limits::default(),
         counted: [0; 3],
         writes: Lane::default(),
@@ -62,7 +63,7 @@ fn packed_with(
         });
         let (file, disk) = (tempfile::tempfile().unwrap(), Disk::default());
         let tally = Tally::default();
-        let result = pack_by(&program, pack_task(), &file, chunks, walls, &tally, &disk);
+        let result = pack_by(&program, pack_task(), &[&file], chunks, walls, &tally, &disk);
         feeder.join().unwrap();
         (result, disk)
     })
@@ -218,7 +219,7 @@ fn a_blob_that_does_not_come_is_the_reason_and_no_signal() {
         sender.blocking_send(Ok(Bytes::from_static(b"some"))).unwrap();
         sender.blocking_send(Err(io::Error::other("the cable is out"))).unwrap();
         let (file, disk) = (tempfile::tempfile().unwrap(), Disk::default());
-        pack_by(&program, pack_task(), &file, chunks, &[], &Tally::default(), &disk).unwrap_err()
+        pack_by(&program, pack_task(), &[&file], chunks, &[], &Tally::default(), &disk).unwrap_err()
     });
     let text = chain(&error);
     assert!(text.ends_with("after 4 bytes: the cable is out"), "{text}");

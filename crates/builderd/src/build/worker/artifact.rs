@@ -1,6 +1,7 @@
 //! A build's artifact: its name, taking the one that exists, storing the one that was made.
 
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use oci::Image;
@@ -149,8 +150,10 @@ impl Running<'_> {
         self.meter.publishing();
         let usage = self.meter.sample().await;
         let request = &self.build().request;
+        must_be_a_sum(&report.sha256)?;
         let artifact_key = self.artifact_key(name, &report.sha256).await?;
         let staged = self.staging().join("rootfs.ext4");
+        must_be_a_file(&staged, report.artifact_bytes).await?;
         let (key, size_bytes) = (artifact_key.as_str(), report.artifact_bytes);
         self.reserve(&NewFile { key, size_bytes, sha256: &report.sha256 }).await?;
         self.workers.artifacts.publish(&staged, &artifact_key).await.map_err(|error| {
@@ -193,6 +196,27 @@ impl Running<'_> {
             from_cache: false,
             metrics,
         })
+    }
+}
+
+/// Who made the file is not trusted with those of the service: a link must lead nobody to them.
+async fn must_be_a_file(path: &Path, size_bytes: u64) -> Result<(), Failure> {
+    use std::os::unix::fs::MetadataExt as _;
+    match tokio::fs::symlink_metadata(path).await {
+        Ok(made) if made.is_file() && made.nlink() == 1 && made.len() == size_bytes => Ok(()),
+        Ok(_) => Err(internal("the build's process made something else than it said")),
+        Err(error) => {
+            Err(internal(&format!("what the build's process made is not there: {error}")))
+        }
+    }
+}
+
+/// It becomes part of a name.
+fn must_be_a_sum(sha256: &str) -> Result<(), Failure> {
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    match sha256.len() == 64 && sha256.bytes().all(is_digit) {
+        true => Ok(()),
+        false => Err(internal("the build's process gave no sum of what it made")),
     }
 }
 

@@ -11,15 +11,17 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::internal;
 use super::running::Running;
+use super::{internal, try_name};
 use crate::build::child::{
     ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec,
 };
 use crate::build::host::Group;
+use crate::build::kept::OwnPacks;
 use crate::build::progress::Progress;
 use crate::build::record::{Failure, FailureCode};
 use crate::build::{BuildEvent, CommandsSpec, EgressSpec, Phase, error};
+use crate::telemetry::Steps;
 
 /// Processes and threads of a command: enough for a compiler on many cores.
 const COMMAND_PIDS_MAX: u32 = 512;
@@ -27,7 +29,12 @@ const COMMAND_PIDS_MAX: u32 = 512;
 const CPU_BEAT: Duration = Duration::from_millis(250);
 
 impl Running<'_> {
-    fn child_spec(&self, image: &Image, registry: RegistrySpec) -> Result<ChildSpec, Failure> {
+    fn child_spec(
+        &self,
+        image: &Image,
+        registry: RegistrySpec,
+        own: Option<&OwnPacks>,
+    ) -> Result<ChildSpec, Failure> {
         let (build, rules) = (self.build(), &self.workers.rules);
         let reference: oci::Reference =
             build.request.image.parse().map_err(|_| internal("the image has no valid name"))?;
@@ -46,17 +53,27 @@ impl Running<'_> {
             registry,
             output: self.staging().join("rootfs.ext4"),
             compression: build.request.compression.clone(),
-            packs: self.workers.packs(build).map(|(directory, limit_bytes)| PackSpec {
-                directory: directory.clone(),
-                domain,
-                limit_bytes: *limit_bytes,
-            }),
+            packs: match (own, self.workers.open_packs(build)) {
+                (Some(own), _) => Some(PackSpec {
+                    directory: own.directory.clone(),
+                    domain: own.domain().to_owned(),
+                    // Of one image, and gone with the build.
+                    limit_bytes: u64::MAX,
+                }),
+                (None, Some((directory, limit_bytes))) => Some(PackSpec {
+                    directory: directory.clone(),
+                    domain,
+                    limit_bytes: *limit_bytes,
+                }),
+                (None, None) => None,
+            },
             jobs: usize::try_from(build.limits.cpu_cores).unwrap_or(1).clamp(1, cpus),
             image_bytes_max: Some(self.image_bytes_max()),
             memory_bytes: build.limits.memory_bytes,
             disk_bytes: disk,
             walls: rules.host.worker_walls(),
             has_own_files: rules.host.stand().contains(&Wall::OwnFiles),
+            has_own_processes: rules.host.stand().contains(&Wall::OwnProcesses),
         })
     }
 
@@ -82,7 +99,6 @@ impl Running<'_> {
             scratch: runtime.scratch,
             egress: self.egress_spec(registry),
             memory_bytes: build.limits.memory_bytes / 8 * 7,
-            cpu_millis: 1000 * u64::from(build.limits.cpu_cores.max(1)),
             pids_max: COMMAND_PIDS_MAX,
             disk_bytes: build.limits.disk_bytes / 2,
         }))
@@ -105,8 +121,9 @@ impl Running<'_> {
         &self,
         image: &Image,
         registry: RegistrySpec,
+        own: Option<&OwnPacks>,
     ) -> Result<ChildReport, Failure> {
-        let spec = self.child_spec(image, registry)?;
+        let spec = self.child_spec(image, registry, own)?;
         let failed = |error: io::Error| Failure {
             code: FailureCode::TemporaryResourceError,
             step: "start".into(),
@@ -160,26 +177,40 @@ impl Running<'_> {
 
     /// Gives the try its part of the CPUs, for as long as it is waited for.
     async fn share_cpus(&self, group: Option<&Group>) -> Infallible {
-        let build = self.build();
-        let mut share = self.workers.cpus.enter(&build.tenant, build.tier, Instant::now());
+        let Some(group) = group else { return std::future::pending().await };
+        let (build, cpus) = (self.build(), &self.workers.cpus);
+        let mut share = cpus.enter(&build.tenant, build.tier, Instant::now());
+        let mut limit = self.cpu_millis();
         let mut beat = tokio::time::interval(CPU_BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            beat.tick().await;
-            let Some(group) = group else { continue };
-            let weight = share.weight(group.usage().cpu_usecs, Instant::now());
-            if let Err(error) = group.set_cpu_weight(weight) {
-                tracing::debug!(%error, "the build has no part of the CPUs of its own");
+            tokio::select! {
+                _ = beat.tick() => {}
+                () = cpus.changed() => {}
+            }
+            let part = share.part(group.usage().cpu_usecs, Instant::now());
+            let mut result = group.set_cpu_weight(part.weight);
+            let wanted = part.held_to.unwrap_or(u64::MAX).min(self.cpu_millis());
+            if wanted != limit && result.is_ok() {
+                result = group.set_cpu_limit(wanted);
+            }
+            match result {
+                Ok(()) => limit = wanted,
+                Err(error) => tracing::debug!(%error, "the build has no part of the CPUs"),
             }
         }
     }
 
-    /// The group of this try's processes.
+    /// How much of the CPUs the build may take, in thousandths of one.
+    fn cpu_millis(&self) -> u64 {
+        u64::from(self.build().limits.cpu_cores.max(1)).saturating_mul(1000)
+    }
+
+    /// The group of this try's processes. The next try has another: this one may still be ending.
     fn group(&self) -> io::Result<Option<Group>> {
-        let (build, limits) = (self.build(), &self.build().limits);
-        let cores = u64::from(limits.cpu_cores);
-        let group =
-            self.workers.rules.host.group(&build.id.to_string(), limits.memory_bytes, cores);
+        let (name, limits) = (try_name(&self.claimed.lease), &self.build().limits);
+        let host = &self.workers.rules.host;
+        let group = host.group(&name, limits.memory_bytes, self.cpu_millis());
         group.map_err(io::Error::other)
     }
 
@@ -208,7 +239,7 @@ impl Running<'_> {
 
     /// Takes the child's lines; returns the last word.
     async fn listen(&self, stdout: ChildStdout, image: &Image) -> Option<ChildLine> {
-        let mut progress = Progress::new(image);
+        let (mut progress, mut steps) = (Progress::new(image), Steps::default());
         let mut lines = BufReader::new(stdout);
         loop {
             let mut line = Vec::new();
@@ -220,6 +251,7 @@ impl Running<'_> {
             match serde_json::from_slice(&line) {
                 Ok(ChildLine::Event(event)) => {
                     self.meter.apply(&event);
+                    steps.apply(&event);
                     if matches!(event, BuildEvent::PhaseStarted { phase: Phase::Publish }) {
                         // Everything is made and nothing let go: the most disk it will take.
                         self.meter.sample().await;

@@ -3,6 +3,7 @@
 //! One place waits for what happens to it ([`Running::must_stop`]), another decides what follows
 //! ([`Running::run_to_the_end`]). It does not know how an end is written down.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,9 +15,10 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 
 use super::artifact::set_name;
-use super::{HEARTBEAT, LEASE_SECS, SILENCE_MAX, Workers, internal};
+use super::{HEARTBEAT, LEASE_SECS, SILENCE_MAX, Workers, internal, try_name};
 use crate::build::admission::Needs;
 use crate::build::journal::Journal;
+use crate::build::kept::OwnPacks;
 use crate::build::meter::Meter;
 use crate::build::record::{Build, BuildMetrics, BuildResult, Failure, FailureCode};
 use crate::build::state::BuildState;
@@ -73,7 +75,7 @@ impl<'a> Running<'a> {
             claimed,
             give_up,
             journal: Journal::new(&workers.store, &claimed.lease, &*workers.clock),
-            meter: Meter::new(metrics, registry, staging, workers.packs(&claimed.build).is_some()),
+            meter: Meter::new(metrics, registry, staging, workers.keeps_packs()),
             deadline: Instant::now() + limit,
         }
     }
@@ -194,10 +196,37 @@ impl<'a> Running<'a> {
     }
 
     async fn clear_staging(&self) {
-        let staging = self.staging();
-        let removed = tokio::task::spawn_blocking(move || commands::remove_tree(&staging)).await;
-        if let Err(error) = removed.map_err(io::Error::other).flatten() {
-            tracing::warn!(%error, "the staging directory could not be removed");
+        let packs = self.workers.sealed_packs(self.build());
+        let packs = packs.map(|packs| packs.directory(&try_name(&self.claimed.lease)));
+        for directory in packs.into_iter().chain([self.staging()]) {
+            let removed = tokio::task::spawn_blocking(move || commands::remove_tree(&directory));
+            if let Err(error) = removed.await.map_err(io::Error::other).flatten() {
+                tracing::warn!(%error, "a directory of the build could not be removed");
+            }
+        }
+    }
+
+    /// Opens the encrypted packs of the image's layers that there are.
+    async fn restore_packs(&self, image: &Image) -> Option<OwnPacks> {
+        let packs = self.workers.sealed_packs(self.build())?;
+        let name = try_name(&self.claimed.lease);
+        let (domain, now) = (self.domain(image).to_string(), self.workers.clock.now());
+        let whose = (&self.build().tenant, domain.as_str());
+        match packs.restore(&name, whose, &digests(image), now).await {
+            Ok(own) => Some(own),
+            Err(error) => {
+                tracing::warn!(%error, "kept layers could not be opened");
+                None
+            }
+        }
+    }
+
+    /// Keeps the packs that were made, encrypted.
+    async fn keep_packs(&self, image: &Image, own: &OwnPacks) {
+        let Some(packs) = self.workers.sealed_packs(self.build()) else { return };
+        let (tenant, now) = (&self.build().tenant, self.workers.clock.now());
+        if let Err(error) = packs.keep(tenant, own, &digests(image), now).await {
+            tracing::warn!(%error, "layers could not be kept");
         }
     }
 
@@ -239,16 +268,25 @@ impl<'a> Running<'a> {
                 BuildMetrics { pull_ms, total_ms, source_bytes, ..BuildMetrics::default() };
             return Ok((name, result, turn));
         }
-        let needs = Needs::of(&image, &self.build().limits);
+        let mut needs = Needs::of(&image, &self.build().limits);
+        if self.workers.protects(self.build()) {
+            // The plain file and the encrypted one lie beside each other.
+            needs.disk_bytes += needs.disk_bytes / 2;
+        }
         let waiting = || {
             let line = "waiting until disk and memory are free beside other builds";
             self.journal.say("info", "queue", line.into());
         };
         let _share = self.workers.admission.admit(needs, waiting).await?;
         let running = telemetry::step_span("run");
-        let report = self.run_child(&image, registry).instrument(running).await?;
+        let own = self.restore_packs(&image).await;
+        let run = self.run_child(&image, registry, own.as_ref());
+        let report = run.instrument(running).await?;
         let publish = self.publish(&name, &image, report, pull_ms, started);
         let result = publish.instrument(telemetry::step_span("publish")).await?;
+        if let Some(own) = &own {
+            self.keep_packs(&image, own).await;
+        }
         Ok((name, result, turn))
     }
 
@@ -261,6 +299,10 @@ impl<'a> Running<'a> {
         self.journal.say("info", "queue", "waiting for another build of the same image".into());
         flight.acquire_owned().await.map_err(|_| internal("the service is stopping"))
     }
+}
+
+fn digests(image: &Image) -> HashSet<oci::Digest> {
+    image.layers.iter().map(|layer| layer.digest).collect()
 }
 
 fn described(image: &Image) -> String {

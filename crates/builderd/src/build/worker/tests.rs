@@ -32,6 +32,7 @@ fn workers(
         registry,
         pull_timeout: Duration::from_secs(10),
         packs: None,
+        sealed_packs: None,
         cache_enabled: false,
         encrypts_all: false,
         program: program.into(),
@@ -196,6 +197,121 @@ async fn a_database_that_hangs_stops_the_child_within_the_limit() {
     }
     assert!(!staging.exists(), "its files are there still");
     drop(hung);
+}
+
+/// What comes of a build whose process does this and says that it has made five bytes with that
+/// sum, and whether anything is stored then.
+async fn made_by(script: &str, sha256: &str) -> (End, bool) {
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let registry = TestRegistry::start().unwrap();
+    let here = Platform::of_this_machine();
+    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
+    let host = registry.host();
+    queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
+    let workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
+    let claimed = workers.claim().await.expect("a build waits");
+    let staging = workers.staging(&claimed.lease);
+    std::fs::create_dir_all(&staging).unwrap();
+    let report = serde_json::json!({"done": {
+        "metadata": {},
+        "artifact_bytes": 5,
+        "image_bytes": 5,
+        "sha256": sha256,
+        "fetched_bytes": 0,
+        "layers_cached": 0,
+        "phase_secs": [],
+        "memory_peak_bytes": 0,
+        "cpu_ms": 0,
+    }});
+    std::fs::write(directory.path().join("secret"), "12345").unwrap();
+    std::fs::write(
+        staging.join("build-child"),
+        format!("cat > /dev/null; {script}; echo '{report}'"),
+    )
+    .unwrap();
+    let (_hurry, give_up) = watch::channel(false);
+    let end = Running::new(&workers, &claimed, give_up).run_to_the_end().await;
+    assert_eq!(std::fs::read_dir(workers.artifacts.staging()).unwrap().count(), 0);
+    let stored = std::fs::read_dir(directory.path().join("artifacts")).unwrap().count();
+    (end, stored > 0)
+}
+
+#[tokio::test]
+async fn what_a_build_has_made_is_its_own_file_or_nothing() {
+    let (make, sum) = ("printf 12345 > rootfs.ext4", "5".repeat(64));
+    let (end, is_stored) = made_by(make, &sum).await;
+    assert!(matches!(end, End::Made(..)) && is_stored);
+    for (script, sum) in [
+        ("ln -s ../../secret rootfs.ext4", sum.as_str()),
+        ("ln ../../secret rootfs.ext4", &sum),
+        ("mkfifo rootfs.ext4", &sum),
+        ("mkdir rootfs.ext4", &sum),
+        ("printf 123456 > rootfs.ext4", &sum),
+        ("true", &sum),
+        (make, "a/b"),
+        (make, ""),
+    ] {
+        let (end, is_stored) = made_by(script, sum).await;
+        let End::Failed(failure) = end else { panic!("{script} is no failure") };
+        assert_eq!(failure.code, FailureCode::Internal, "{failure:?}");
+        assert!(!is_stored, "{script} is stored");
+    }
+}
+
+/// What a group weighs beside others, if it is there, and what one does that nobody has weighed.
+fn weight(group: &[PathBuf]) -> Option<(u64, u64)> {
+    let files = [("cpu.weight", 100), ("cpu.shares", 1024)];
+    let mut files = group.iter().flat_map(|place| files.map(|(file, of)| (place.join(file), of)));
+    files.find_map(|(file, unweighed)| {
+        let text = std::fs::read_to_string(file).ok()?;
+        Some((text.trim().parse().ok()?, unweighed))
+    })
+}
+
+#[tokio::test]
+async fn a_build_that_runs_is_weighed_beside_the_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let host = Host::open(directory.path());
+    if host.places().is_empty() {
+        println!("skipped: {:?}", host.missing());
+        return;
+    }
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let registry = TestRegistry::start().unwrap();
+    let here = Platform::of_this_machine();
+    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
+    let address = registry.host();
+    queue_build(&store, &format!("{address}/app"), WallClock.now()).await;
+    let clock = Arc::new(WallClock);
+    let mut workers = workers(&store, directory.path(), clock, "/bin/sh", &address);
+    workers.rules.host = Arc::new(host);
+    let claimed = workers.claim().await.expect("a build waits");
+    let staging = workers.staging(&claimed.lease);
+    std::fs::create_dir_all(&staging).unwrap();
+    std::fs::write(staging.join("build-child"), "exec /bin/sleep 1000").unwrap();
+    let name = staging.file_name().unwrap();
+    let group: Vec<PathBuf> =
+        workers.rules.host.places().iter().map(|place| place.join(name)).collect();
+
+    let (hurry, give_up) = watch::channel(false);
+    let running = Running::new(&workers, &claimed, give_up);
+    let look = async {
+        let patience = Instant::now() + Duration::from_secs(20);
+        loop {
+            let found = weight(&group);
+            if found.is_some_and(|(weight, of)| weight > of) || Instant::now() > patience {
+                hurry.send_replace(true);
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let (end, found) = tokio::join!(running.run_to_the_end(), look);
+    assert!(matches!(end, End::Released), "it was not given back");
+    let (weight, unweighed) = found.expect("it has a group");
+    assert!(weight > unweighed, "who has taken nothing goes first: {weight}");
+    workers.rules.host.close();
 }
 
 #[tokio::test]

@@ -73,7 +73,7 @@ fn an_artifact_of_an_enterprise_tenant_is_nowhere_in_the_open() {
     let sum = text(&build, "rootfs_checksum");
     assert!(!text(&build, "rootfs_path").contains(sum), "{build:#}");
     assert_eq!(stage.leaks(), Vec::<PathBuf>::new());
-    assert_eq!(stage.workshop.packs(), Vec::<PathBuf>::new(), "no layer is kept");
+    assert_eq!(stage.workshop.packs(), Vec::<PathBuf>::new(), "no layer is kept in the open");
 
     // What is downloaded is the plain artifact, and its sizes and sums are told.
     let id = text(&build, "build_id");
@@ -103,6 +103,68 @@ fn an_artifact_of_an_enterprise_tenant_is_nowhere_in_the_open() {
     let open = stage.completed(&server, "shop", "TENANT_TIER_PRO");
     assert!(text(&open, "rootfs_path").contains("public/"), "{open:#}");
     assert_eq!(stage.leaks().len(), 2, "{:?}", stage.leaks());
+}
+
+/// How often the layer with the canary was fetched.
+fn fetched(stage: &Stage) -> usize {
+    let blob = format!("/blobs/sha256:{}", crate::support::sha256(&stage.image.blobs[0]));
+    let requests = stage.registry.requests();
+    requests.iter().filter(|asked| asked.method == "GET" && asked.path.ends_with(&blob)).count()
+}
+
+/// Another image on the same layer.
+fn extend(stage: &mut Stage, name: &str) {
+    let secret = Layer::new().file("etc/secret", CANARY.repeat(200).as_bytes());
+    stage.image = TestImage::new(vec![secret, Layer::new().file(name, b"more")]);
+    stage.push("app", &["latest"]);
+}
+
+/// The sealed packs of a tenant.
+fn kept(stage: &Stage, tenant: &str) -> Vec<PathBuf> {
+    let directory = format!("rootfs/sealed-packs-v1/artifacts/tenant-{tenant}");
+    let names = stage.workshop.names(&directory).into_iter();
+    names.map(|name| stage.workshop.path(&directory).join(name)).collect()
+}
+
+#[test]
+fn layers_of_an_enterprise_tenant_are_kept_encrypted_for_its_next_image_alone() {
+    let mut stage = stage();
+    let server = stage.serve(&[]);
+    let tier = "TENANT_TIER_ENTERPRISE";
+    stage.completed(&server, "bank", tier);
+    assert_eq!((fetched(&stage), kept(&stage, "bank").len()), (1, 1));
+    let sum = crate::support::sha256(&stage.image.blobs[0]);
+    let named = |path: &PathBuf| path.to_string_lossy().contains(&sum);
+    assert!(!kept(&stage, "bank").iter().any(named), "nor does its name tell which one it is");
+
+    extend(&mut stage, "one");
+    stage.completed(&server, "bank", tier);
+    assert_eq!((fetched(&stage), kept(&stage, "bank").len()), (1, 2));
+    stage.completed(&server, "other", tier);
+    assert_eq!(fetched(&stage), 2, "who has not fetched it fetches it");
+
+    // A pack that is damaged, or whose key is gone, is fetched and kept anew.
+    for path in kept(&stage, "bank") {
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    }
+    extend(&mut stage, "two");
+    stage.completed(&server, "bank", tier);
+    assert_eq!(fetched(&stage), 3);
+    extend(&mut stage, "three");
+    stage.completed(&server, "bank", tier);
+    assert_eq!(fetched(&stage), 3);
+    stage.admin_well(&["destroy-keys", "bank"]);
+    extend(&mut stage, "four");
+    stage.completed(&server, "bank", tier);
+    assert_eq!(fetched(&stage), 4);
+
+    assert_eq!(stage.leaks(), Vec::<PathBuf>::new());
+    assert_eq!(stage.workshop.packs(), Vec::<PathBuf>::new());
+    let left = stage.workshop.names("rootfs/sealed-packs-v1/staging");
+    assert_eq!(left, Vec::<String>::new(), "what was opened for a build went with it");
 }
 
 #[test]
