@@ -25,8 +25,10 @@ const ALIGNMENT: usize = 4096;
 const WRITE_BYTES: usize = 1 << 20;
 /// How much each way is tried before they are compared.
 const TRIAL_BYTES: u64 = 8 << 20;
-/// One of so many accesses goes the slower way, to notice when it has become the faster.
+/// One of so many accesses goes the slower way, to notice when it has become the faster;
 const LOOK_AGAIN: u32 = 48;
+/// more of them where the way that seems slow has more to gain.
+const LOOK_AGAIN_SOON: u32 = 12;
 
 /// Memory that direct input and output accept.
 pub(super) struct AlignedBuffer {
@@ -136,7 +138,11 @@ impl Lane {
         if self.cached.bytes < TRIAL_BYTES {
             return Way::Cached;
         }
-        match self.cached.is_faster_than(&self.direct) != self.accesses.is_multiple_of(LOOK_AGAIN) {
+        let again = match liking {
+            Liking::Faster => LOOK_AGAIN,
+            Liking::Direct => LOOK_AGAIN_SOON,
+        };
+        match self.cached.is_faster_than(&self.direct) != self.accesses.is_multiple_of(again) {
             true => Way::Cached,
             false => Way::Direct,
         }
@@ -462,6 +468,24 @@ mod tests {
         });
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::FileTooLarge);
         assert_eq!(file.metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_disk_that_was_slow_at_first_is_soon_written_to_again() {
+        let (piece, mut lane) = (1 << 20, Lane::default());
+        let mut direct = |micros, count| {
+            let mut direct = 0;
+            for _ in 0..count {
+                let way = lane.choose(Liking::Direct);
+                let micros = if way == Way::Cached { 500 } else { micros };
+                lane.note(way, piece, Duration::from_micros(micros));
+                direct += u32::from(way == Way::Direct);
+            }
+            direct
+        };
+        assert!(direct(40_000, 24) <= 10, "25 MB in a second are too few");
+        direct(1_000, 240);
+        assert_eq!(direct(1_000, 240), 240);
     }
 
     #[test]

@@ -139,6 +139,10 @@ impl CpuShare<'_> {
         let since = now.saturating_duration_since(self.told_at);
         // What could not be read once is not taken twice.
         (self.told_usecs, self.told_at) = (self.told_usecs.max(usecs), now);
+        let works = more > 0 && more >= micros(since / WORK_PART);
+        // Who works and does not compute writes, or keeps the kernel busy: that is not told by its
+        // own time.
+        let more = if works && !self.is_held { more.max(micros(since)) } else { more };
         if self.is_held {
             self.held += since;
         }
@@ -150,7 +154,7 @@ impl CpuShare<'_> {
             return CpuPart { weight: WEIGHT_MAX, held_to: None };
         };
         taken.usecs = taken.usecs.saturating_add(more);
-        if more > 0 && more >= micros(since / WORK_PART) {
+        if works {
             taken.worked_at = now;
         }
         let (whole, builds) = (taken.weight(), taken.builds.max(1));
@@ -234,6 +238,23 @@ mod tests {
         }
         // Ten seconds, and half of two minutes.
         assert!((4 * 65..4 * 75).contains(&held), "{held} quarters of a second of 120 s");
+    }
+
+    #[test]
+    fn who_writes_takes_as_much_as_who_computes_and_who_waits_takes_nothing() {
+        let (shares, start) = (CpuShares::default(), Instant::now());
+        let mut all = ["computes", "writes", "waits"]
+            .map(|name| shares.enter(&tenant(name), Tier::Free, start));
+        let mut last = [WEIGHT_MAX; 3];
+        for beat in 1..12 {
+            let now = start + Duration::from_millis(250 * beat);
+            let taken = [SECOND / 4 * beat, SECOND / 40 * beat, beat];
+            for ((share, taken), last) in all.iter_mut().zip(taken).zip(&mut last) {
+                *last = share.part(taken, now).weight;
+            }
+        }
+        assert_eq!(last[0], last[1]);
+        assert!(last[2] > WEIGHT_MAX / 100 * 99, "{last:?}");
     }
 
     #[test]

@@ -330,6 +330,10 @@ impl Workers {
 
     /// The permit to make this artifact; who waits for it finds it made.
     fn flight(&self, name: &ArtifactName) -> Arc<Semaphore> {
+        if !self.rules.cache_enabled {
+            // It would be made again all the same.
+            return Arc::new(Semaphore::new(1));
+        }
         let mut flights = lock(&self.flights);
         flights.retain(|_, flight| Arc::strong_count(flight) > 1);
         let key = format!("{}/{}", name.domain, name.recipe);

@@ -617,6 +617,19 @@ fn builds_of_one_image_at_once_make_it_once() {
 }
 
 #[test]
+fn a_build_that_may_not_take_anothers_artifact_does_not_wait_for_it() {
+    let stage = Stage::new();
+    let server = stage.serve(&[("STORAGE_CACHE_ENABLED", "false")]);
+    stage.stall(1);
+    let slow = server.create("t1", &stage.reference("latest"));
+    eventually("a layer that stands still", || stage.registry.faults_left() == 0);
+    let id = server.create("t2", &stage.reference("latest"));
+    let build = server.finished("t2", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    assert_eq!(server.build("t1", &slow)["state"], "BUILD_STATE_EXTRACTING");
+}
+
+#[test]
 fn a_mirror_that_is_passed_over_is_in_the_log() {
     let stage = Stage::new();
     let mirror = format!("{}=127.0.0.1:1", stage.registry.host());

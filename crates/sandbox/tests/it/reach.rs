@@ -92,16 +92,23 @@ fn with_a_keeper_ends_all_that_it_started_and_mounted() {
 }
 
 #[test]
-fn a_loop_device_goes_with_its_last_user() {
+fn a_loop_device_writes_past_the_page_cache_and_goes_with_its_last_user() {
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
     if !is_root() || !LoopDevice::is_there() {
         return;
     }
-    let file = tempfile::tempfile().unwrap();
+    let file = tempfile::tempfile_in(".").unwrap();
     file.set_len(1 << 20).unwrap();
     let device = LoopDevice::attach(&file).unwrap();
     let name = device.path().file_name().unwrap().to_owned();
     let size = std::path::Path::new("/sys/block").join(&name).join("size");
     assert_eq!(fs::read_to_string(&size).unwrap().trim(), "2048");
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    if fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(itself).is_ok() {
+        let flag = size.with_file_name("loop").join("dio");
+        assert_eq!(fs::read_to_string(flag).unwrap().trim(), "1");
+    }
     drop(device);
     let patience = Instant::now() + Duration::from_secs(20);
     // Somebody else may have it by then, but not with this file's size.
