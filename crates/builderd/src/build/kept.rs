@@ -25,6 +25,10 @@ use crate::tenant::TenantId;
 
 /// Below the directory where images are made, which no other service uses.
 const DIRECTORY: &str = "sealed-packs-v1";
+/// Below that of a try: the packs that its processes see,
+const OPEN: &str = "open";
+/// and the one that is being sealed, which they do not.
+const TAKEN: &str = "taken";
 /// Before the digest of a layer, whose pack is named by what a tenant's key makes of both.
 const NAME: &str = "layer pack ";
 
@@ -71,7 +75,7 @@ impl SealedPacks {
         Ok(Self { plain, sealed, keys, limit_bytes })
     }
 
-    /// Where a try of that name has its packs.
+    /// What is there for a try of that name alone; to be removed when it has ended.
     pub(super) fn directory(&self, name: &str) -> PathBuf {
         self.plain.staging().join(name)
     }
@@ -87,7 +91,7 @@ impl SealedPacks {
         layers: &HashSet<Digest>,
         now: Micros,
     ) -> io::Result<OwnPacks> {
-        let directory = self.directory(name);
+        let directory = self.directory(name).join(OPEN);
         tokio::fs::create_dir_all(&directory).await?;
         let cache = PackCache::open(&directory).map_err(io::Error::other)?;
         let domain = SharingDomain::named(domain);
@@ -150,17 +154,12 @@ impl SealedPacks {
     ) -> io::Result<()> {
         for &digest in layers.difference(&own.kept) {
             let path = own.cache.pack_path(&own.key(digest));
-            let (from, taken) = (own.directory.clone(), own.directory.with_extension("taken"));
+            let (from, taken) = (own.directory.clone(), own.directory.with_file_name(TAKEN));
             let to = taken.clone();
             let is_there = tokio::task::spawn_blocking(move || take(&from, &path, &to));
             if is_there.await.map_err(io::Error::other)?? {
                 let name = self.name(tenant, digest, now).await?;
-                let published = self.sealed.publish(&taken, &name).await;
-                if published.is_err() {
-                    // Plain, and not in the directory that goes with the try.
-                    let _ = tokio::fs::remove_file(&taken).await;
-                }
-                published?;
+                self.sealed.publish(&taken, &name).await?;
             }
         }
         self.prune().await
