@@ -60,6 +60,23 @@ pub fn image_of(packs: &[(Pack, Vec<u8>)]) {
         .expect("our reader walks what our writer wrote");
 }
 
+/// A tar entry of a file with these contents, padded.
+pub fn file(path: &[u8], content: &[u8]) -> Vec<u8> {
+    let mut entry = entry(b'0', path, b"");
+    entry[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
+    seal(&mut entry);
+    entry.extend(content);
+    entry.resize(entry.len().next_multiple_of(512), 0);
+    entry
+}
+
+/// Puts the right sum into a header.
+fn seal(block: &mut [u8]) {
+    block[148..156].fill(b' ');
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
 /// A tar entry: `kind` is its type flag, `path` at most 100 bytes, `link` likewise.
 pub fn entry(kind: u8, path: &[u8], link: &[u8]) -> Vec<u8> {
     let mut block = vec![0; 512];
@@ -69,7 +86,6 @@ pub fn entry(kind: u8, path: &[u8], link: &[u8]) -> Vec<u8> {
     put(156, &[kind]);
     put(157, &link[..link.len().min(100)]);
     put(257, b"ustar\x0000");
-    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
-    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    seal(&mut block);
     block
 }

@@ -13,8 +13,17 @@ use crate::process::{self, Program};
 use crate::workspace;
 
 /// All of them; a test compares with `fuzz/fuzz_targets`.
-pub(crate) const TARGETS: &[&str] =
-    &["reference", "manifest", "tar", "whiteout_path", "pack", "ext4_reader", "sealed_file"];
+pub(crate) const TARGETS: &[&str] = &[
+    "reference",
+    "manifest",
+    "archive",
+    "registry_answer",
+    "tar",
+    "whiteout_path",
+    "pack",
+    "ext4_reader",
+    "sealed_file",
+];
 
 /// How long each target runs unless the caller says.
 const SECONDS_DEFAULT: u64 = 60;
@@ -94,6 +103,11 @@ fn seeds() -> Result<()> {
         }
     }
     put("manifest", "index", &std::fs::read(layout.join("index.json"))?)?;
+    put("archive", "layout", ARCHIVE.as_bytes())?;
+    put("archive", "tar", &tar_of_layout(&layout)?)?;
+    for (index, text) in ANSWERS.iter().enumerate() {
+        put("registry_answer", &format!("seed{index}"), text.as_bytes())?;
+    }
     let tar = tar_seed()?;
     put("tar", "tar", &tar)?;
     put("tar", "gzip", &gzip(&tar)?)?;
@@ -116,6 +130,32 @@ const REFERENCES: &[&str] = &[
 
 const WHITEOUTS: &[&str] =
     &["a/.wh.b", ".wh..wh..opq", "a/.wh..wh.plnk/x", "./../a//b/", ".wh.", "/.wh...", "a/.wh.."];
+
+/// A layer, a configuration, a manifest, the list of a `docker save` archive and the index of a
+/// layout; `@`, `%` and `#` with a number stand for an earlier line, as the target says.
+const ARCHIVE: &str = r##"layer
+{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":["@0"]}}
+{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"@1","size":#1},"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"@0","size":#0}]}
+[{"Config":"blobs/sha256/%1","RepoTags":["a:t"],"Layers":["blobs/sha256/%0"]}]
+{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"@2","size":#2,"annotations":{"org.opencontainers.image.ref.name":"t"}}]}"##;
+
+/// The documents of a layout, as another tool's archive has them; its layers are too large.
+fn tar_of_layout(layout: &std::path::Path) -> Result<Vec<u8>> {
+    let outcome = Program::new("tar")
+        .args(["--create", "--exclude=*.part", "--file=-", "--directory"])
+        .arg(layout)
+        .args(["oci-layout", "index.json"])
+        .checked()?;
+    Ok(outcome.stdout)
+}
+
+const ANSWERS: &[&str] = &[
+    "www-authenticate: Bearer realm=\"https://auth.docker.io/token\",service=\"registry.docker.io\",\
+     scope=\"repository:library/nginx:pull\"\nwww-authenticate: Basic realm=\"x\"\n\n\
+     {\"token\":\"a\",\"expires_in\":300,\"issued_at\":\"2026-01-01T00:00:00Z\"}",
+    "content-range: bytes 5-9/10\nretry-after: 120\n\n{\"access_token\":\"b\"}",
+    "date: Wed, 21 Oct 2015 07:28:00 GMT\nretry-after: Wed, 21 Oct 2015 07:28:30 GMT\n",
+];
 
 fn tar_seed() -> Result<Vec<u8>> {
     Ok(generated::tar_bytes(|tar| {

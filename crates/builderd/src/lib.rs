@@ -9,6 +9,7 @@
 //! The formats live in crates of their own: `oci` (images), `rootfs` (layers and
 //! trees), `ext4` (bytes on disk).
 
+mod accepting;
 pub mod api;
 pub mod artifact;
 pub mod build;

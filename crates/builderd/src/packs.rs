@@ -323,7 +323,7 @@ impl PackCache {
 
     fn open_lock(&self, key: &PackKey) -> Result<(PathBuf, File), CacheError> {
         let path = self.key_path(key, "lock");
-        self.make_domain(key)?;
+        self.directory_of(&key.domain)?;
         let opened = File::options().create(true).truncate(false).write(true).open(&path);
         let file = opened.map_err(failed("open the lock", &path))?;
         Ok((path, file))
@@ -334,7 +334,7 @@ impl PackCache {
     /// # Errors
     /// [`CacheError::Io`].
     pub(crate) fn stage(&self, key: &PackKey) -> Result<Staged, CacheError> {
-        let directory = self.make_domain(key)?;
+        let directory = self.directory_of(&key.domain)?;
         Staged::create_in(&directory).map_err(failed("create a file in", &directory))
     }
 
@@ -495,8 +495,13 @@ impl PackCache {
         Ok(())
     }
 
-    fn make_domain(&self, key: &PackKey) -> Result<PathBuf, CacheError> {
-        let directory = self.root.join(key.domain.as_str());
+    /// Where the packs of a domain lie, made if need be. Who sees of a cache nothing but this can use
+    /// it for that domain.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when the directory cannot be made.
+    pub(crate) fn directory_of(&self, domain: &SharingDomain) -> Result<PathBuf, CacheError> {
+        let directory = self.root.join(domain.as_str());
         std::fs::create_dir_all(&directory).map_err(failed("create", &directory))?;
         Ok(directory)
     }

@@ -107,7 +107,10 @@ pub(crate) fn run(config: Config) -> Result<(), ServeError> {
         tokio::spawn(stop_on_signals(stop));
         let tls = match &config.tls {
             Some(settings) => Some(tls::start(settings, telemetry.metrics()).await?),
-            None => None,
+            None => {
+                outlive_hangups();
+                None
+            }
         };
         let address = config.listen.to_string();
         let listener = TcpListener::bind(config.listen)
@@ -118,7 +121,9 @@ pub(crate) fn run(config: Config) -> Result<(), ServeError> {
             let wanted = config.tls.as_ref().is_some_and(|settings| settings.for_metrics);
             let tls = tls.as_ref().filter(|_| wanted).map(|(tls, _)| tls.clone());
             let page = telemetry::metrics_router(telemetry.metrics());
-            tokio::spawn(api::serve(port, tls, page, stopped.clone(), config.shutdown_timeout));
+            let (crowd, drain) =
+                (api::Crowd::up_to(config.connections_max), config.shutdown_timeout);
+            tokio::spawn(api::serve(port, tls, page, crowd, stopped.clone(), drain));
         }
         tell_of_walls(&host);
         let served = serve(config, host, (listener, tls), telemetry.metrics(), stopped).await;
@@ -146,6 +151,20 @@ async fn stop_on_signals(stop: watch::Sender<bool>) {
         }
     }
     std::process::exit(130);
+}
+
+/// A SIGHUP, at which certificates are read anew, ends no server that has none.
+fn outlive_hangups() {
+    use tokio::signal::unix::{SignalKind, signal};
+    // From now on, and not when the task begins.
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            tracing::info!(
+                "SIGHUP: nothing is read anew without TLS; settings are read at a start"
+            );
+        }
+    });
 }
 
 /// Where clients come in, and what keeps it secure.
@@ -207,14 +226,15 @@ pub(crate) async fn serve(
     let state = api::ApiState::new(service, store, clock, meters, rules, stopping.clone());
     let (tls, keeper) = tls.unzip();
     let state = match &tls {
-        Some(tls) => state.knowing(tls.clients()),
+        Some(tls) => state.knowing(tls),
         None => state,
     };
     let written = state.written();
     let address = listener.local_addr().map_err(ServeError::Runtime)?;
     tell_address(address, config.dev, tls.is_some());
     let router = api::router(state, config.cors_allowed_origins);
-    let answer = api::serve(listener, tls, router, stopping.clone(), config.shutdown_timeout);
+    let (crowd, drain) = (api::Crowd::up_to(config.connections_max), config.shutdown_timeout);
+    let answer = api::serve(listener, tls, router, crowd, stopping.clone(), drain);
     parts.start("the API", answer);
     if let Some(keeper) = keeper {
         parts.start("the keeper of certificates", keeper.run(stopping.clone()));
@@ -422,7 +442,7 @@ fn api_rules(config: &Config) -> ApiRules {
         default_tier: config.tenants.default_tier,
         looks_per_sec: config.health_rate_per_sec,
         body_max: api::BODY_MAX,
-        held_max: api::HELD_MAX,
+        open_max: api::OPEN_MAX,
     }
 }
 

@@ -158,7 +158,11 @@ impl FromStr for Tier {
 }
 
 /// What a tenant may use.
+///
+/// A node that does not know a limit cannot keep to it: it refuses the whole of it, and leaves the
+/// tenant to nodes that do, as several versions may share a database.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TenantLimits {
     /// Memory of one build.
     pub memory_bytes: u64,

@@ -39,7 +39,7 @@ mod unpack;
 pub use error::{CommandEnd, CommandsError, Unable};
 pub use host::{Runtime, accepted_names, check};
 pub use order::{CommandLimits, Event, Order, PackPart, Scratch};
-pub use run::{Serve, run};
+pub use run::{Serve, clear_leftovers, run};
 pub use scratch::remove_tree;
 
 /// The word by which a program is started again as one of the processes: its first argument.

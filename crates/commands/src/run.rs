@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use sandbox::{CgroupRoot, Sandbox, Users};
+use sandbox::{CgroupRoot, LoopDevice, Sandbox, Users};
 
 use crate::counting::{BYTES_PER_FILE, Counting, guard};
 use crate::order::{self, Event, KeeperOrder, LINE_BYTES_MAX, Line, Order, Scratch};
@@ -42,7 +42,7 @@ pub fn run(
     observe: &mut dyn FnMut(Event),
 ) -> Result<(), CommandsError> {
     let groups = CgroupRoot::open(PLACE).map_err(Unable::NoLimits)?;
-    sweep(&groups);
+    clear_leftovers();
     let io = |action| move |source| CommandsError::Io { action, source };
     let (scratch, watched) = scratch(&order).map_err(io("make the disk of the commands"))?;
     let (ours, outside) = door::pair().map_err(io("make a pair of sockets"))?;
@@ -101,14 +101,14 @@ fn scratch(order: &Order) -> io::Result<(File, Option<WatchedDirectory>)> {
     }
 }
 
-/// Removes the groups that builds have left whose process was killed.
-fn sweep(groups: &CgroupRoot) {
-    for name in groups.names() {
+/// Takes back from the kernel what builds have left whose process was killed: empty groups, and the
+/// bounds of loop devices that nobody has any more. What a build still has is not touched.
+pub fn clear_leftovers() {
+    CgroupRoot::remove_empty(PLACE, |name| {
         let owner = name.split('-').next().and_then(|pid| pid.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-            drop(groups.existing(&name));
-        }
-    }
+        owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+    });
+    LoopDevice::unbound_free();
 }
 
 /// What the runtime complains of, where a command was not even started.

@@ -95,8 +95,18 @@ impl Unpacker<'_> {
         let lower = open_directory(directory, LOWER.as_bytes()).map_err(failed)?;
         self.lower = Some(lower.try_clone().map_err(failed_io("open the image's root"))?);
         for name in MOUNT_POINTS {
-            if self.tree.lookup(name.as_bytes()).is_none() {
-                rustix::fs::mkdirat(&lower, name, Mode::from_raw_mode(0o755)).map_err(failed)?;
+            match self.tree.lookup(name.as_bytes()).map(|id| self.tree.inode(id).kind) {
+                Some(Kind::Directory) => {}
+                // The runtime would follow a link, out of the tree as well.
+                Some(_) => {
+                    return Err(Trouble::theirs(format!(
+                        "/{name} of the image is no directory: an image with commands needs one \
+                         there, or nothing, as /dev and /proc of the commands are mounted on it"
+                    )));
+                }
+                None => {
+                    rustix::fs::mkdirat(&lower, name, Mode::from_raw_mode(0o755)).map_err(failed)?
+                }
             }
         }
         self.fill(InodeId::ROOT, &lower, &mut Vec::new())?;

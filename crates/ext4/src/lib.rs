@@ -33,3 +33,7 @@ pub use output::Output;
 pub use placement::Move;
 pub use reader::{Image, ReadAt, ReadError};
 pub use tree::{Entry, Inode, InodeId, Kind, Run, Timestamp, Tree, Xattr, XattrSetId};
+
+/// Counts the changes of the bytes that [`Layout::write`] and [`Layout::moves`] make of a tree and
+/// options. Images of one revision are equal where these are; between revisions they need not be.
+pub const REVISION: u32 = 1;

@@ -402,7 +402,7 @@ fn checked_start(
 }
 
 /// `bytes first-last/total` or `bytes first-last/*` (RFC 9110, 14.4) as (first, total).
-fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+pub(crate) fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);

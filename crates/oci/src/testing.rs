@@ -112,6 +112,33 @@ struct Content {
     own_url: String,
 }
 
+/// Reads what an answer of a registry or token server says beside its documents, as a client does:
+/// challenges, waits and ranges in the headers (one in each line, `name: value`), and behind an
+/// empty line a token. It does nothing with it; a fuzz target has no other way in.
+pub fn read_answer(text: &[u8]) {
+    let mut lines = text.split(|byte| *byte == b'\n');
+    let mut headers = reqwest::header::HeaderMap::new();
+    let mut read = 0;
+    for line in lines.by_ref().take_while(|line| !line.is_empty()) {
+        read += line.len() + 1;
+        let colon = line.iter().position(|byte| *byte == b':').unwrap_or(line.len());
+        let (name, value) = line.split_at(colon);
+        let name = reqwest::header::HeaderName::from_bytes(name);
+        let value = reqwest::header::HeaderValue::from_bytes(value.get(1..).unwrap_or_default());
+        if let (Ok(name), Ok(value)) = (name, value) {
+            headers.append(name, value);
+        }
+    }
+    let _ = crate::auth::challenge::best(&headers);
+    let _ = crate::retry::retry_after(&headers);
+    for value in headers.get_all(reqwest::header::CONTENT_RANGE) {
+        let _ = value.to_str().map(crate::blob::content_range);
+    }
+    let body = text.get(read + 1..).unwrap_or_default();
+    let now = tokio::time::Instant::now();
+    let _ = crate::auth::token::Grant::from_answer(body, false, now);
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -13,9 +13,12 @@
 //!   has nothing else in it: deleting twice deletes.
 //! - Of two entries with one path, the later counts; two directories are one.
 //! - A hard link names the file that its layer has at the target when the link comes; else the
-//!   one the layer has there at its end; else the one of the layers below. Metadata of the
-//!   link's own header goes to the file, as `link`, `chown`, `chmod` would have it; attributes
-//!   stay when the header has none.
+//!   one the layer has there at its end; else the one of the layers below. The link's own header
+//!   describes the file again, as Docker and containerd do it with `link`, `chown`, `setxattr` and
+//!   `chmod`: attributes it does not name stay, but for the capabilities, which a `chown` takes
+//!   away. umoci and GNU tar leave the file alone.
+//! - A directory that its layer names again keeps the attributes that the later entry does not name.
+//!   umoci removes them.
 //! - A file has the attributes that Linux would have set on it: `user.*` on files and directories
 //!   alone, no ACL on a symbolic link, a default ACL on directories alone. An access ACL follows
 //!   the mode, which Docker and containerd set last; one that only repeats a mode is none.
@@ -23,7 +26,7 @@
 //! Knows no blob, no path of the host and no file system format.
 
 use crate::table::{Body, Dentry, NONE, Node, Store};
-use crate::upper::{Level, Steps, Upper, apply, metadata_of};
+use crate::upper::{Level, Steps, Upper, apply, attributes, metadata_of};
 use crate::{FileTree, Pack, PackReadError, TreeLimits, path};
 
 /// What is wrong with an entry, seen beside the others.
@@ -271,14 +274,14 @@ impl Folder {
             .map_err(|problem| self.link_error(upper, layer, id, problem))?;
         let Some(found) = found else { return Err(self.missing(upper, id)) };
         let file = lower.level.dentries.at(found).inode;
-        let node = lower.level.node_mut(file);
-        let result = if node.is_directory() {
-            Err(FlattenProblem::LinkToDirectory(path::printable(&target)))
-        } else {
-            apply(node, metadata_of(link), link.xattrs);
-            Ok(())
-        };
-        result.map_err(|problem| self.link_error(upper, layer, id, problem))?;
+        let node = *lower.level.node(file);
+        if node.is_directory() {
+            let problem = FlattenProblem::LinkToDirectory(path::printable(&target));
+            return Err(self.link_error(upper, layer, id, problem));
+        }
+        let set = attributes(&mut self.store, &node, link.xattrs, &self.limits, &mut self.steps)
+            .map_err(|problem| self.link_error(upper, layer, id, problem))?;
+        apply(lower.level.node_mut(file), metadata_of(link), set);
         Ok(file)
     }
 

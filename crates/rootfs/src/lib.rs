@@ -48,3 +48,7 @@ pub use tree::{DirectorySize, FileTree};
 
 /// Size of a block of file contents, in packs and in trees.
 pub const BLOCK_BYTES: u64 = 4096;
+
+/// Counts the changes of the trees that [`FileTree::flatten`] makes of the same packs. What packs
+/// say of the same layer is counted by [`PACK_VERSION`].
+pub const TREE_REVISION: u32 = 1;

@@ -6,7 +6,7 @@
 //! has made is followed, never out of the root; links of lower layers are not seen here.
 
 use crate::table::{Body, Dentries, Dentry, NONE, Node, Store};
-use crate::{Blocks, FlattenProblem, Limits, Metadata, TocEntry, TocKind, TreeLimits, path};
+use crate::{Blocks, FlattenProblem, Limits, Metadata, TocEntry, TocKind, TreeLimits, path, xattr};
 
 /// Nodes and names; a layer's own or those folded so far. Node 0 of a layer is its root.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub(crate) struct Steps {
 
 /// To hash and compare so many bytes of a name costs about what finding its slot does.
 const NAME_BYTES_PER_LOOKUP: u64 = 64;
+/// Attributes are taken apart, joined, and compared with other sets.
+const ATTRIBUTE_BYTES_PER_LOOKUP: u64 = 8;
 
 impl Steps {
     /// Counts a component of a path that is looked up.
@@ -250,6 +252,38 @@ impl Level {
     }
 }
 
+/// The attributes of a node with those of an entry that describes it, first or again.
+pub(crate) fn attributes(
+    store: &mut Store,
+    node: &Node,
+    entry: u32,
+    limits: &TreeLimits,
+    steps: &mut Steps,
+) -> Result<u32, FlattenProblem> {
+    if node.xattrs == NONE {
+        return Ok(entry);
+    }
+    let before = store.sets.get(node.xattrs);
+    let given = if entry == NONE { &[][..] } else { store.sets.get(entry) };
+    let bytes = before.len() + given.len();
+    steps.look_up_again(1 + bytes as u64 / ATTRIBUTE_BYTES_PER_LOOKUP, limits)?;
+    let joined = xattr::described_again(before, given, node.is_directory());
+    intern(store, &joined, limits)
+}
+
+/// The number of a set; `NONE` of an empty one.
+fn intern(store: &mut Store, encoded: &[u8], limits: &TreeLimits) -> Result<u32, FlattenProblem> {
+    if encoded.is_empty() {
+        return Ok(NONE);
+    }
+    let too_many = FlattenProblem::Bytes(limits.bytes_max);
+    match store.sets.intern(encoded) {
+        Some((_, true)) if store.sets.bytes() > limits.bytes_max as usize => Err(too_many),
+        Some((set, _)) => Ok(set),
+        None => Err(too_many),
+    }
+}
+
 /// Adds bytes to an arena; gives where they start.
 pub(crate) fn append(
     arena: &mut Vec<u8>,
@@ -445,8 +479,8 @@ impl<'f> Upper<'f> {
         self.describe(id, metadata, xattrs)
     }
 
-    /// Gives a node the metadata of an entry. A node described before keeps its attributes when
-    /// the later entry has none.
+    /// Gives a node the metadata of an entry. A node described before keeps the attributes that the
+    /// later entry does not name.
     fn describe(
         &mut self,
         id: u32,
@@ -454,6 +488,7 @@ impl<'f> Upper<'f> {
         xattrs: &[u8],
     ) -> Result<(), FlattenProblem> {
         let set = self.set_of(metadata, xattrs)?;
+        let set = self.joined(id, set)?;
         apply(self.level.node_mut(id), metadata, set);
         if self.level.node(id).is_directory() {
             self.mark_real(id);
@@ -466,11 +501,7 @@ impl<'f> Upper<'f> {
         if let Some(known) = self.sets.get(id as usize) {
             return Ok(*known);
         }
-        let too_many = FlattenProblem::Bytes(self.limits.bytes_max);
-        if self.store.sets.bytes() + xattrs.len() > self.limits.bytes_max as usize {
-            return Err(too_many);
-        }
-        let (set, _) = self.store.sets.intern(xattrs).ok_or(too_many)?;
+        let set = intern(self.store, xattrs, self.limits)?;
         self.sets.push(set);
         Ok(set)
     }
@@ -568,8 +599,7 @@ impl<'f> Upper<'f> {
                 }
             }
         }
-        self.adopt(&settled);
-        Ok(())
+        self.adopt(&settled)
     }
 
     /// What the layer itself has at the target of a pending link.
@@ -586,7 +616,7 @@ impl<'f> Upper<'f> {
     }
 
     /// Lets the names of settled links point to what they mean.
-    fn adopt(&mut self, settled: &[Option<u32>]) {
+    fn adopt(&mut self, settled: &[Option<u32>]) -> Result<(), (u32, FlattenProblem)> {
         for dentry in self.level.dentries.all_mut() {
             if dentry.inode != NONE
                 && let Some(last) = settled[dentry.inode as usize]
@@ -594,18 +624,33 @@ impl<'f> Upper<'f> {
                 dentry.inode = last;
             }
         }
-        for id in &self.pending {
-            let last = settled[*id as usize].unwrap_or(*id);
-            // Of several headers the later describes the file.
-            let described_later = last > *id && self.level.node(last).is_pending();
-            if last != *id && !described_later {
-                let link = *self.level.node(*id);
-                apply(self.level.node_mut(last), metadata_of(&link), link.xattrs);
-            }
+        let pending = std::mem::take(&mut self.pending);
+        let means = |id: &u32| settled[*id as usize].filter(|last| last != id).map(|it| (*id, it));
+        // Of several headers the later describes the file.
+        let (earlier, later): (Vec<_>, Vec<_>) = pending
+            .iter()
+            .filter_map(means)
+            .partition(|(id, last)| last > id && self.level.node(*last).is_pending());
+        for (id, last) in later {
+            let link = *self.level.node(id);
+            let set = self.joined(last, link.xattrs).map_err(|problem| (id, problem))?;
+            apply(self.level.node_mut(last), metadata_of(&link), set);
+        }
+        for (id, last) in earlier.into_iter().rev() {
+            let given = self.level.node(last).xattrs;
+            let set = self.joined(id, given).map_err(|problem| (id, problem))?;
+            self.level.node_mut(last).xattrs = set;
         }
         let level = &self.level;
+        self.pending = pending;
         self.pending
             .retain(|id| settled[*id as usize] == Some(*id) && level.node(*id).is_pending());
+        Ok(())
+    }
+
+    /// The attributes of a node with those of one more entry that describes it.
+    fn joined(&mut self, id: u32, entry: u32) -> Result<u32, FlattenProblem> {
+        attributes(self.store, self.level.node(id), entry, self.limits, self.steps)
     }
 }
 
@@ -619,14 +664,12 @@ pub(crate) fn metadata_of(node: &Node) -> Metadata {
     Metadata { permissions, uid, gid, mtime, xattrs: None }
 }
 
-/// Owner, permissions and time; attributes if there are any.
+/// Owner, permissions, time and attributes.
 pub(crate) fn apply(node: &mut Node, metadata: Metadata, set: u32) {
     // Linux knows no permissions of symbolic links.
     let is_symlink = matches!(node.body, Body::Symlink { .. });
     node.permissions = if is_symlink { 0o777 } else { metadata.permissions };
     (node.uid, node.gid, node.mtime) = (metadata.uid, metadata.gid, metadata.mtime);
-    if set != NONE {
-        node.xattrs = set;
-    }
+    node.xattrs = set;
     node.flags |= Node::EXPLICIT;
 }

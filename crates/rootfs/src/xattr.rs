@@ -10,6 +10,7 @@ use crate::varint::{Cursor, Malformed, put};
 
 const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
 const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
+const CAPABILITY: &[u8] = b"security.capability";
 
 /// Whether an attribute of a layer belongs into an image.
 ///
@@ -65,6 +66,32 @@ pub(crate) fn as_unpacked(carrier: Carrier, permissions: u16, encoded: &[u8]) ->
     encode(&unpacked.collect())
 }
 
+/// What a file has of attributes once an entry describes it that was described before: `chown`
+/// takes its capabilities away (not from a directory, which has none), then each attribute of the
+/// entry is set. Both sets and the answer are canonical, or empty for none.
+pub(crate) fn described_again(before: &[u8], entry: &[u8], is_directory: bool) -> Vec<u8> {
+    let stays = |(name, _): &(&[u8], &[u8])| is_directory || *name != CAPABILITY;
+    let mut old = Pairs::new(before).filter(stays).peekable();
+    let mut new = Pairs::new(entry).peekable();
+    let mut out = Vec::with_capacity(before.len() + entry.len());
+    loop {
+        let (name, value) = match (old.peek(), new.peek()) {
+            (None, None) => return out,
+            (Some(pair), None) => (*pair, old.next()).0,
+            (Some(pair), Some((name, _))) if pair.0 < *name => (*pair, old.next()).0,
+            (there, Some(pair)) => {
+                let replaces = there.is_some_and(|(name, _)| *name == pair.0);
+                let pair = (*pair, new.next()).0;
+                if replaces {
+                    old.next();
+                }
+                pair
+            }
+        };
+        put_pair(&mut out, name, value);
+    }
+}
+
 /// POSIX ACLs in the form of `getxattr(2)`: four bytes of version, then entries of a tag, its
 /// permissions and an id. Whether one is valid is for whoever stores it to say.
 mod acl {
@@ -112,12 +139,16 @@ mod acl {
 pub(crate) fn encode(set: &BTreeMap<Vec<u8>, Vec<u8>>) -> Vec<u8> {
     let mut out = Vec::new();
     for (name, value) in set {
-        put(&mut out, name.len() as u64);
-        out.extend_from_slice(name);
-        put(&mut out, value.len() as u64);
-        out.extend_from_slice(value);
+        put_pair(&mut out, name, value);
     }
     out
+}
+
+fn put_pair(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+    for part in [name, value] {
+        put(out, part.len() as u64);
+        out.extend_from_slice(part);
+    }
 }
 
 /// The attributes of a canonical form; ends early where the bytes are malformed.
@@ -263,6 +294,23 @@ mod tests {
         let bound = access(acl(&[(1, 6), (2, 7), (4, 7), (16, 4), (32, 0)]));
         assert_eq!(as_unpacked(Carrier::File, 0o640, &generous), bound);
         assert_eq!(as_unpacked(Carrier::File, 0o640, &bound), bound);
+    }
+
+    #[test]
+    fn a_second_description_adds_attributes_and_takes_capabilities_away() {
+        let encoded = |pairs: &[(&str, &str)]| encode(&set(pairs));
+        let before = encoded(&[("security.capability", "c"), ("user.a", "1"), ("user.c", "3")]);
+        let entry = encoded(&[("trusted.t", "t"), ("user.a", "2"), ("user.b", "2")]);
+        let joined = [("trusted.t", "t"), ("user.a", "2"), ("user.b", "2"), ("user.c", "3")];
+        assert_eq!(described_again(&before, &entry, false), encoded(&joined));
+        let capable = [&[("security.capability", "c")], &joined[..]].concat();
+        assert_eq!(described_again(&before, &entry, true), encoded(&capable));
+        let plain = [("user.a", "1"), ("user.c", "3")];
+        assert_eq!(described_again(&before, b"", false), encoded(&plain));
+        assert_eq!(described_again(&encoded(&capable[..1]), b"", false), b"");
+        assert_eq!(described_again(b"", &entry, false), entry);
+        let given = encoded(&[("security.capability", "d")]);
+        assert_eq!(described_again(&encoded(&capable[..1]), &given, false), given);
     }
 
     #[test]

@@ -108,6 +108,23 @@ impl CgroupRoot {
         Ok(Self { places, elsewhere })
     }
 
+    /// Removes groups below `name` beside this process's own, in every hierarchy, that have no
+    /// process any more and of which `is_left` says that nobody comes back to them. Container
+    /// runtimes make such groups also in hierarchies that are not used here, where nobody who is
+    /// killed can remove them.
+    pub fn remove_empty(name: &str, is_left: impl Fn(&str) -> bool) {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        let all = hierarchies(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
+        for place in all.into_iter().map(|base| base.join(name)) {
+            for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+                if entry.file_name().to_str().is_some_and(&is_left) {
+                    // The kernel refuses where a process is.
+                    let _ = fs::remove_dir(entry.path());
+                }
+            }
+        }
+    }
+
     /// The directories below which groups are made.
     pub fn places(&self) -> impl Iterator<Item = &Path> {
         self.places.values().map(|(place, _)| place.as_path())
@@ -319,7 +336,12 @@ fn kill_below(directory: &Path) -> usize {
     for below in groups_below(directory) {
         count += kill_below(&below);
     }
-    let numbers = processes(directory);
+    count + kill_listed(|| processes(directory))
+}
+
+/// Kills the processes that are listed; tells how many were.
+fn kill_listed(listed: impl Fn() -> Vec<u32>) -> usize {
+    let numbers = listed();
     for some in numbers.chunks(HELD_AT_ONCE) {
         let hold = |&number: &u32| {
             let process = rustix::process::pidfd_open(pid(number)?, PidfdFlags::empty());
@@ -327,12 +349,12 @@ fn kill_below(directory: &Path) -> usize {
         };
         let held: Vec<(u32, OwnedFd)> = some.iter().filter_map(hold).collect();
         // Numbers of processes are given again: who is listed still, behind being held, is meant.
-        let still = processes(directory);
+        let still = listed();
         for (_, process) in held.iter().filter(|(number, _)| still.contains(number)) {
             let _ = rustix::process::pidfd_send_signal(process, Signal::KILL);
         }
     }
-    count + numbers.len()
+    numbers.len()
 }
 
 /// The processes of a group. One that cannot be named from here is 0.
@@ -437,15 +459,20 @@ fn hand_down(base: &Path, controller: &str) -> io::Result<()> {
     }
     let leaf = base.join(OWN_LEAF);
     make(&leaf)?;
-    let listed = fs::read_to_string(base.join("cgroup.procs"))?;
+    move_all(&leaf, &fs::read_to_string(base.join("cgroup.procs"))?)?;
+    enable()
+}
+
+/// Puts processes, a line for each, into a group.
+fn move_all(group: &Path, listed: &str) -> io::Result<()> {
     for process in listed.lines() {
-        match write(&leaf, "cgroup.procs", process) {
+        match write(group, "cgroup.procs", process) {
             // It has ended meanwhile.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
             moved => moved?,
         }
     }
-    enable()
+    Ok(())
 }
 
 /// A place below which groups can have `controller`.
@@ -573,6 +600,54 @@ mod tests {
         assert_eq!(place("cpu"), ("/sys/fs/cgroup/cpu,cpuacct/a".into(), Version::V1));
         assert_eq!(place("pids"), ("/sys/fs/cgroup/pids/d".into(), Version::V1));
         assert_eq!(find("io", groups, MOUNTS), None);
+    }
+
+    fn sleeper() -> std::process::Child {
+        #[expect(clippy::disallowed_methods, reason = "tests start programs")]
+        let sleeper = std::process::Command::new("sleep").arg("60").spawn();
+        sleeper.unwrap()
+    }
+
+    #[test]
+    fn a_number_that_is_given_to_somebody_else_meanwhile_kills_nobody() {
+        let mut other = sleeper();
+        let number = other.id();
+        let looks = std::cell::Cell::new(0);
+        // Between two looks who had the number has ended, and one outside of the group has got it.
+        let listed = || match looks.replace(looks.get() + 1) {
+            0 => vec![number],
+            _ => Vec::new(),
+        };
+        assert_eq!(kill_listed(listed), 1);
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(other.try_wait().unwrap().is_none(), "it was none of the group's");
+        assert_eq!(kill_listed(|| vec![number]), 1);
+        let ended = std::os::unix::process::ExitStatusExt::signal(&other.wait().unwrap());
+        assert_eq!(ended, Some(libc::SIGKILL));
+        // Nobody has the number now.
+        assert_eq!(kill_listed(|| vec![number]), 1);
+    }
+
+    #[test]
+    fn who_has_ended_before_he_is_moved_keeps_nobody_where_he_is() {
+        let name = format!("builderd-test-move-{}", std::process::id());
+        let Ok(root) = CgroupRoot::open(&name) else {
+            println!("skipped: no cgroups for this user");
+            return;
+        };
+        let group = root.create("moved", &CgroupLimits::default()).unwrap();
+        let (mut gone, mut lives) = (sleeper(), sleeper());
+        gone.kill().unwrap();
+        gone.wait().unwrap();
+        let listed = format!("{}\n{}\n", gone.id(), lives.id());
+        let directory = group.directories().next().unwrap();
+        move_all(directory, &listed).unwrap();
+        assert_eq!(processes(directory), [lives.id()]);
+        // What is no process at all is told.
+        move_all(directory, "x\n").unwrap_err();
+        drop(group);
+        root.remove();
+        lives.wait().unwrap();
     }
 
     #[test]

@@ -129,19 +129,48 @@ pub(crate) fn apply(access: Option<Access>) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses these calls to this thread and those it starts, and the limits of other processes.
+/// Refuses these calls to this thread and those it starts, the limits of other processes, and
+/// sockets that are none of the internet.
 pub(crate) fn refuse(calls: &[libc::c_long]) -> io::Result<()> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         calls.iter().map(|&call| (call, Vec::new())).collect();
     // A limit that is set to nothing is a signal, too.
-    let other = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)
-        .map_err(io::Error::other)?;
-    rules.insert(libc::SYS_prlimit64, vec![rule([other])?]);
+    rules.insert(libc::SYS_prlimit64, vec![rule([other_than(0, 0)?])?]);
+    rules.insert(libc::SYS_socket, foreign_sockets()?);
+    rules.insert(libc::SYS_socketpair, loose_pairs()?);
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     for filter in [compiled(rules, SeccompAction::Allow, refused)?, no_second_numbers()] {
         seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
     }
     Ok(())
+}
+
+/// Sockets of other families than the internet's, but for the one that the C library asks for
+/// addresses before it resolves a name; and of protocols that a kernel module would be loaded for.
+fn foreign_sockets() -> io::Result<Vec<SeccompRule>> {
+    let netlink = libc::AF_NETLINK;
+    Ok(vec![
+        rule([
+            other_than(0, libc::AF_INET)?,
+            other_than(0, libc::AF_INET6)?,
+            other_than(0, netlink)?,
+        ])?,
+        rule([
+            other_than(2, 0)?,
+            other_than(2, libc::IPPROTO_TCP)?,
+            other_than(2, libc::IPPROTO_UDP)?,
+        ])?,
+        rule([equal(0, u64::from(netlink.unsigned_abs()))?, other_than(2, libc::NETLINK_ROUTE)?])?,
+    ])
+}
+
+/// Pairs of sockets whose ends can be connected to somebody else: those that are no streams. A raw
+/// one of unix(7) is a datagram's.
+fn loose_pairs() -> io::Result<Vec<SeccompRule>> {
+    /// `SOCK_TYPE_MASK`, linux/net.h: beside the type stand flags.
+    const TYPE: u64 = 0xf;
+    let of = |kind: libc::c_int| rule([masked(1, TYPE, u64::from(kind.unsigned_abs()))?]);
+    Ok(vec![rule([other_than(0, libc::AF_UNIX)?])?, of(libc::SOCK_DGRAM)?, of(libc::SOCK_RAW)?])
 }
 
 /// Refuses the numbers by which x86-64 has every call a second time, for programs of 32 bits with
@@ -217,6 +246,12 @@ fn compiled(
 fn masked(argument: u8, mask: u64, value: u64) -> io::Result<SeccompCondition> {
     let operator = SeccompCmpOp::MaskedEq(mask);
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
+        .map_err(io::Error::other)
+}
+
+fn other_than(argument: u8, value: libc::c_int) -> io::Result<SeccompCondition> {
+    let value = u64::from(value.unsigned_abs());
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value)
         .map_err(io::Error::other)
 }
 

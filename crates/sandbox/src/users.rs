@@ -86,9 +86,20 @@ fn hold(kind: &Kind) -> io::Result<HeldUsers> {
     Err(io::ErrorKind::AddrInUse.into())
 }
 
+/// Users of the processes that this one starts, and how many were given.
+static HELD: Mutex<Option<(HeldUsers, u32)>> = Mutex::new(None);
+
+/// Takes the users of the processes that this one will start, before it may take no more names.
+pub(crate) fn hold_own() -> io::Result<()> {
+    let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+    if held.is_none() {
+        *held = Some((hold(&SINGLE)?, 0));
+    }
+    Ok(())
+}
+
 /// A user for one more process that this one starts: another one than its last thousand had.
 pub(crate) fn next() -> io::Result<u32> {
-    static HELD: Mutex<Option<(HeldUsers, u32)>> = Mutex::new(None);
     let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
     let (held, given) = match &mut *held {
         Some(held) => held,

@@ -15,7 +15,7 @@ use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use crate::confine::{MOUNT_POINTS, drop_capabilities, keep_to_itself};
-use crate::{SandboxError, apart, seccomp};
+use crate::{SandboxError, apart, seccomp, users};
 
 /// What a program needs to run, to look names up and to check certificates; where it is there.
 const READ: [&str; 18] = [
@@ -131,6 +131,8 @@ const REFUSED: &[libc::c_long] = &[
 /// and of all other files what a program needs to run and to use the network. It loses the
 /// capabilities that are not needed to start [confined processes](crate::Sandbox::spawn), gains no
 /// new privileges, and system calls that reach other processes or the kernel's insides are refused.
+/// Its sockets are those of the internet: by others it could speak with processes of this host, and
+/// hand them files that are open.
 ///
 /// With [`Processes::Own`] it goes on as another process, in a PID namespace, and sees `/proc` of that
 /// alone. The one that called waits outside and ends as this one does; when it is ended, this one and
@@ -163,6 +165,7 @@ pub fn narrow(kept: &[&Path], processes: Processes) -> Result<(), SandboxError> 
     rustix::thread::set_no_new_privs(true)
         .map_err(|source| SandboxError::new("give up new privileges", source))?;
     keep_to_itself();
+    users::hold_own().map_err(failed("find users that nobody else has"))?;
     seccomp::refuse(REFUSED).map_err(failed("filter system calls"))
 }
 

@@ -22,41 +22,44 @@ def say(**line):
     print(json.dumps(line, default=str), flush=True)
 
 
+def flat(resources, scopes, items):
+    """What lies in each scope of each resource, and whose it is."""
+    for resource in resources:
+        service = attributes(resource.resource.attributes)
+        for scope in getattr(resource, scopes):
+            for item in getattr(scope, items):
+                yield item, service
+
+
 class Traces(trace_grpc.TraceServiceServicer):
     def Export(self, request, context):
-        for resource in request.resource_spans:
-            service = attributes(resource.resource.attributes)
-            for scope in resource.scope_spans:
-                for span in scope.spans:
-                    say(
-                        span=span.name,
-                        server=span.kind == span.SPAN_KIND_SERVER,
-                        trace=span.trace_id.hex(),
-                        id=span.span_id.hex(),
-                        parent=span.parent_span_id.hex(),
-                        nanos=span.end_time_unix_nano - span.start_time_unix_nano,
-                        attributes=attributes(span.attributes),
-                        service=service,
-                    )
+        for span, service in flat(request.resource_spans, "scope_spans", "spans"):
+            say(
+                span=span.name,
+                server=span.kind == span.SPAN_KIND_SERVER,
+                trace=span.trace_id.hex(),
+                id=span.span_id.hex(),
+                parent=span.parent_span_id.hex(),
+                nanos=span.end_time_unix_nano - span.start_time_unix_nano,
+                attributes=attributes(span.attributes),
+                service=service,
+            )
         return trace_pb.ExportTraceServiceResponse()
 
 
 class Metrics(metrics_grpc.MetricsServiceServicer):
     def Export(self, request, context):
-        for resource in request.resource_metrics:
-            service = attributes(resource.resource.attributes)
-            for scope in resource.scope_metrics:
-                for metric in scope.metrics:
-                    kind = metric.WhichOneof("data")
-                    points = [
-                        {
-                            "attributes": attributes(point.attributes),
-                            "value": point.count if kind == "histogram"
-                            else getattr(point, point.WhichOneof("value")),
-                        }
-                        for point in getattr(metric, kind).data_points
-                    ]
-                    say(metric=metric.name, kind=kind, points=points, service=service)
+        for metric, service in flat(request.resource_metrics, "scope_metrics", "metrics"):
+            kind = metric.WhichOneof("data")
+            points = [
+                {
+                    "attributes": attributes(point.attributes),
+                    "value": point.count if kind == "histogram"
+                    else getattr(point, point.WhichOneof("value")),
+                }
+                for point in getattr(metric, kind).data_points
+            ]
+            say(metric=metric.name, kind=kind, points=points, service=service)
         return metrics_pb.ExportMetricsServiceResponse()
 
 

@@ -2,6 +2,8 @@
 //!
 //! * `umoci unpack`, as root: one directory, layers applied in turn.
 //! * `podman` (containers/storage): layers unpacked by Docker's own rules, merged by the kernel.
+//! * `replayed`: the system calls that Docker and containerd make for each entry of a layer, in their
+//!   order, where podman differs from both.
 //! * `overlay`: GNU tar per layer, whiteouts turned into the kernel's own, and the kernel's
 //!   overlay on top, which is what Docker, containerd and podman users see.
 //!
@@ -13,7 +15,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use rustix::fs::{AtFlags, FileType, Mode, Timestamps, XattrFlags};
 
 use super::walk::{self, Tree};
@@ -96,6 +98,48 @@ impl Drop for PodmanStorage {
         // The storage keeps a bind mount of itself; there is none when nothing was pulled.
         let _ = Program::new("umount").arg(self.root().join("overlay")).outcome();
     }
+}
+
+/// `createTarFile` of Docker (moby/go-archive) and of containerd (`pkg/archive`): what is there is
+/// linked or made, then gets its owner, be it another or not, each attribute, its mode and its time.
+/// podman sets no owner that is there already, and so keeps what a `chown` takes away.
+const REPLAY: &str = r#"
+import os, sys, tarfile
+blob, root = sys.argv[1:]
+directories = []
+with tarfile.open(blob) as tar:
+    for entry in tar:
+        path = os.path.join(root, entry.name)
+        if entry.isdir():
+            directories.append((path, entry.mtime))
+            if not os.path.isdir(path):
+                os.mkdir(path)
+        elif entry.islnk():
+            os.link(os.path.join(root, entry.linkname), path)
+        elif entry.isreg():
+            with open(path, "xb") as file:
+                file.write(tar.extractfile(entry).read())
+        else:
+            sys.exit("no rule for " + entry.name)
+        os.chown(path, entry.uid, entry.gid, follow_symlinks=False)
+        for key, value in entry.pax_headers.items():
+            if key.startswith("SCHILY.xattr."):
+                value = value.encode("utf-8", "surrogateescape")
+                os.setxattr(path, key.removeprefix("SCHILY.xattr."), value, follow_symlinks=False)
+        os.chmod(path, entry.mode)
+        os.utime(path, (entry.mtime, entry.mtime))
+for path, mtime in directories:
+    os.utime(path, (mtime, mtime))
+"#;
+
+/// Unpacks the only layer of an image by [`REPLAY`], whose tar Python reads.
+pub(crate) fn replayed(layout: &Path, scratch: &Path) -> Result<Reference> {
+    let dir = tempfile::tempdir_in(scratch)?;
+    let blobs = layer_blobs(layout)?;
+    let [blob] = blobs.as_slice() else { bail!("{} layers are not one", blobs.len()) };
+    Program::new("python3").args(["-c", REPLAY]).arg(blob).arg(dir.path()).run()?;
+    let tree = walk::walk(dir.path())?;
+    Ok(Reference { tree, mtime_unknown: vec![Vec::new()], root_known: false })
 }
 
 /// Unpacks each layer apart and lets the kernel's overlay merge them.

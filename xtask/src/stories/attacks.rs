@@ -209,8 +209,16 @@ fn leave(ground: Ground, loops_before: &BTreeSet<PathBuf>) -> Result<String> {
         bail!("SIGTERM ended the service with {status}");
     }
     place.nothing_staged()?;
-    // Other services may have builds of their own on this machine.
-    let is_ours = |group: &PathBuf| builds.iter().any(|id| group.ends_with(id));
+    // Other services may have builds of their own on this machine; runtimes make groups of commands
+    // beside those of builds, named after processes.
+    let is_ours = |group: &PathBuf| {
+        let is_of_commands = group.parent().is_some_and(|place| place.ends_with("commands"));
+        let is_dead = |name: &str| {
+            name.split('-').next().is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+        };
+        let name = group.file_name().and_then(|name| name.to_str());
+        builds.iter().any(|id| group.ends_with(id)) || is_of_commands && name.is_some_and(is_dead)
+    };
     let groups = groups().into_iter().filter(is_ours);
     let left: Vec<PathBuf> = groups.chain(loops(&dir)?.difference(loops_before).cloned()).collect();
     if !left.is_empty() {

@@ -21,6 +21,8 @@ const EXIT_IMAGE: i32 = 3;
 enum Judge {
     Overlay,
     Podman,
+    /// The system calls of Docker and containerd, where podman makes others.
+    Docker,
     /// umoci, but for the times of these directories, which it sets to the time of day.
     Umoci(&'static [&'static str]),
     /// The build must fail and name this.
@@ -64,6 +66,10 @@ impl Case {
                 })
             }
             Judge::Podman => reference::podman(&layout, &scratch),
+            Judge::Docker if !crate::process::found("python3") => {
+                return Ok(Verdict::Skipped("python3 is not installed".to_owned()));
+            }
+            Judge::Docker => reference::replayed(&layout, &scratch),
             Judge::Overlay | Judge::Refused(_) => reference::overlay(&layout, &scratch),
         };
         corner.judge(&output, expected.context("the reference tool failed")?)?;
@@ -372,6 +378,38 @@ fn links() -> Vec<Case> {
             },
         },
         Case {
+            sentence: "a link's attributes join its file's, and its chown takes capabilities (podman's does not; umoci and tar leave both alone)",
+            judge: Judge::Docker,
+            fill: |w| {
+                w.layer(|t| {
+                    let file = |name: &'static str| {
+                        let node = Node::file(name).mode(0o755).xattr("user.a", "1");
+                        (name, node.xattr("user.b", "2").xattr("security.capability", CAPABILITY))
+                    };
+                    for (name, node) in [file("bare"), file("joined"), file("capable")] {
+                        t.add(name, &node)?;
+                    }
+                    t.add("bare-too", &Node::link("bare").mode(0o755))?;
+                    let link = Node::link("joined").mode(0o755).xattr("user.b", "3");
+                    t.add("joined-too", &link.xattr("user.c", "4"))?;
+                    let link = Node::link("capable").mode(0o755);
+                    t.add("capable-too", &link.xattr("security.capability", CAPABILITY))
+                })
+            },
+        },
+        Case {
+            sentence: "a directory that its layer names twice has the attributes of both entries (umoci those of the last, podman refuses)",
+            judge: Judge::Docker,
+            fill: |w| {
+                w.layer(|t| {
+                    let first = Node::directory().xattr("user.a", "1");
+                    t.add("d", &first.xattr("user.b", "2"))?;
+                    t.add("d/x", &Node::file("x"))?;
+                    t.add("d", &Node::directory().mode(0o700).xattr("user.b", "3"))
+                })
+            },
+        },
+        Case {
             sentence: "a hard link to a lower layer shares the file",
             judge: Judge::Umoci(&[]),
             fill: |w| on_ground(w, |t| t.add("linked", &Node::link("d/one"))),
@@ -582,14 +620,16 @@ fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     value
 }
 
+/// Version 2 of a file's capabilities: raw sockets.
+const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 fn extended_attributes(writer: &mut LayoutWriter) -> Result<()> {
-    let capability_v2: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     // Version 3 carries the user namespace's root: here 100000.
-    let capability_v3 = [&[1, 0, 0, 3], &capability_v2[4..], &100_000_u32.to_le_bytes()].concat();
+    let capability_v3 = [&[1, 0, 0, 3], &CAPABILITY[4..], &100_000_u32.to_le_bytes()].concat();
     // Owner rwx, user 1000 r-x, group r-x, mask r-x, other r--.
     let acl = acl(&[(1, 7, 0), (2, 5, 1000), (4, 5, 0), (16, 5, 0), (32, 4, 0)]);
     writer.layer(|t| {
-        t.add("ping", &Node::file("p").mode(0o755).xattr("security.capability", capability_v2))?;
+        t.add("ping", &Node::file("p").mode(0o755).xattr("security.capability", CAPABILITY))?;
         t.add("pong", &Node::file("p").mode(0o755).xattr("security.capability", capability_v3))?;
         let listed = Node::file("a").mode(0o754).xattr(ACL, acl.clone());
         t.add("acl", &listed)?;

@@ -80,6 +80,47 @@ pub(super) fn wherever_packs_and_image_lie_the_bytes_are_the_same(lab: &Lab) -> 
     Ok(Verdict::Passed)
 }
 
+/// XFS and btrfs share blocks between packs and image, and hole for hole: the second image of known
+/// layers costs its metadata, and none of the bytes that an upper layer hid.
+pub(super) fn where_blocks_can_be_shared_a_known_image_takes_its_metadata_alone(
+    lab: &Lab,
+) -> Result<Verdict> {
+    /// What an image of `small` has of metadata, rounded up by much; its files have 250 MB.
+    const METADATA_BYTES_MAX: u64 = 40 << 20;
+    if let Some(reason) = root_needed() {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let source = lab.pushed("small")?;
+    let corner = lab.corner()?;
+    for kind in ["xfs", "btrfs"] {
+        let disk = mount::fresh(&corner.path(kind), kind, 2 << 30)?;
+        let cache = disk.path().join("cache").display().to_string();
+        let used = || -> Result<u64> {
+            // Blocks are given to a file when it is written out.
+            rustix::fs::syncfs(std::fs::File::open(disk.path())?)?;
+            let stat = rustix::fs::statvfs(disk.path())?;
+            Ok((stat.f_blocks - stat.f_bfree) * stat.f_frsize)
+        };
+        let image = |name: &str| disk.path().join(name);
+        corner.build(&source, &image("first.ext4"), &["--cache-dir", &cache])?;
+        let before = used()?;
+        corner.build(&source, &image("second.ext4"), &["--cache-dir", &cache])?;
+        let grown = used()?.saturating_sub(before);
+        crate::chores::fsck(&image("second.ext4"))?;
+        same_bytes(&image("first.ext4"), &image("second.ext4")).context(kind)?;
+        let allocated = image("second.ext4").metadata()?.blocks() * 512;
+        println!(
+            "      {kind}: {:.1} MiB more on disk for an image of {} MiB",
+            grown as f64 / 1_048_576.0,
+            allocated >> 20
+        );
+        if grown > METADATA_BYTES_MAX {
+            bail!("{kind}: a known image took {grown} bytes: its blocks were copied");
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
 /// What a file system takes for itself to hold some files more.
 const UPKEEP_BYTES: u64 = 4 << 20;
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use anyhow::{Result, bail};
 
 use super::Verdict;
-use super::lab::{Lab, root_needed, same_bytes};
+use super::lab::{Lab, Size, root_needed, same_bytes};
 use crate::compare::walk::{self, Tree};
 use crate::compare::{self, Rules, reference};
 use crate::images;
@@ -100,6 +100,59 @@ pub(super) fn zstd_layers_and_plain_ones_give_the_same_tree(lab: &Lab) -> Result
         std::fs::remove_dir_all(&dir)?;
     }
     Ok(Verdict::Passed)
+}
+
+/// Blobs of zstd:chunked, as skopeo makes them: a frame for each file and, in frames that readers of
+/// zstd skip, a table of the files behind them.
+pub(super) fn layers_of_zstd_chunked_give_the_same_tree(lab: &Lab) -> Result<Verdict> {
+    if let Some(reason) = root_needed() {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let corner = lab.corner()?;
+    let gzip = corner.output("gzip.ext4");
+    // To make such blobs takes skopeo a minute where others take seconds.
+    let image = if lab.size == Size::Full { "small" } else { images::TINY };
+    let source = format!("oci:{}:latest", images::layout(image)?.display());
+    corner.build(&source, &gzip, &[])?;
+    let wanted = tree_of(&gzip)?;
+    let chunked = corner.path("chunked");
+    let packed = ["--dest-compress-format", "zstd:chunked"];
+    // An OCI layout keeps layers as they are; a plain directory has them compressed anew.
+    let directory = corner.path("directory");
+    let to = format!("dir:{}", directory.display());
+    skopeo(&source, &to, &[&["--dest-compress"], &packed[..]].concat())?;
+    skopeo(&to, &format!("oci:{}:latest", chunked.display()), &[])?;
+    let reference = lab.registry().reference("chunked");
+    let registry = ["--dest-tls-verify=false"];
+    skopeo(&to, &format!("docker://{reference}"), &registry)?;
+    let mut frames = 0;
+    for blob in reference::layer_blobs(&chunked)? {
+        let bytes = std::fs::read(&blob)?;
+        if !has_skipped_frame_of_files(&bytes) {
+            bail!("{} is no zstd:chunked blob", blob.display());
+        }
+        frames += bytes.windows(4).filter(|window| *window == ZSTD).count();
+    }
+    println!("      {frames} frames of zstd in the layers of {image}");
+    for source in [format!("oci:{}", chunked.display()), reference] {
+        let output = corner.output("next.ext4");
+        corner.build(&source, &output, &["--no-cache"])?;
+        same_tree(&wanted, &output, &source)?;
+    }
+    Ok(Verdict::Passed)
+}
+
+/// What a frame of zstd begins with.
+const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+
+/// Whether a blob ends with the footer of zstd:chunked, in a frame that a decoder skips.
+fn has_skipped_frame_of_files(blob: &[u8]) -> bool {
+    const SKIPPED: &[u8] = &[0x50, 0x2a, 0x4d, 0x18];
+    const MAGIC: &[u8] = b"GnUlInUx";
+    let tail = &blob[blob.len().saturating_sub(128)..];
+    blob.starts_with(ZSTD)
+        && tail.ends_with(MAGIC)
+        && tail.windows(SKIPPED.len()).any(|window| window == SKIPPED)
 }
 
 pub(super) fn a_compressed_image_unpacks_to_the_plain_one(lab: &Lab) -> Result<Verdict> {

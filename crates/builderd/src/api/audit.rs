@@ -4,12 +4,13 @@
 //!
 //! What changes something is not written here but by the store, with the change itself.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use connectrpc::ErrorCode;
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::request::Parts;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
@@ -18,13 +19,16 @@ use uuid::Uuid;
 
 use super::auth::Caller;
 use super::error::Answer;
-use super::peers::Peers;
+use super::parts::{PartCounts, Whose};
+use super::peers::{Peers, counted_as};
 use super::{ApiState, server};
 use crate::build::record::BuildId;
+use crate::build::service::ServiceError;
 use crate::clock::Clock;
 use crate::store::Store;
 use crate::store::audit::{Action, AuditEntry, Author, DEVELOPMENT};
 use crate::tenant::{Origin, Principal, TenantId};
+use crate::tls::TellRefused;
 
 const MINUTE: Duration = Duration::from_secs(60);
 /// Rows in a minute that an address causes where no tenant is known, and as many at once.
@@ -149,6 +153,7 @@ pub(super) struct Refusals {
     limits: Limits,
     waiting: Sender<AuditEntry>,
     left_out: Arc<LeftOut>,
+    parts: Arc<PartCounts>,
     seen: AtomicU64,
     written: Written,
 }
@@ -188,16 +193,18 @@ impl Refusals {
         let (waiting, entries) = channel(WAITING_MAX);
         let left_out = Arc::new(LeftOut { since_mark: AtomicU64::new(0), told });
         let (works, written) = watch::channel(());
+        let parts = Arc::new(PartCounts::default());
         let writer = Writer {
             store,
             clock: Arc::clone(&clock),
             left_out: Arc::clone(&left_out),
+            parts: Arc::clone(&parts),
             marked: None,
             _works: works,
         };
         tokio::spawn(writer.run(entries));
         let (limits, seen, written) = (Limits::new(), AtomicU64::new(0), Written(written));
-        Self { clock, limits, waiting, left_out, seen, written }
+        Self { clock, limits, waiting, left_out, parts, seen, written }
     }
 
     /// Takes note of an answer, if it refuses somebody.
@@ -212,21 +219,44 @@ impl Refusals {
             return;
         }
         let (tenant, subject) = who.unwrap_or_default();
+        self.add(
+            AuditEntry {
+                tenant: tenant.cloned(),
+                at: self.clock.now(),
+                author: Author::named(subject, &asked.origin),
+                action: asked.action,
+                object: build.or(asked.build.as_ref()).map(ToString::to_string).unwrap_or_default(),
+                outcome: answer.code().as_str(),
+            },
+            asked.origin.peer,
+        );
+    }
+
+    /// Takes note of a client that was refused before it could ask for anything.
+    fn note_handshake(&self, peer: SocketAddr, why: &'static str) {
+        let origin = Origin { peer: Some(peer), request: request(None) };
+        self.add(
+            AuditEntry {
+                tenant: None,
+                at: self.clock.now(),
+                author: Author::named("", &origin),
+                action: Action::TlsHandshake,
+                object: why.to_owned(),
+                outcome: ErrorCode::Unauthenticated.as_str(),
+            },
+            Some(peer),
+        );
+    }
+
+    /// Has a row written, unless there are too many.
+    fn add(&self, entry: AuditEntry, peer: Option<SocketAddr>) {
         if self.seen.fetch_add(1, Ordering::Relaxed) % FORGET_EVERY == FORGET_EVERY - 1 {
             self.limits.tenants.retain_recent();
         }
-        let peer = asked.origin.peer;
         let from = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
-        let entry = AuditEntry {
-            tenant: tenant.cloned(),
-            at: self.clock.now(),
-            author: Author::named(subject, &asked.origin),
-            action: asked.action,
-            object: build.or(asked.build.as_ref()).map(ToString::to_string).unwrap_or_default(),
-            outcome: answer.code().as_str(),
-        };
-        let is_known = !subject.is_empty();
-        if !self.limits.allow(from, tenant, is_known) || self.waiting.try_send(entry).is_err() {
+        let is_known = !entry.author.subject.is_empty();
+        let is_allowed = self.limits.allow(from, entry.tenant.as_ref(), is_known);
+        if !is_allowed || self.waiting.try_send(entry).is_err() {
             self.left_out.add(1);
         }
     }
@@ -236,6 +266,47 @@ impl ApiState {
     /// Tells when the audit log has everything, once the doors are closed.
     pub(crate) fn written(&self) -> Written {
         self.refusals.written.clone()
+    }
+
+    /// Who is to be told of clients that TLS refuses. It keeps nothing open when the doors close.
+    pub(super) fn tell_handshakes(&self) -> TellRefused {
+        let refusals = Arc::downgrade(&self.refusals);
+        Arc::new(move |peer, why| {
+            if let Some(refusals) = refusals.upgrade() {
+                refusals.note_handshake(peer, why);
+            }
+        })
+    }
+
+    /// Writes down that bytes of a build's artifact are handed out, before they are. Of parts that
+    /// follow each other the first alone has a row; the others are counted.
+    ///
+    /// # Errors
+    /// [`ServiceError`]: no byte may go then.
+    pub(super) async fn note_download(
+        &self,
+        who: &Principal,
+        id: &str,
+        is_part: bool,
+    ) -> Result<(), ServiceError> {
+        let (now, origin) = (Instant::now(), who.origin());
+        let credential = who.credential().unwrap_or(DEVELOPMENT);
+        let author = Author::named(credential, origin);
+        let whose = Whose {
+            tenant: who.tenant().clone(),
+            credential: credential.to_owned(),
+            from: origin.peer.map(|peer| counted_as(peer.ip())),
+            build: id.to_owned(),
+        };
+        let parts = &self.refusals.parts;
+        if is_part && parts.count(&whose, &author, now) {
+            return Ok(());
+        }
+        self.service.note_download(who, id).await?;
+        if is_part {
+            parts.begin(whose, author, now);
+        }
+        Ok(())
     }
 
     /// Takes note of an answer to a caller, if it refuses it.
@@ -259,6 +330,7 @@ struct Writer {
     store: Store,
     clock: Arc<dyn Clock>,
     left_out: Arc<LeftOut>,
+    parts: Arc<PartCounts>,
     /// When it was last said how many were left out.
     marked: Option<Instant>,
     /// Gone when it is.
@@ -271,6 +343,7 @@ impl Writer {
             let mut batch = Vec::new();
             let wait = tokio::time::timeout(MARK_EVERY, entries.recv_many(&mut batch, BATCH_MAX));
             let is_over = wait.await == Ok(0);
+            batch.extend(self.parts.over(Instant::now(), is_over, self.clock.now()));
             self.write(batch).await;
             if is_over || self.marked.is_none_or(|marked| marked.elapsed() >= MARK_EVERY) {
                 self.mark().await;

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::response::{IntoResponse, Response};
-use futures_util::StreamExt as _;
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
     ETAG, IF_MATCH, IF_NONE_MATCH, IF_RANGE, RANGE,
@@ -16,7 +15,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
 use super::auth::Caller;
 use super::error::Answer;
-use super::held::Place;
+use super::open::{Place, holding};
 use super::rest::{Asked, Named, TenantQuery, admitted, asked};
 use super::{Answered, ApiState};
 use crate::artifact::OpenArtifact;
@@ -55,12 +54,13 @@ pub(super) async fn artifact(
         match is_checksum {
             true => Ok(checksum(&result)),
             false => {
-                let place = state.held.artifacts.take(who.tenant())?;
+                let place = state.open.artifacts.take(who.tenant())?;
                 let response = image(&result, open, &method, &headers, place)?;
                 let has_bytes =
                     matches!(response.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT);
                 if has_bytes && method == Method::GET {
-                    state.service.note_download(&who, id).await?;
+                    let is_part = response.status() == StatusCode::PARTIAL_CONTENT;
+                    state.note_download(&who, id, is_part).await?;
                 }
                 Ok(response)
             }
@@ -127,10 +127,7 @@ fn image(
     response.headers_mut().insert(CONTENT_LENGTH, length);
     if method != Method::HEAD {
         // Taken for as long as somebody reads.
-        let pieces = open.read(range).inspect(move |_| {
-            let _held = &place;
-        });
-        *response.body_mut() = Body::from_stream(pieces);
+        *response.body_mut() = holding(Body::from_stream(open.read(range)), place);
     }
     Ok(response)
 }

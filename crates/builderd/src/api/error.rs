@@ -175,6 +175,18 @@ impl Answer {
         Self { retry_after_secs: Some(5), ..Self::new(code, status, "RATE_LIMITED", message) }
     }
 
+    /// Bodies that come and answers that wait, in all more than there may be of a tenant's.
+    pub(crate) fn too_much_carried(bytes_max: usize) -> Self {
+        let message = format!(
+            "this tenant's calls hold {} MiB here, the most there may be: make fewer at once, and \
+             read their answers",
+            bytes_max >> 20
+        );
+        let code = ErrorCode::ResourceExhausted;
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        Self { retry_after_secs: Some(5), ..Self::new(code, status, "RATE_LIMITED", message) }
+    }
+
     /// A request that cannot be read.
     pub(crate) fn invalid(message: impl ToString) -> Self {
         let code = ErrorCode::InvalidArgument;

@@ -1,6 +1,6 @@
 //! A build's log as a stream: what is there, then what comes, until the build has ended.
 //!
-//! One page is in memory for each follower, and a tenant has only so many followers (`held.rs`). A
+//! One page is in memory for each follower, and a tenant has only so many followers (`open.rs`). A
 //! follower that was cut asks again with the offset
 //! behind the last line it has. Who follows is checked anew every few seconds: a token that is
 //! revoked or runs out reads no further.
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::auth::{Caller, Claim};
 use super::error::Answer;
-use super::held::Place;
+use super::open::Place;
 use super::{ApiState, convert};
 use crate::build::record::LogLine;
 use crate::build::service::{LogPage, ServiceError};
@@ -84,7 +84,7 @@ pub(super) async fn follow(
     impl Stream<Item = Result<v1::StreamBuildLogsResponse, ConnectError>> + Send + use<>,
     Answer,
 > {
-    let place = state.held.logs.take(reader.who.tenant())?;
+    let place = state.open.logs.take(reader.who.tenant())?;
     let mut follower = Follower {
         // Before the first look, so that nothing falls between.
         changes: state.service.changes(),

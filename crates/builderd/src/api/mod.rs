@@ -7,6 +7,7 @@ mod answers;
 mod audit;
 mod auth;
 mod builder;
+mod carried;
 mod convert;
 mod cors;
 mod download;
@@ -14,10 +15,11 @@ mod error;
 mod follow;
 mod guard;
 mod health;
-mod held;
 mod limits;
 mod local;
 mod memory;
+mod open;
+mod parts;
 mod peers;
 mod rest;
 mod server;
@@ -51,8 +53,8 @@ use audit::{Asked, Refusals};
 use auth::Auth;
 pub(crate) use auth::{Mode, new_token};
 pub(crate) use guard::{Observe, PANICKED};
-pub(crate) use held::{HELD_MAX, HeldMax};
 pub(crate) use memory::REMEMBERED_SECS;
+pub(crate) use open::{Crowd, OPEN_MAX, OpenMax};
 #[cfg(test)]
 pub(crate) use server::PeerId;
 pub(crate) use server::serve;
@@ -64,11 +66,11 @@ use crate::clock::Clock;
 use crate::config::Origins;
 use crate::store::Store;
 use crate::tenant::Tier;
-use crate::tls::Clients;
+use crate::tls::Tls;
 use error::Answer;
 use guard::Guard;
 use health::Heart;
-use held::Held;
+use open::Open;
 use spelling::Form;
 use swallow::Swallow;
 use tracing::Instrument as _;
@@ -96,8 +98,8 @@ pub(crate) struct ApiRules {
     pub(crate) looks_per_sec: u32,
     /// How long the body of a request may take.
     pub(crate) body_max: Duration,
-    /// How many answers a tenant may hold open.
-    pub(crate) held_max: HeldMax,
+    /// How much a tenant, or an address, may hold open.
+    pub(crate) open_max: OpenMax,
 }
 
 /// What the doors tell whoever measures.
@@ -125,9 +127,9 @@ pub(crate) struct ApiState {
     started_at: Micros,
     meters: Meters,
     refused: Swallow,
-    refusals: Refusals,
+    refusals: Arc<Refusals>,
     heart: Arc<Heart>,
-    held: Held,
+    open: Open,
     mode: Mode,
     body_max: Duration,
     /// True once the service stops: ends streams.
@@ -156,18 +158,19 @@ impl ApiState {
             started_at,
             meters,
             refused: Swallow::new(),
-            refusals,
+            refusals: Arc::new(refusals),
             heart: Arc::new(heart),
-            held: Held::up_to(rules.held_max),
+            open: Open::up_to(rules.open_max),
             mode: rules.mode,
             body_max: rules.body_max,
             stopped,
         }
     }
 
-    /// Certificates of `clients` are credentials, too.
-    pub(crate) fn knowing(mut self, clients: watch::Receiver<Arc<Clients>>) -> Self {
-        self.auth.know(clients);
+    /// Certificates of clients that `tls` knows are credentials, too; whom it refuses is written down.
+    pub(crate) fn knowing(mut self, tls: &Tls) -> Self {
+        self.auth.know(tls.clients());
+        tls.tell(self.tell_handshakes());
         self
     }
 
@@ -197,23 +200,27 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .route(&at("{method}"), call_any)
         .layer(from_fn(spelling::answer_in_both))
         .layer(from_fn_with_state(Arc::clone(&state), slow::cut))
+        .layer(from_fn_with_state(Arc::clone(&state), carried::bound))
         .layer(from_fn_with_state(Arc::clone(&state), gate));
     let (health, reflection) = (health_service(&state), reflection_service(&state));
     let call_health = any(move |request| call(health.clone(), request));
-    let hold = || from_fn_with_state(Arc::clone(&state), held::bound);
+    let hold = || from_fn_with_state(Arc::clone(&state), open::bound);
     let call_health = call_health.layer(from_fn_with_state(Arc::clone(&state), slow::cut));
     let call_health = call_health.layer(hold());
     let call_reflection = any(move |request| call(reflection.clone(), request));
     let call_reflection =
         call_reflection.layer(from_fn_with_state(Arc::clone(&state), slow::bound)).layer(hold());
+    let looks = axum::Router::new()
+        .route("/health", get(rest::health))
+        .route("/stats", get(rest::stats))
+        .route("/metrics", get(rest::metrics))
+        .layer(from_fn_with_state(Arc::clone(&state), open::bound_look));
     let router = axum::Router::new()
         .merge(builds)
         .route("/grpc.health.v1.Health/{method}", call_health)
         .route("/grpc.reflection.v1.ServerReflection/{method}", call_reflection.clone())
         .route("/grpc.reflection.v1alpha.ServerReflection/{method}", call_reflection)
-        .route("/health", get(rest::health))
-        .route("/stats", get(rest::stats))
-        .route("/metrics", get(rest::metrics))
+        .merge(looks)
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn(catch_panics))

@@ -19,15 +19,17 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 use tower::ServiceExt as _;
 
+use super::open::Crowd;
+use crate::accepting;
 use crate::tls::{Shown, Tls};
 
 /// How long a client may take to send the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to wait when the machine is out of sockets.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How often it is told that an address has too many connections.
+const TELL_EVERY: Duration = Duration::from_secs(60);
 /// How often a silent HTTP/2 connection is asked whether it lives, and how long for the answer.
 const PING_EVERY: Duration = Duration::from_secs(20);
 /// Requests that one HTTP/2 connection may have open: followers of logs share one.
@@ -45,7 +47,7 @@ pub(crate) struct Peer(pub(crate) SocketAddr);
 pub(crate) struct PeerId(pub(crate) Arc<str>);
 
 /// Serves until `shutdown` says true, then takes no new connections and gives requests that run
-/// `drain` to end.
+/// `drain` to end. An address that has all the connections which `crowd` gives it gets no other.
 ///
 /// # Errors
 /// If the listener itself is broken.
@@ -53,10 +55,12 @@ pub(crate) async fn serve(
     listener: TcpListener,
     tls: Option<Tls>,
     router: axum::Router,
+    crowd: Crowd,
     mut shutdown: watch::Receiver<bool>,
     drain: Duration,
 ) -> io::Result<()> {
     let mut connections = JoinSet::new();
+    let mut told: Option<Instant> = None;
     let builder = builder();
     loop {
         let accepted = tokio::select! {
@@ -68,6 +72,13 @@ pub(crate) async fn serve(
         while connections.try_join_next().is_some() {}
         match accepted {
             Ok((stream, peer)) => {
+                let Ok(place) = crowd.enter(peer.ip()) else {
+                    if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
+                        told = Some(Instant::now());
+                        tracing::warn!(%peer, "an address has too many connections for another");
+                    }
+                    continue;
+                };
                 let door = Door {
                     builder: builder.clone(),
                     tls: tls.clone(),
@@ -75,14 +86,15 @@ pub(crate) async fn serve(
                     shutdown: shutdown.clone(),
                 };
                 connections.spawn(async move {
+                    let _place = place;
                     if let Err(error) = door.converse(stream, peer).await {
                         tracing::debug!(%peer, error, "a connection ended early");
                     }
                 });
             }
-            Err(error) if is_passing(&error) => {
+            Err(error) if accepting::is_passing(&error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
-                sleep(ACCEPT_PAUSE).await;
+                sleep(accepting::PAUSE).await;
             }
             Err(error) => return Err(error),
         }
@@ -94,15 +106,6 @@ pub(crate) async fn serve(
     }
     connections.shutdown().await;
     Ok(())
-}
-
-/// Whether accepting may work again, as it may unless the listener itself is broken: accept(2)
-/// also hands over what the network says of a new connection (EPROTO, ENETDOWN and others), what
-/// a firewall says (EPERM), and that the machine is out of something (EMFILE, ENOBUFS, ...).
-fn is_passing(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    let broken = [Errno::BADF, Errno::FAULT, Errno::INVAL, Errno::NOTSOCK];
-    Errno::from_io_error(error).is_some_and(|errno| !broken.contains(&errno))
 }
 
 fn builder() -> auto::Builder<TokioExecutor> {
@@ -139,6 +142,7 @@ impl Door {
             _ = self.shutdown.wait_for(|stopping| *stopping) => return Ok(()),
             accepted = tls.accept(stream) => accepted,
         };
+        let accepted = accepted.inspect_err(|error| tls.failed(peer, error));
         let (stream, shown) = accepted.map_err(|error| format!("no TLS handshake: {error}"))?;
         self.serve(stream, peer, shown).await
     }
@@ -279,30 +283,6 @@ mod tests {
             Ok(read) => read,
             Err(_) => Ok(usize::MAX),
         }
-    }
-
-    #[test]
-    fn what_the_network_says_of_one_connection_does_not_end_the_listener() {
-        use rustix::io::Errno;
-        let network = [
-            Errno::NETDOWN,
-            Errno::PROTO,
-            Errno::NOPROTOOPT,
-            Errno::HOSTDOWN,
-            Errno::NONET,
-            Errno::HOSTUNREACH,
-            Errno::OPNOTSUPP,
-            Errno::NETUNREACH,
-        ];
-        let kernel = [Errno::PERM, Errno::CONNABORTED, Errno::TIMEDOUT, Errno::NOSR, Errno::INTR];
-        let short = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-        for errno in network.into_iter().chain(kernel).chain(short) {
-            assert!(is_passing(&errno.into()), "{errno}");
-        }
-        for errno in [Errno::BADF, Errno::INVAL, Errno::NOTSOCK] {
-            assert!(!is_passing(&errno.into()), "{errno}");
-        }
-        assert!(!is_passing(&io::Error::other("the runtime is gone")));
     }
 
     #[tokio::test]

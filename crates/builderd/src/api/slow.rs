@@ -16,15 +16,15 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
-use http::header::{CONNECTION, CONTENT_TYPE};
-use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use http::header::CONNECTION;
+use http::{HeaderValue, Version};
 use http_body_util::Limited;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::ApiState;
 use super::error::Answer;
-use super::spelling::{self, Form};
+use super::spelling::{self, Form, form_headers};
 
 /// How long the body of a request may take: 4 MiB come over a line of 1.2 Mbit/s.
 pub(crate) const BODY_MAX: Duration = Duration::from_secs(30);
@@ -34,9 +34,6 @@ const STREAM_BYTES_MAX: usize = 1 << 20;
 /// How much later than its answer such a body ends: who asks is told of the deadline, and not of
 /// a body that broke off.
 const STREAM_GRACE: Duration = Duration::from_secs(2);
-/// What of a request decides how its answer looks.
-const FORM_HEADERS: [HeaderName; 2] =
-    [CONTENT_TYPE, HeaderName::from_static("connect-protocol-version")];
 
 /// See the module.
 pub(super) async fn cut(
@@ -49,9 +46,7 @@ pub(super) async fn cut(
     }
     let (head, body) = request.into_parts();
     let (form, version) = (Form::of(&head), head.version);
-    let copied = |name| Some((head.headers.get(&name)?.clone(), name));
-    let headers = FORM_HEADERS.into_iter().filter_map(copied).map(|(value, name)| (name, value));
-    let headers: HeaderMap = headers.collect();
+    let headers = form_headers(&head.headers);
     let is_late = Arc::new(AtomicBool::new(false));
     let body = InTime::new(body, state.body_max, Arc::clone(&is_late));
     let response = next.run(Request::from_parts(head, Body::new(body))).await;

@@ -12,9 +12,9 @@ use axum::middleware::Next;
 use axum::response::Response;
 use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, WWW_AUTHENTICATE};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use http_body_util::BodyExt as _;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::auth::Caller;
 use super::error::Answer;
@@ -52,6 +52,14 @@ impl Form {
             false => Self::Program,
         }
     }
+}
+
+/// What of a request decides how a refusal looks.
+pub(super) fn form_headers(headers: &HeaderMap) -> HeaderMap {
+    const NAMES: [HeaderName; 2] =
+        [CONTENT_TYPE, HeaderName::from_static("connect-protocol-version")];
+    let copied = |name| Some((headers.get(&name)?.clone(), name));
+    NAMES.into_iter().filter_map(copied).map(|(value, name)| (name, value)).collect()
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -107,7 +115,7 @@ pub(super) async fn answer_in_both(request: Request, next: Next) -> Response {
             if head.status == StatusCode::TOO_MANY_REQUESTS {
                 head.status = StatusCode::PAYLOAD_TOO_LARGE;
             }
-            None
+            spelled(&bytes, with_own_error)
         }
         (false, Some(error)) => {
             head.status = error.status();
@@ -127,6 +135,16 @@ fn spelled(bytes: &[u8], spell: impl FnOnce(Value) -> Value) -> Option<Bytes> {
 fn with_plain_error(mut value: Value, error: &Answer) -> Value {
     if let Some(object) = value.as_object_mut() {
         object.insert("error".into(), error.plain());
+    }
+    value
+}
+
+/// The same for an error of the protocol itself, of which there is no [`Answer`].
+fn with_own_error(mut value: Value) -> Value {
+    if let Some(object) = value.as_object_mut() {
+        let code = object.get("code").and_then(Value::as_str).unwrap_or("unknown");
+        let (code, message) = (code.to_ascii_uppercase(), object.get("message").cloned());
+        object.insert("error".into(), json!({"code": code, "message": message, "details": {}}));
     }
     value
 }
@@ -224,7 +242,6 @@ fn zero(field: &Field) -> Option<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn people_get_both_spellings_and_numbers() {

@@ -213,7 +213,6 @@ pub(super) struct ChildReport {
     pub(super) metadata: serde_json::Value,
     pub(super) artifact_bytes: u64,
     pub(super) image_bytes: u64,
-    pub(super) sha256: String,
     pub(super) fetched_bytes: u64,
     pub(super) layers_cached: usize,
     pub(super) phase_secs: Vec<(Phase, f64)>,
@@ -303,12 +302,18 @@ fn shut_in(spec: &ChildSpec) -> io::Result<()> {
         return Ok(());
     }
     let processes = if spec.has_own_processes { Processes::Own } else { Processes::All };
-    let packs = spec.packs.as_ref().map(|packs| packs.directory.as_path());
+    let packs = spec.packs.as_ref().map(own_packs).transpose()?;
     let staging = spec.output.parent();
-    let kept: Vec<&Path> = staging.into_iter().chain(packs).collect();
+    let kept: Vec<&Path> = staging.into_iter().chain(packs.as_deref()).collect();
     sandbox::narrow(&kept, processes).map_err(io::Error::other)?;
     // By the name that was kept: another one of the same directory leads nowhere now.
     staging.map_or(Ok(()), std::env::set_current_dir)
+}
+
+/// Where the packs lie that the build may use, and no others: it is to see no layer of other tenants.
+fn own_packs(packs: &PackSpec) -> io::Result<PathBuf> {
+    let cache = PackCache::open(&packs.directory).map_err(io::Error::other)?;
+    cache.directory_of(&SharingDomain::named(&packs.domain)).map_err(io::Error::other)
 }
 
 fn limit(resource: Resource, bytes: u64) -> io::Result<()> {
@@ -334,7 +339,6 @@ fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
     Ok(ChildReport {
         artifact_bytes: metadata.artifact.size_bytes,
         image_bytes: metadata.filesystem.size_bytes,
-        sha256: metadata.artifact.sha256.clone().unwrap_or_default(),
         fetched_bytes: report.fetched_bytes,
         layers_cached: report.layers_cached,
         phase_secs: report.phase_secs,
@@ -372,7 +376,11 @@ fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
             "zstd" => Compression::Zstd,
             _ => Compression::None,
         },
-        checksum: Checksum::Sha256,
+        checksum: match spec.compression.as_str() {
+            "gzip" | "zstd" => Checksum::Sha256,
+            // Of the file itself the service computes the sum that counts.
+            _ => Checksum::None,
+        },
         packs,
         commands: spec.commands.clone(),
         jobs: spec.jobs,

@@ -12,6 +12,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,6 +30,10 @@ const TRIAL_BYTES: u64 = 8 << 20;
 const LOOK_AGAIN: u32 = 48;
 /// more of them where the way that seems slow has more to gain.
 const LOOK_AGAIN_SOON: u32 = 12;
+/// Bytes that are written before a disk is called too slow, and how many times longer than writing
+/// them once more it then takes to bring them there: it may be slow for a moment only.
+const KNOWN_BYTES: u64 = 128 << 20;
+const TIMES_LONGER: u128 = 4;
 
 /// Memory that direct input and output accept.
 pub(super) struct AlignedBuffer {
@@ -129,6 +134,16 @@ impl Lane {
         };
     }
 
+    fn all_bytes(&self) -> u64 {
+        self.cached_bytes + self.direct_bytes
+    }
+
+    /// How long it takes to bring what is still in the page cache to the disk, and how long to write
+    /// everything once more through the page cache; in nanoseconds.
+    fn to_finish_and_again(&self) -> (u128, u128) {
+        (self.direct.nanos_for(self.cached_bytes), self.cached.nanos_for(self.all_bytes()))
+    }
+
     fn choose(&mut self, liking: Liking) -> Way {
         self.accesses = self.accesses.wrapping_add(1);
         let direct_will_do = liking == Liking::Direct && self.direct.is_faster_than(&GOOD_ENOUGH);
@@ -210,9 +225,15 @@ impl Disk {
     /// Whether bringing what is still in the page cache to the disk takes less time than
     /// writing everything once more through the page cache.
     pub(super) fn is_nearly_written(&self) -> bool {
+        let (to_finish, again) = lock(&self.writes).to_finish_and_again();
+        to_finish <= again
+    }
+
+    /// Whether enough was seen to say that it will not be.
+    pub(super) fn is_too_slow(&self) -> bool {
         let writes = lock(&self.writes);
-        let all_bytes = writes.cached_bytes + writes.direct_bytes;
-        writes.direct.nanos_for(writes.cached_bytes) <= writes.cached.nanos_for(all_bytes)
+        let (to_finish, again) = writes.to_finish_and_again();
+        writes.all_bytes() >= KNOWN_BYTES && to_finish > again * TIMES_LONGER
     }
 
     /// The same file, for access at any place either way.
@@ -289,10 +310,11 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 const WRITES_WAITING: usize = 2;
 
 /// Writes a part of a file from front to back in large aligned pieces, and perhaps all of another
-/// one with the same bytes; [`Write::flush`] ends it.
+/// one with the same bytes; [`Write::flush`] ends it. Beside a copy the part is given up when its
+/// disk is too slow: what would have to wait there before it can be shifted is rather copied.
 ///
 /// A thread of its own waits for the disk, so that who writes can go on meanwhile.
-pub(super) struct DiskWriter {
+pub(super) struct DiskWriter<'a> {
     buffer: AlignedBuffer,
     filled: usize,
     /// What the part still has room for.
@@ -301,27 +323,33 @@ pub(super) struct DiskWriter {
     from_disk: Receiver<io::Result<AlignedBuffer>>,
     /// How many buffers are at the disk.
     away: usize,
+    is_given_up: &'a AtomicBool,
 }
 
-impl DiskWriter {
+impl DiskWriter<'_> {
     /// Lets `work` write the bytes of `part` and no others; `copy` has them from its front on.
     pub(super) fn run<T>(
         mut file: DiskFile<'_>,
         mut copy: Option<DiskFile<'_>>,
         part: Range<u64>,
-        work: impl FnOnce(&mut Self) -> T,
+        work: impl FnOnce(&mut DiskWriter<'_>) -> T,
     ) -> T {
+        let is_given_up = &AtomicBool::new(false);
         let (to_disk, to_write) = sync_channel::<(AlignedBuffer, usize)>(WRITES_WAITING);
         let (written, from_disk) = channel();
+        let mut write = move |bytes: &[u8], offset: u64| {
+            let Some(copy) = &mut copy else { return file.write(bytes, offset) };
+            if !is_given_up.load(Ordering::Relaxed) {
+                file.write(bytes, offset)?;
+                is_given_up.store(file.disk.is_too_slow(), Ordering::Relaxed);
+            }
+            copy.write(bytes, offset - part.start)
+        };
         let mut offset = part.start;
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 while let Ok((buffer, filled)) = to_write.recv() {
-                    let bytes = &buffer.bytes()[..filled];
-                    let result = file.write(bytes, offset).and_then(|()| match &mut copy {
-                        Some(copy) => copy.write(bytes, offset - part.start),
-                        None => Ok(()),
-                    });
+                    let result = write(&buffer.bytes()[..filled], offset);
                     offset += filled as u64;
                     let failed = result.is_err();
                     // Nobody waits for the answer of a writer that gave up.
@@ -331,16 +359,22 @@ impl DiskWriter {
                     }
                 }
             });
-            let mut writer = Self {
+            let mut writer = DiskWriter {
                 buffer: AlignedBuffer::new(WRITE_BYTES),
                 filled: 0,
                 room_bytes: part.end - part.start,
                 to_disk,
                 from_disk,
                 away: 0,
+                is_given_up,
             };
             work(&mut writer)
         })
+    }
+
+    /// Whether the copy has all that was written, and the part has not.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.is_given_up.load(Ordering::Relaxed)
     }
 
     /// Waits for the oldest write.
@@ -373,7 +407,7 @@ impl DiskWriter {
     }
 }
 
-impl Write for DiskWriter {
+impl Write for DiskWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = bytes.len().min(WRITE_BYTES - self.filled);
         self.buffer.bytes_mut()[self.filled..self.filled + count].copy_from_slice(&bytes[..count]);
@@ -449,6 +483,44 @@ mod tests {
                 writer.write_all(&bytes).and_then(|()| writer.flush())
             });
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::StorageFull, "nor is it less");
+    }
+
+    /// What was seen of so many megabytes each way, where one takes so many microseconds past the
+    /// page cache and 500 through it.
+    fn seen(megabytes: u32, direct_micros: u64) -> Disk {
+        let disk = Disk::default();
+        let mut writes = lock(&disk.writes);
+        for _ in 0..megabytes {
+            writes.note(Way::Direct, WRITE_BYTES, Duration::from_micros(direct_micros));
+            writes.note(Way::Cached, WRITE_BYTES, Duration::from_micros(500));
+        }
+        drop(writes);
+        disk
+    }
+
+    #[test]
+    fn beside_a_copy_a_part_is_given_up_where_its_disk_is_too_slow() {
+        assert!(!seen(63, 1_000_000).is_too_slow(), "it may only have begun slowly");
+        assert!(seen(64, 1_000_000).is_too_slow());
+        assert!(!seen(64, 3000).is_too_slow());
+        let bytes: Vec<u8> = (0..251u8).cycle().take(20 * WRITE_BYTES + 12_345).collect();
+        let written = |disk: &Disk, has_copy: bool| {
+            let files = [tempfile::tempfile_in(".").unwrap(), tempfile::tempfile_in(".").unwrap()];
+            let aside = Disk::default();
+            let copy = has_copy.then(|| disk.attach(&files[1], Liking::Faster).counted_by(&aside));
+            let out = disk.attach(&files[0], Liking::Faster);
+            let is_given_up = DiskWriter::run(out, copy, 0..u64::MAX, |writer| {
+                writer.write_all(&bytes).and_then(|()| writer.flush()).unwrap();
+                writer.is_given_up()
+            });
+            let [own, copy] = files.map(|file| file.metadata().unwrap().len());
+            (is_given_up, own, copy)
+        };
+        let all = bytes.len() as u64;
+        assert_eq!(written(&Disk::default(), true), (false, all, all), "too little is known");
+        let piece = WRITE_BYTES as u64;
+        assert_eq!(written(&seen(64, 1_000_000), true), (true, piece, all));
+        assert_eq!(written(&seen(64, 1_000_000), false), (false, all, 0), "there is nothing else");
     }
 
     #[test]

@@ -77,6 +77,7 @@ impl Host {
         if !left.is_empty() {
             tracing::warn!(builds = left.join(" "), "processes of dead builds were cleared away");
         }
+        commands::clear_leftovers();
     }
 
     /// Removes the place of the groups. No build may run any more.
@@ -85,6 +86,7 @@ impl Host {
             groups.sweep();
             groups.remove();
         }
+        commands::clear_leftovers();
     }
 
     /// Where the groups are.

@@ -137,7 +137,7 @@ fn filesystem_options(task: &ImageTask) -> ext4::Options {
         ext4::Size::FreeSpace { bytes } => (None, Some(bytes)),
     };
     let provenance = Provenance {
-        engine: ENGINE,
+        engine: &ENGINE,
         image: task.manifest_digest.clone(),
         changes: task.changes.as_deref(),
         size,

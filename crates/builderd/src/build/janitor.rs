@@ -132,6 +132,8 @@ impl Janitor {
     /// Forgets what is too old or too much, then removes the files that nothing names. What cannot
     /// be done keeps nothing else from being done; the first of it is the error.
     pub(crate) async fn sweep(&mut self) -> io::Result<()> {
+        // What the kernel let go only after its build had been cleared away.
+        commands::clear_leftovers();
         let forgotten = self.forget().await;
         let swept = self.sweep_files().await;
         let pruned = match self.rules.packs.clone() {

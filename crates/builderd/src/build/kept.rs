@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use tokio::io::AsyncWriteExt as _;
 
 use super::record::Micros;
-use super::worker::clear_leftovers;
+use super::worker::{clear_leftovers, is_own_file};
 use crate::artifact::{ArtifactStore as _, LocalArtifacts, SealedArtifacts, sealed_name};
 use crate::causes::chain;
 use crate::keys::TenantKeys;
@@ -152,6 +152,19 @@ impl SealedPacks {
         layers: &HashSet<Digest>,
         now: Micros,
     ) -> io::Result<()> {
+        let sealed = self.seal(tenant, own, layers, now).await;
+        // Also where nothing more could be stored.
+        let pruned = self.prune().await;
+        sealed.and(pruned)
+    }
+
+    async fn seal(
+        &self,
+        tenant: &TenantId,
+        own: &OwnPacks,
+        layers: &HashSet<Digest>,
+        now: Micros,
+    ) -> io::Result<()> {
         for &digest in layers.difference(&own.kept) {
             let path = own.cache.pack_path(&own.key(digest));
             let (from, taken) = (own.directory.clone(), own.directory.with_file_name(TAKEN));
@@ -162,7 +175,7 @@ impl SealedPacks {
                 self.sealed.publish(&taken, &name).await?;
             }
         }
-        self.prune().await
+        Ok(())
     }
 
     async fn prune(&self) -> io::Result<()> {
@@ -190,7 +203,6 @@ impl SealedPacks {
 /// comes. Those who made it are not trusted with the service's files: no link is followed, and
 /// what is no file of its own is left. False if there is none.
 fn take(directory: &Path, path: &Path, to: &Path) -> io::Result<bool> {
-    use std::os::unix::fs::MetadataExt as _;
     let below = path.strip_prefix(directory).map_err(io::Error::other)?;
     let (Some(parent), Some(name)) = (below.parent(), below.file_name()) else { return Ok(false) };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -204,8 +216,7 @@ fn take(directory: &Path, path: &Path, to: &Path) -> io::Result<bool> {
         Err(Errno::NOENT) => return Ok(false),
         other => other?,
     }
-    let taken = std::fs::symlink_metadata(to)?;
-    if taken.is_file() && taken.nlink() == 1 {
+    if is_own_file(&std::fs::symlink_metadata(to)?) {
         return Ok(true);
     }
     commands::remove_tree(to).map(|()| false)
@@ -299,5 +310,13 @@ mod tests {
         packs.prune().await.unwrap();
         let own = packs.restore("fourth", whose, &layers, NOW).await.unwrap();
         assert_eq!(own.kept, HashSet::from([digests[1]]));
+
+        // Nor are there more of them where the next one cannot be stored.
+        let staged = own.cache.stage(&own.key(digests[0])).unwrap();
+        own.cache.commit(&own.key(digests[0]), staged).unwrap();
+        std::fs::create_dir_all(own.directory.with_file_name(TAKEN).join("in the way")).unwrap();
+        let packs = SealedPacks { limit_bytes: 0, ..packs };
+        assert!(packs.keep(&tenant, &own, &layers, NOW).await.is_err());
+        assert!(packs.plain.list().await.unwrap().is_empty());
     }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::LazyLock;
 
 use oci::Image;
 use serde::Serialize;
@@ -121,8 +122,13 @@ impl Compression {
     }
 }
 
-/// Name and version of this engine, as recorded in images and metadata.
-pub(crate) const ENGINE: &str = concat!("builderd ", env!("CARGO_PKG_VERSION"));
+/// The engine, as recorded in images and metadata, and as part of what artifacts are found by. Its
+/// numbers change with the bytes of images (of packs, of trees, of file systems), which the program's
+/// version does not say.
+pub(crate) static ENGINE: LazyLock<String> = LazyLock::new(|| {
+    let (packs, trees) = (rootfs::PACK_VERSION, rootfs::TREE_REVISION);
+    format!("builderd engine {packs}.{trees}.{}", ext4::REVISION)
+});
 
 impl ImageMetadata {
     pub(super) fn new(
@@ -157,7 +163,7 @@ impl ImageMetadata {
             stop_signal: config.stop_signal.clone(),
             filesystem,
             artifact,
-            engine: ENGINE.to_owned(),
+            engine: ENGINE.clone(),
         }
     }
 }

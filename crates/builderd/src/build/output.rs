@@ -78,9 +78,9 @@ pub(super) fn write_data(
 
 /// SHA-256 of the first `bytes` of a file, in hex.
 pub(super) fn sum(file: &File, bytes: u64) -> io::Result<String> {
-    let mut sum = ImageSum { hasher: Sha256::new(), offset: 0, buffer: vec![0; GAP_BUFFER_BYTES] };
+    let mut sum = ImageSum::new();
     sum.file(file, bytes)?;
-    Ok(hex(&sum.hasher.finalize()))
+    Ok(sum.finish())
 }
 
 /// Whether [`shift`] works on this file system, and files may span `bytes` there.
@@ -89,9 +89,14 @@ pub(super) fn can_shift(file: &File, bytes: u64) -> bool {
     const SHIFTING: u64 = 0xef53;
     // Beyond the limit a write is not an error but a signal that kills.
     let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
-    magic(file) == Some(SHIFTING)
-        && limit.is_none_or(|limit| limit >= bytes)
-        && file.set_len(bytes).and_then(|()| file.set_len(0)).is_ok()
+    // Nor can every file of an ext4 be shifted: none that is encrypted, nor where blocks lie in clusters.
+    let try_it = || {
+        file.set_len(bytes)?;
+        rustix::fs::fallocate(file, FallocateFlags::COLLAPSE_RANGE, 0, BLOCK_SIZE)?;
+        rustix::fs::fallocate(file, FallocateFlags::INSERT_RANGE, 0, BLOCK_SIZE)?;
+        file.set_len(0)
+    };
+    magic(file) == Some(SHIFTING) && limit.is_none_or(|limit| limit >= bytes) && try_it().is_ok()
 }
 
 /// Turns the file in which all packs lie, each at its base, into the image's data: what lies
@@ -429,15 +434,24 @@ impl Job<'_> {
 }
 
 /// The hash of the image up to `offset`.
-struct ImageSum {
+pub(super) struct ImageSum {
     hasher: Sha256,
     offset: u64,
     buffer: Vec<u8>,
 }
 
 impl ImageSum {
+    pub(super) fn new() -> Self {
+        Self { hasher: Sha256::new(), offset: 0, buffer: vec![0; GAP_BUFFER_BYTES] }
+    }
+
+    /// The sum of what was hashed, in hex.
+    pub(super) fn finish(self) -> String {
+        hex(&self.hasher.finalize())
+    }
+
     /// Hashes what already stands in the file up to `end`; holes are not read.
-    fn file(&mut self, image: &File, end: u64) -> io::Result<()> {
+    pub(super) fn file(&mut self, image: &File, end: u64) -> io::Result<()> {
         while self.offset < end {
             let data = match rustix::fs::seek(image, SeekFrom::Data(self.offset)) {
                 Ok(data) => data.min(end),

@@ -48,7 +48,7 @@ pub fn run(spec: &BuildSpec, observer: &dyn Observer) -> Result<BuildReport, Bui
             commands::run(spec, wanted, &image, &mut packs, &disk, observer)
         })?),
     };
-    let written = write(spec, &image, (packs, changes), &disk, &mut phases)?;
+    let written = write(spec, &image, (packs, changes), &mut phases)?;
     let metadata = describe(spec, &image, &written);
     // Not part of the phase: whoever interrupts a build that waits here has got no output.
     let turns = take_turns(&[spec.output_directory(), directory_of(&spec.metadata_file)], observer);
@@ -177,7 +177,6 @@ fn write(
     spec: &BuildSpec,
     image: &Image,
     (mut packs, changes): (LayerPacks, Option<String>),
-    disk: &Disk,
     phases: &mut Phases<'_>,
 ) -> Result<Written, BuildError> {
     let stage = || {
@@ -195,7 +194,7 @@ fn write(
             Some(1)
         }
     };
-    let slabs = packs.slabs.take().filter(|_| disk.is_nearly_written()).map(|slabs| {
+    let slabs = packs.slabs.take().map(|slabs| {
         staged.push(slabs);
         staged.len() - 1
     });

@@ -123,8 +123,10 @@ pub struct BuildRequest {
     pub echo: String,
 }
 
-/// When a failure that may pass by itself leads to another try.
+/// When a failure that may pass by itself leads to another try; a part of a [`BuildRequest`], and
+/// read like one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RetryPolicy {
     /// Tries after the first.
     pub max_retries: u32,
@@ -221,7 +223,8 @@ impl FailureCode {
     }
 }
 
-/// Why a build (or one try of it) failed.
+/// Why a build (or one try of it) failed. Here, in an [`Attempt`], a [`BuildResult`] and what it
+/// cost, which tell what was and ask for nothing, whoever does not know a field goes without it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// In one word.

@@ -12,13 +12,16 @@
 //! | `source` | the image is looked for |
 //! | `engine` | the child process is started, and listened to |
 //! | `artifact` | the artifact is named, taken if it exists, stored if it was made |
+//! | `sum` | what was made is summed |
 
 mod artifact;
 mod engine;
 mod running;
 mod source;
+mod sum;
 
 use std::collections::HashMap;
+use std::fs::Metadata;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -354,6 +357,13 @@ fn internal(cause: &str) -> Failure {
 /// What directories of a try are called.
 fn try_name(lease: &Lease) -> String {
     format!("{}-{}", lease.build(), lease.token())
+}
+
+/// Whether what a process of a build has made is a file, of that name alone. Who made it is not
+/// trusted with the files of the service: a link must lead nobody to them. `made` is of the name itself.
+pub(super) fn is_own_file(made: &Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    made.is_file() && made.nlink() == 1
 }
 
 /// Removes what builds of an earlier process left in the staging directory. Call it only while

@@ -19,7 +19,7 @@ use crate::build::record::Micros;
 use crate::clock::{Clock as _, WallClock};
 use crate::config::{Config, DatabaseConfig};
 use crate::store::audit::Author;
-use crate::store::{Store, StoreError, TenantRow, TokenRow};
+use crate::store::{Listed, Store, StoreError, TenantRow, TokenRow, Unread};
 use crate::tenant::{Right, TenantId, TenantLimits, Tier};
 
 impl From<StoreError> for Failure {
@@ -90,11 +90,16 @@ pub(super) fn tenants(args: &TenantArgs) -> Result<(), Failure> {
     let prepares = matches!(args.command, TenantCommand::Set(_));
     with_store(&args.settings, prepares, async |store, config| match &args.command {
         TenantCommand::Set(args) => {
-            let old = store.system().tenant(&args.tenant).await?;
+            let old = match store.system().tenant(&args.tenant).await {
+                // Nothing is wanted of what was set before.
+                Err(StoreError::Corrupt(_)) if args.tier.is_some() && args.tier_limits => None,
+                Err(error @ StoreError::Corrupt(_)) => return Err(unreadable(args, error)),
+                old => old?,
+            };
             let row = changed(args, old, &config);
             store.system_for(&Author::command()).put_tenant(&row).await?;
             in_force().await;
-            list_tenants(&[row], &config, false);
+            list_tenants(&Listed { rows: vec![row], unread: Vec::new() }, &config, false);
             Ok(())
         }
         TenantCommand::List { format } => {
@@ -188,14 +193,15 @@ fn created(secret: &str, token: &TokenRow, tier: Tier, format: &FormatArgs) {
     tell!("it is not kept and cannot be shown again");
 }
 
-fn list_tokens(tokens: &[TokenRow], format: &FormatArgs) {
+fn list_tokens(tokens: &Listed<TokenRow>, format: &FormatArgs) {
     let now = WallClock.now();
     if format.is_json() {
-        put!("{}", tokens.iter().map(|token| token_json(token, now)).collect::<Value>());
+        let known = tokens.rows.iter().map(|token| token_json(token, now));
+        put!("{}", known.chain(unread_json("id", &tokens.unread)).collect::<Value>());
         return;
     }
     put!("{:<22} {:<20} {:<8} {:<20} PERMISSIONS", "ID", "TENANT", "STATE", "CREATED");
-    for token in tokens {
+    for token in &tokens.rows {
         put!(
             "{:<22} {:<20} {:<8} {:<20} {}{}",
             token.id,
@@ -209,6 +215,18 @@ fn list_tokens(tokens: &[TokenRow], format: &FormatArgs) {
             }
         );
     }
+    list_unread(&tokens.unread);
+}
+
+/// The rows of a list that cannot be read, behind those that can.
+fn list_unread(unread: &[Unread]) {
+    for Unread { id, problem } in unread {
+        put!("{:<22} cannot be read: {}", text::printable(id), text::printable(problem));
+    }
+}
+
+fn unread_json(name: &str, unread: &[Unread]) -> impl Iterator<Item = Value> {
+    unread.iter().map(move |row| json!({name: row.id, "unreadable": row.problem}))
 }
 
 fn token_state(token: &TokenRow, now: Micros) -> &'static str {
@@ -237,6 +255,16 @@ fn token_json(token: &TokenRow, now: Micros) -> Value {
 fn moment(at: Micros) -> String {
     let moment = jiff::Timestamp::from_second(at.0.div_euclid(Micros::SECOND));
     moment.map_or_else(|_| at.0.to_string(), |moment| moment.to_string())
+}
+
+/// What to do about a tenant whose row cannot be read.
+fn unreadable(args: &TenantSetArgs, error: StoreError) -> Failure {
+    let hint = format!(
+        "a newer version set it, which can change it; or set it anew: `builderd tenant set {} \
+         --tier TIER --tier-limits`, and then the limits of its own",
+        args.tenant
+    );
+    Failure { code: 1, error: Box::new(error), hint: Some(hint) }
 }
 
 /// A tenant's row as the arguments want it.
@@ -276,9 +304,9 @@ fn of_tier(config: &Config, tier: Tier) -> TenantLimits {
     own.map_or_else(|| tier.limits(), |(_, limits)| limits.clone())
 }
 
-fn list_tenants(tenants: &[TenantRow], config: &Config, as_json: bool) {
+fn list_tenants(tenants: &Listed<TenantRow>, config: &Config, as_json: bool) {
     if as_json {
-        let value = tenants.iter().map(|row| {
+        let known = tenants.rows.iter().map(|row| {
             let limits = row.limits.clone().unwrap_or_else(|| of_tier(config, row.tier));
             json!({
                 "tenant": row.id,
@@ -287,7 +315,7 @@ fn list_tenants(tenants: &[TenantRow], config: &Config, as_json: bool) {
                 "ownLimits": row.limits.is_some(),
             })
         });
-        put!("{}", value.collect::<Value>());
+        put!("{}", known.chain(unread_json("tenant", &tenants.unread)).collect::<Value>());
         return;
     }
     put!(
@@ -298,7 +326,7 @@ fn list_tenants(tenants: &[TenantRow], config: &Config, as_json: bool) {
         "DAILY",
         "STORAGE"
     );
-    for row in tenants {
+    for row in &tenants.rows {
         let limits = row.limits.clone().unwrap_or_else(|| of_tier(config, row.tier));
         put!(
             "{:<24} {:<11} {:>8} {:>8} {:>11} {}",
@@ -310,4 +338,5 @@ fn list_tenants(tenants: &[TenantRow], config: &Config, as_json: bool) {
             if row.limits.is_some() { "own" } else { "of the tier" }
         );
     }
+    list_unread(&tenants.unread);
 }

@@ -126,6 +126,8 @@ pub(crate) struct Config {
     pub(crate) shutdown_timeout: Duration,
     /// Requests to `/health`.
     pub(crate) health_rate_per_sec: u32,
+    /// Connections of one address; any number if 0.
+    pub(crate) connections_max: u32,
     /// Whose pages may call the API from a browser.
     pub(crate) cors_allowed_origins: Origins,
     /// Walls around builds that the host may lack.
@@ -245,6 +247,7 @@ impl Config {
             dev: settings.flag("DEV"),
             shutdown_timeout: settings.duration("SHUTDOWN_TIMEOUT"),
             health_rate_per_sec: settings.number("RATE_LIMIT").unwrap_or_default(),
+            connections_max: settings.number("MAX_CONNECTIONS_PER_ADDRESS").unwrap_or_default(),
             cors_allowed_origins: origins(settings, &mut problems),
             accept_missing_walls: walls(settings, &mut problems),
             oci_runtime: settings.text("OCI_RUNTIME").unwrap_or_default(),

@@ -157,6 +157,10 @@ impl Setting {
         Self { dev_default: Some(default), ..self }
     }
 
+    const fn said_in(self, origin: &'static str) -> Self {
+        Self { origin, ..self }
+    }
+
     const fn read_by(self, reader: Reader) -> Self {
         Self { reader, ..self }
     }
@@ -197,22 +201,30 @@ const fn setting(
     Setting { name, others, kind, default, dev_default, origin, reader, meaning }
 }
 
-const fn later(
-    name: &'static str,
-    accepts: &'static [&'static str],
-    origin: &'static str,
-    why: &'static str,
-) -> Setting {
-    setting(name, Kind::Later { accepts, why }, "", origin, why)
+const fn later(name: &'static str, why: &'static str) -> Setting {
+    later_but(name, &[], why)
 }
 
-const fn never(
+/// The same, with words that ask for nothing.
+const fn later_but(
     name: &'static str,
     accepts: &'static [&'static str],
-    origin: &'static str,
     why: &'static str,
 ) -> Setting {
-    setting(name, Kind::Never { accepts, why }, "", origin, why)
+    setting(name, Kind::Later { accepts, why }, "", "guide", why)
+}
+
+const fn never(name: &'static str, why: &'static str) -> Setting {
+    never_but(name, &[], why)
+}
+
+/// The same, with words that ask for nothing, or for what happens anyway.
+const fn never_but(
+    name: &'static str,
+    accepts: &'static [&'static str],
+    why: &'static str,
+) -> Setting {
+    setting(name, Kind::Never { accepts, why }, "", "guide", why)
 }
 
 const ANY: Kind = Kind::Number { min: 0, max: u32::MAX };

@@ -99,6 +99,8 @@ pub(crate) enum Action {
     MigrateStore,
     /// The audit log is read.
     AuditExport,
+    /// A connection is opened; only refusals of a client's certificate are written.
+    TlsHandshake,
     /// Refusals were not written, because there were too many; the object says how many.
     AuditDropped,
     /// A request that names none of these.
@@ -124,6 +126,7 @@ impl Action {
             Self::Restore => "admin.restore",
             Self::MigrateStore => "admin.migrate-store",
             Self::AuditExport => "admin.audit-export",
+            Self::TlsHandshake => "tls.handshake",
             Self::AuditDropped => "audit.dropped",
             Self::Unknown => "unknown",
         }

@@ -320,6 +320,24 @@ pub struct TenantRow {
     pub limits: Option<TenantLimits>,
 }
 
+/// All rows of a table, as far as they can be read: one that cannot hides no other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed<T> {
+    /// Those that can.
+    pub rows: Vec<T>,
+    /// Those that cannot.
+    pub unread: Vec<Unread>,
+}
+
+/// A row that this version cannot read: a newer one wrote it, or it is damaged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unread {
+    /// Its id, as it stands there.
+    pub id: String,
+    /// What of it cannot be read.
+    pub problem: String,
+}
+
 /// A tenant as the operator sees it from afar.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TenantLoad {

@@ -385,6 +385,10 @@ fn kind(error: &sqlx::Error) -> Kind {
         let is_full = io.kind() == std::io::ErrorKind::StorageFull;
         return if is_full { Kind::Full } else { Kind::Unavailable };
     }
+    // SQLite keeps whatever is put into a column.
+    if matches!(error, Error::ColumnDecode { .. }) {
+        return Kind::Corrupt;
+    }
     let is_away = matches!(
         error,
         Error::Tls(_)
@@ -438,6 +442,19 @@ pub(super) fn is_read_only(error: &sqlx::Error) -> bool {
         Some(_) => code == "25006",
         // SQLITE_READONLY
         None => code.parse::<u32>().is_ok_and(|code| code & 0xff == 8),
+    }
+}
+
+/// Whether a database refuses what a row would become: a check or a key forbids it, a number has no
+/// room.
+pub(super) fn is_refused_row(error: &sqlx::Error) -> bool {
+    let sqlx::Error::Database(said) = error else { return false };
+    let code = said.code().unwrap_or_default();
+    match said.try_downcast_ref::<sqlx::postgres::PgDatabaseError>() {
+        // Classes data_exception and integrity_constraint_violation.
+        Some(_) => code.starts_with("22") || code.starts_with("23"),
+        // SQLITE_CONSTRAINT
+        None => code.parse::<u32>().is_ok_and(|code| code & 0xff == 19),
     }
 }
 

@@ -42,6 +42,18 @@ impl StoreError {
         matches!(self, Self::Unavailable(_) | Self::Full(_))
     }
 
+    /// Whether the row that was worked on is to blame: the others can be worked on all the same.
+    pub(super) fn is_of_a_row(&self) -> bool {
+        match self {
+            Self::Corrupt(_) | Self::Illegal(_) => true,
+            Self::Database(error) => engine::is_refused_row(error),
+            Self::Unavailable(_)
+            | Self::Full(_)
+            | Self::DataDirectory { .. }
+            | Self::Migrate(_) => false,
+        }
+    }
+
     /// What kind of trouble it is, in one word for programs.
     pub fn class(&self) -> &'static str {
         match self {

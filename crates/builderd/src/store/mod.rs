@@ -30,8 +30,8 @@ use audit::Author;
 pub use changes::Changes;
 pub use data::{
     Accepted, ArtifactDomain, ArtifactName, Cancel, Claimed, Delete, Depth, Fenced, Filter,
-    Heartbeat, KnownArtifact, Lease, Leases, NewBuild, NewFile, Outcome, Page, QuotaExceeded,
-    Removal, Reserved, Revision, Seen, TenantLoad, TenantRow, TokenRow,
+    Heartbeat, KnownArtifact, Lease, Leases, Listed, NewBuild, NewFile, Outcome, Page,
+    QuotaExceeded, Removal, Reserved, Revision, Seen, TenantLoad, TenantRow, TokenRow, Unread,
 };
 pub use error::StoreError;
 pub(crate) use keys::SEALED;

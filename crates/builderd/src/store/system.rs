@@ -2,7 +2,8 @@
 
 use super::audit::{AuditEntry, AuditFilter, AuditRow, AuditVerdict, Author};
 use super::{
-    Changes, Claimed, Depth, Leases, Removal, Rows, StoreError, TenantLoad, TenantRow, TokenRow,
+    Changes, Claimed, Depth, Leases, Listed, Removal, Rows, StoreError, TenantLoad, TenantRow,
+    TokenRow,
 };
 use crate::build::record::Micros;
 use crate::clock::{Clock as _, WallClock};
@@ -160,7 +161,7 @@ impl SystemStore<'_> {
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn tenants(&self) -> Result<Vec<TenantRow>, StoreError> {
+    pub async fn tenants(&self) -> Result<Listed<TenantRow>, StoreError> {
         self.rows.tenants().await
     }
 
@@ -196,7 +197,7 @@ impl SystemStore<'_> {
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {
+    pub async fn tokens(&self) -> Result<Listed<TokenRow>, StoreError> {
         self.rows.tokens().await
     }
 

@@ -69,6 +69,29 @@ impl Ready {
     }
 }
 
+/// Why a client was refused for its certificate, if a handshake failed for that.
+pub(super) fn refusal(failed: &io::Error) -> Option<&'static str> {
+    use CertificateError::{
+        ApplicationVerificationFailure, Expired, ExpiredContext, Revoked, UnknownIssuer,
+    };
+    if problem_of_lists(failed).is_some() {
+        return Some("no good revocation list");
+    }
+    let error = failed.get_ref()?.downcast_ref::<Error>()?;
+    if matches!(error, Error::NoCertificatesPresented) {
+        return Some("no certificate");
+    }
+    let Error::InvalidCertificate(error) = error else { return None };
+    let reasons = [
+        (matches!(error, Revoked), "revoked certificate"),
+        (matches!(error, UnknownIssuer), "certificate of an unknown authority"),
+        (matches!(error, Expired | ExpiredContext { .. }), "certificate that has run out"),
+        (matches!(error, ApplicationVerificationFailure), "id that may not come in"),
+    ];
+    let reason = reasons.into_iter().find_map(|(is_it, reason)| is_it.then_some(reason));
+    Some(reason.unwrap_or("bad certificate"))
+}
+
 /// What is wrong with revocation lists, if a handshake failed for that.
 pub(super) fn problem_of_lists(failed: &io::Error) -> Option<&'static str> {
     use CertificateError::{

@@ -16,10 +16,11 @@ mod material;
 pub(crate) mod tests;
 mod workload;
 
-use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use std::{fmt, io};
 
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -109,9 +110,37 @@ pub(crate) struct Tls {
     /// None while there is no identity to show.
     ready: watch::Receiver<Option<Arc<Ready>>>,
     clients: watch::Receiver<Arc<Clients>>,
+    told: Arc<Told>,
+}
+
+/// Told of each client that is refused for its certificate: from where it came, and why, in one of a
+/// few words of ours.
+pub(crate) type TellRefused = Arc<dyn Fn(SocketAddr, &'static str) + Send + Sync>;
+
+/// Who is told, once somebody is.
+#[derive(Default)]
+struct Told(OnceLock<TellRefused>);
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Told").field(&self.0.get().is_some()).finish()
+    }
 }
 
 impl Tls {
+    /// Has `who` told of clients that are refused from now on, whichever door they come to. The first
+    /// one stays.
+    pub(crate) fn tell(&self, who: TellRefused) {
+        let _ = self.told.0.set(who);
+    }
+
+    /// Tells of a handshake that failed, if it was for the client's certificate.
+    pub(crate) fn failed(&self, peer: SocketAddr, error: &io::Error) {
+        if let (Some(why), Some(tell)) = (material::refusal(error), self.told.0.get()) {
+            tell(peer, why);
+        }
+    }
+
     /// Whose certificates are known.
     pub(crate) fn clients(&self) -> watch::Receiver<Arc<Clients>> {
         self.clients.clone()
@@ -267,7 +296,8 @@ pub(crate) async fn start(
         seen,
         hangup,
     };
-    Ok((Tls { ready: told_ready, clients: told_clients }, keeper))
+    let told = Arc::default();
+    Ok((Tls { ready: told_ready, clients: told_clients, told }, keeper))
 }
 
 impl Keeper {

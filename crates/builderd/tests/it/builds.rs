@@ -379,7 +379,7 @@ fn the_first_kilobyte_says_which_image_options_and_engine_made_it() {
     let plain = provenance("plain", &[]);
     assert_eq!(plain["image"], metadata("plain")["image_digest"]);
     assert_eq!(plain["engine"], metadata("plain")["engine"]);
-    assert!(plain["engine"].as_str().unwrap().starts_with("builderd "));
+    assert!(plain["engine"].as_str().unwrap().starts_with("builderd engine "));
     assert_eq!((&plain["journal"], &plain["size"]), (&true.into(), &serde_json::Value::Null));
     let sized = provenance("sized", &["--size", "64M", "--no-journal"]);
     assert_eq!((&sized["journal"], &sized["size"]), (&false.into(), &(64 << 20).into()));

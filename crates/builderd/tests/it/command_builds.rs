@@ -2,9 +2,10 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
@@ -621,4 +622,65 @@ fn cancel_delete_quotas_and_stats_speak() {
         assert!(said.contains(part), "{part} in\n{said}");
     }
     assert!(fake.asked("GetBuildStats")[0].json()["startTime"].as_str().unwrap().ends_with('Z'));
+}
+
+/// The same command on a terminal of its own, which script(1) makes; what it shows there.
+fn on_a_terminal(command: &Command) -> (String, Option<i32>) {
+    let words: Vec<&str> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| word.to_str().unwrap())
+        .collect();
+    let line = format!("stty rows 24 cols 100; exec {}", words.join(" "));
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--return", "--flush", "--command", &line, "/dev/null"]);
+    script.env_clear().env("PATH", "/usr/bin:/bin").env("SHELL", "/bin/sh").env("TERM", "xterm");
+    for (name, value) in command.get_envs() {
+        script.env(name, value.unwrap());
+    }
+    script.current_dir(command.get_current_dir().unwrap()).stdin(Stdio::null());
+    // Of the package bsdutils, which every Debian has.
+    let output = script.output().unwrap();
+    (String::from_utf8_lossy(&output.stdout).into_owned(), output.status.code())
+}
+
+/// A server whose build is at work for long enough to be looked at.
+fn at_work() -> Fake {
+    let begun = std::sync::OnceLock::new();
+    Fake::new(move |asked| match asked.method.as_str() {
+        "CreateBuild" => json_reply(&json!({"buildId": ID, "state": "BUILD_STATE_PENDING"})),
+        "StreamBuildLogs" => messages(&[message(0, &line(0)), end()], false),
+        _ => {
+            let begun = begun.get_or_init(Instant::now);
+            let is_over = begun.elapsed() > Duration::from_secs(3);
+            let mut answer = build(if is_over { "COMPLETED" } else { "BUILDING" });
+            answer["build"]["progressPercent"] = 42.into();
+            answer["build"]["currentStep"] = "Packing layers".into();
+            json_reply(&answer)
+        }
+    })
+}
+
+#[test]
+fn a_followed_build_has_a_bar_on_a_terminal_and_nowhere_else() {
+    const BAR: &str = " 42 % building Packing layers";
+    let workshop = Workshop::new();
+    let create = ["builds", "create", "nginx", "--follow"];
+    let (shown, code) = on_a_terminal(&at_work().command(&workshop, &create));
+    assert_eq!(code, Some(0), "{shown:?}");
+    assert!(shown.contains(BAR), "{shown:?}");
+    assert!(shown.contains("line 0") && shown.contains("completed: "), "{shown:?}");
+    // It is gone when the build has ended: the last that stands there is the result.
+    assert!(shown.rfind(BAR) < shown.rfind("completed: "), "{shown:?}");
+
+    let output = at_work().run(&workshop, &create);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("line 0"), "{}", stderr(&output));
+    for sign in ["%", "\r", "\u{1b}"] {
+        assert!(!stderr(&output).contains(sign), "{:?}", stderr(&output));
+    }
+    // Nor where a program reads what is shown.
+    let json = [&create[..], &["-o", "json"]].concat();
+    let (shown, code) = on_a_terminal(&at_work().command(&workshop, &json));
+    assert_eq!(code, Some(0), "{shown:?}");
+    assert!(shown.starts_with('{') && !shown.contains(BAR), "{shown:?}");
 }

@@ -3,17 +3,26 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use oci::testing::TestRegistry;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use sqlx::Connection as _;
 
 use crate::support::{Layer, TestImage, Workshop, noise, sha256, stderr};
+
+/// Longer than anything takes here.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A server that wants tokens, and a registry.
 struct Site {
     workshop: Workshop,
     registry: TestRegistry,
     server: Child,
+    /// What the server says.
+    lines: Receiver<String>,
     address: String,
 }
 
@@ -46,9 +55,12 @@ impl Site {
             }
             said.push_str(&line);
         };
-        // The server must not wait for a full pipe.
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        Self { workshop, registry, server, address }
+        // The server must not wait for a full pipe, nor for whoever reads what it says.
+        let (said, lines_said) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).for_each(|line| drop(said.send(line)));
+        });
+        Self { workshop, registry, server, lines: lines_said, address }
     }
 
     /// A command of the operator, on the server's database.
@@ -240,6 +252,65 @@ fn a_tenants_tier_and_limits_are_the_operators() {
     assert_eq!(daily(&token), 1000);
     let list = stdout(&site.operate(&["tenant", "list"]));
     assert!(list.contains("acme") && list.contains("enterprise"), "{list}");
+}
+
+#[test]
+fn a_hangup_ends_no_server() {
+    let site = Site::new();
+    let token = site.token(&["--tier", "pro"]);
+    kill_process(Pid::from_child(&site.server), Signal::HUP).unwrap();
+    while !site.lines.recv_timeout(PATIENCE).expect("a word about it").contains("SIGHUP") {}
+    let output = site.ask(&token, &["builds", "list"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// Changes a row past the rules.
+fn write(workshop: &Workshop, statement: &'static str) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let file = workshop.path("data/builderd.db").display().to_string();
+        let mut database = sqlx::SqliteConnection::connect(&file).await.unwrap();
+        let written = sqlx::query(statement).execute(&mut database).await.unwrap();
+        assert_eq!(written.rows_affected(), 1);
+        database.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_tenant_that_cannot_be_read_is_listed_as_that_and_can_be_set_anew() {
+    let workshop = Workshop::new();
+    let run = |arguments: &[&str]| {
+        let mut command = workshop.command(arguments);
+        settings(&mut command, &workshop);
+        command.output().unwrap()
+    };
+    for tenant in ["acme", "beta"] {
+        assert!(run(&["tenant", "set", tenant, "--daily-builds", "7"]).status.success());
+    }
+    // A limit that a newer version keeps to.
+    write(
+        &workshop,
+        "UPDATE tenant SET limits = REPLACE(limits, '{', '{\"gpus\":1,') WHERE id = 'acme'",
+    );
+    let list = run(&["tenant", "list"]);
+    assert!(list.status.success(), "{}", stderr(&list));
+    let (listed, unread) = ("beta ", "cannot be read: limits cannot be read: unknown field `gpus`");
+    let lines = stdout(&list);
+    assert!(lines.lines().any(|line| line.starts_with(listed)), "{lines}");
+    let last = lines.lines().last().unwrap();
+    assert!(last.starts_with("acme ") && last.contains(unread), "{lines}");
+    let rows = stdout(&run(&["tenant", "list", "-o", "json"]));
+    let rows: Value = serde_json::from_str(&rows).unwrap();
+    assert_eq!((&rows[0]["tenant"], &rows[1]["tenant"]), (&"beta".into(), &"acme".into()));
+    assert!(rows[1]["unreadable"].as_str().unwrap().contains("gpus"), "{rows}");
+
+    // No limit is dropped by a command that does not know it.
+    let refused = run(&["tenant", "set", "acme", "--daily-builds", "8"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("--tier-limits"), "{}", stderr(&refused));
+    assert!(run(&["tenant", "set", "acme", "--tier", "pro", "--tier-limits"]).status.success());
+    let lines = stdout(&run(&["tenant", "list"]));
+    assert!(!lines.contains("cannot be read") && lines.contains("acme"), "{lines}");
 }
 
 #[test]

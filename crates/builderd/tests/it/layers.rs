@@ -45,6 +45,28 @@ fn a_layer_that_is_named_again_is_fetched_and_packed_once() {
 }
 
 #[test]
+fn packs_of_an_empty_cache_become_the_image_and_nothing_is_copied() {
+    /// `EXT4_SUPER_MAGIC` of linux/magic.h.
+    const SHIFTING: u64 = 0xef53;
+    let layers = [3_000_001, 5000].map(|bytes| Layer::new().file("file", &noise(bytes, 3_000_001)));
+    let workshop = Workshop::with(&TestImage::new(layers.into()));
+    let kind = rustix::fs::statfs(workshop.directory.path()).unwrap().f_type;
+    if u64::try_from(kind) != Ok(SHIFTING) {
+        eprintln!("skipped: the file system here cannot shift");
+        return;
+    }
+    for (output, is_copied) in [("cold", false), ("warm", true)] {
+        let mut arguments = vec!["build", "oci:image", "--progress", "rawjson", "-o", output];
+        arguments.extend(["--checksum", "none"]);
+        let result = workshop.run(&arguments);
+        assert!(result.status.success(), "{}", stderr(&result));
+        let text = String::from_utf8_lossy(&result.stdout);
+        assert_eq!(text.contains(r#""event":"write_progress""#), is_copied, "{output}: {text}");
+    }
+    assert!(workshop.read("cold") == workshop.read("warm"));
+}
+
+#[test]
 fn a_layer_named_again_must_be_what_each_of_its_places_claims() {
     let mut image = repeated();
     image.config["rootfs"]["diff_ids"][3] = image.config["rootfs"]["diff_ids"][1].clone();

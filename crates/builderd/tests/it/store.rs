@@ -40,11 +40,11 @@ async fn two_servers_never_share_a_data_directory() {
     // An operator's command may look in, and both see the same.
     let command = Store::attach_sqlite(&data).await.unwrap();
     command.system().add_token(&token("one")).await.unwrap();
-    assert_eq!(server.system().tokens().await.unwrap(), vec![token("one")]);
+    assert_eq!(server.system().tokens().await.unwrap().rows, vec![token("one")]);
     server.close().await;
     drop(server);
     let third = Store::open_sqlite(&data).await.unwrap();
-    assert_eq!(third.system().tokens().await.unwrap(), vec![token("one")]);
+    assert_eq!(third.system().tokens().await.unwrap().rows, vec![token("one")]);
 }
 
 #[tokio::test]
@@ -77,7 +77,7 @@ async fn a_backup_is_taken_beside_a_server_and_restored() {
     let other = workshop.path("other");
     admin::restore(&file, &other).await.unwrap();
     let restored = Store::open_sqlite(&other).await.unwrap();
-    assert_eq!(restored.system().tokens().await.unwrap(), vec![token("one")]);
+    assert_eq!(restored.system().tokens().await.unwrap().rows, vec![token("one")]);
     assert!(admin::check(&restored).await.unwrap().is_empty());
 
     // What a server that died has not yet written into a database belongs to that one alone.
@@ -118,7 +118,7 @@ async fn an_older_binary_lives_with_a_newer_schema() {
     sqlx::Connection::close(connection).await.unwrap();
     let store = Store::open_sqlite(&data).await.unwrap();
     store.system().put_tenant(&tier("tenant-1", Tier::Pro)).await.unwrap();
-    assert_eq!(store.system().tenants().await.unwrap(), vec![tier("tenant-1", Tier::Pro)]);
+    assert_eq!(store.system().tenants().await.unwrap().rows, vec![tier("tenant-1", Tier::Pro)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -138,7 +138,7 @@ async fn postgresql_keeps_what_it_answered_when_it_crashes() {
     postgres.restart();
     for node in &nodes {
         let system = node.system();
-        assert_eq!(system.tokens().await.unwrap(), vec![token("one")]);
+        assert_eq!(system.tokens().await.unwrap().rows, vec![token("one")]);
         let known = system.tenant(&"tenant-1".parse().unwrap()).await.unwrap();
         assert_eq!(known, Some(tier("tenant-1", Tier::Enterprise)));
         system.beat().await.unwrap();

@@ -9,6 +9,7 @@
 
 mod chunks;
 mod damage;
+mod golden;
 mod growth;
 mod kernel;
 mod limits;

@@ -4,6 +4,7 @@
 #![expect(clippy::disallowed_methods, reason = "tests start programs")]
 
 mod compression;
+mod golden;
 mod hostile;
 mod model;
 mod oracle;

@@ -1,8 +1,11 @@
 //! Layers over layers, as overlay mounts of Docker and containerd show them.
 
 use ext4::{InodeId, Kind, Timestamp, Tree};
+use rootfs::TreeLimits;
 
-use crate::support::{Layer, flatten, flatten_error, header, pack_error, try_flatten_with};
+use crate::support::{
+    Header, Image, Layer, flatten, flatten_error, header, pack_error, try_flatten_with,
+};
 
 fn base() -> Layer {
     Layer::new().dir("a").file("a/x", "1").file("a/y", "2").dir("a/sub").file("a/sub/z", "3")
@@ -519,6 +522,84 @@ fn a_later_header_without_attributes_leaves_them() {
     // A file made anew has only its own.
     let image = flatten(&[lower, Layer::new().file("x", "2")]);
     assert_eq!(image.xattrs("x"), []);
+}
+
+/// One entry with attributes, each one letter of a name and its value.
+fn described(layer: Layer, attributes: &[(&str, &str)], header: &Header) -> Layer {
+    let name = |key: &str| match key {
+        "c" => "SCHILY.xattr.security.capability".to_owned(),
+        key => format!("SCHILY.xattr.user.{key}"),
+    };
+    let named: Vec<(String, &[u8])> =
+        attributes.iter().map(|(key, value)| (name(key), value.as_bytes())).collect();
+    let records: Vec<(&str, &[u8])> =
+        named.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+    layer.pax(&records).entry(header, &[])
+}
+
+fn attributes_of(image: &Image, path: &str) -> Vec<String> {
+    let shown = |(name, value): (String, Vec<u8>)| {
+        format!("{}={}", &name[name.len() - 1..], String::from_utf8_lossy(&value))
+    };
+    image.xattrs(path).into_iter().map(shown).collect()
+}
+
+#[test]
+fn attributes_of_a_hard_link_join_those_of_the_file_and_its_chown_takes_the_capabilities() {
+    let file = |layer| described(layer, &[("c", "x"), ("a", "1"), ("b", "2")], &header("f", b'0'));
+    let link =
+        |layer, given: &[(&str, &str)]| described(layer, given, &header("l", b'1').link("f"));
+    for (given, expected) in [
+        (&[][..], &["a=1", "b=2"][..]),
+        (&[("b", "3"), ("d", "4")], &["a=1", "b=3", "d=4"]),
+        (&[("c", "z")], &["y=z", "a=1", "b=2"]),
+    ] {
+        let one_layer = flatten(&[link(file(Layer::new()), given)]);
+        let lower = flatten(&[file(Layer::new()), link(Layer::new(), given)]);
+        let before = flatten(&[file(link(Layer::new(), given))]);
+        for image in [one_layer, lower, before] {
+            assert_eq!(attributes_of(&image, "f"), expected, "{given:?}");
+            assert_eq!(image.id("l"), image.id("f"));
+        }
+    }
+}
+
+#[test]
+fn attributes_of_links_that_wait_for_a_lower_file_join_in_the_order_of_their_headers() {
+    let lower = described(Layer::new(), &[("a", "1"), ("c", "x")], &header("f", b'0'));
+    let link =
+        |layer, name, target, given| described(layer, given, &header(name, b'1').link(target));
+    // The target of the first comes as the second, the lower file as the target of that one.
+    let upper = link(Layer::new(), "k", "m", &[("a", "2"), ("b", "2"), ("c", "y")]);
+    let upper = link(upper, "l", "m", &[("b", "3"), ("d", "3")]);
+    let upper = link(upper, "m", "f", &[("d", "4")]);
+    let image = flatten(&[lower, upper]);
+    assert_eq!(attributes_of(&image, "f"), ["a=2", "b=3", "d=4"]);
+    assert_eq!(image.inode("f").links, 4);
+}
+
+#[test]
+fn a_directory_named_twice_by_its_layer_has_the_attributes_of_both_entries() {
+    let named = |layer, given| described(layer, given, &header("d", b'5'));
+    let twice = named(Layer::new(), &[("a", "1"), ("b", "2"), ("c", "x")]);
+    let image = flatten(&[named(twice.clone(), &[("b", "3")])]);
+    assert_eq!(attributes_of(&image, "d"), ["y=x", "a=1", "b=3"]);
+    // An upper layer's directory hides the lower one's attributes, as on an overlay.
+    let image = flatten(&[twice, named(Layer::new(), &[("b", "3")])]);
+    assert_eq!(attributes_of(&image, "d"), ["b=3"]);
+}
+
+#[test]
+fn attributes_joined_again_and_again_count_as_look_ups() {
+    let value = "v".repeat(1000);
+    let mut layer = described(Layer::new(), &[("a", &value)], &header("f", b'0'));
+    for _ in 0..100 {
+        layer = described(layer, &[("b", &value)], &header("l", b'1').link("f"));
+    }
+    let limits = |lookups_max| TreeLimits { lookups_max, ..TreeLimits::default() };
+    let error = try_flatten_with(std::slice::from_ref(&layer), &limits(10_000)).err();
+    assert!(error.unwrap().to_string().contains("look-ups"));
+    assert!(try_flatten_with(&[layer], &limits(100_000)).is_ok());
 }
 
 #[test]

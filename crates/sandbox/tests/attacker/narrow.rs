@@ -56,6 +56,7 @@ pub(crate) fn narrow(processes: Processes, kept: &Path, secret: &Path, other: u3
         ("key", key),
         ("handle", namespace),
     ];
+    all.extend(sockets());
     all.extend(reached(other));
     for (name, is_done) in all {
         println!("{name} {}", if is_done { "done" } else { "refused" });
@@ -101,6 +102,33 @@ fn reached(other: u32) -> [(&'static str, bool); 6] {
             ("list", Path::new(&format!("/proc/{other}")).exists()),
         ]
     }
+}
+
+/// Sockets that programs use which fetch, and those by which files that are open are handed to
+/// processes of the host.
+fn sockets() -> [(&'static str, bool); 10] {
+    use libc::{AF_INET, AF_NETLINK, AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM};
+    let made = |family: libc::c_int, kind: libc::c_int, protocol: libc::c_int| {
+        // SAFETY: no memory is passed; the socket ends with this process.
+        unsafe { libc::socket(family, kind, protocol) >= 0 }
+    };
+    let paired = |kind: libc::c_int| {
+        let mut ends = [0; 2];
+        // SAFETY: the kernel writes two numbers.
+        unsafe { libc::socketpair(AF_UNIX, kind, 0, ends.as_mut_ptr()) == 0 }
+    };
+    [
+        ("tcp", made(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 6)),
+        ("udp", made(libc::AF_INET6, SOCK_DGRAM, 0) || !Path::new("/proc/net/if_inet6").exists()),
+        ("addresses", made(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, libc::NETLINK_ROUTE)),
+        ("pair", paired(SOCK_STREAM | SOCK_CLOEXEC)),
+        ("unix-stream", made(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)),
+        ("unix-datagram", made(AF_UNIX, SOCK_DGRAM, 0)),
+        ("hypervisor", made(libc::AF_VSOCK, SOCK_STREAM, 0)),
+        ("audit", made(AF_NETLINK, SOCK_RAW, libc::NETLINK_AUDIT)),
+        ("loose-pair", paired(SOCK_DGRAM | SOCK_CLOEXEC)),
+        ("raw-pair", paired(SOCK_RAW)),
+    ]
 }
 
 /// Starts a program that would outlive it, does not want to be ended with its parent, says so, and

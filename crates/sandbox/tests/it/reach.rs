@@ -109,11 +109,26 @@ fn a_loop_device_writes_past_the_page_cache_and_goes_with_its_last_user() {
         let flag = size.with_file_name("loop").join("dio");
         assert_eq!(fs::read_to_string(flag).unwrap().trim(), "1");
     }
+    let strict = size.with_file_name("bdi").join("strict_limit");
+    // Linux 6.2 and later.
+    let is_bounded = strict.exists();
+    if is_bounded {
+        assert_eq!(fs::read_to_string(&strict).unwrap().trim(), "1");
+        let most = fs::read_to_string(strict.with_file_name("max_bytes")).unwrap();
+        let most: u64 = most.trim().parse().unwrap();
+        assert!((60 << 20..=65 << 20).contains(&most), "{most}: the kernel rounds");
+        LoopDevice::unbound_free();
+        assert_eq!(fs::read_to_string(&strict).unwrap().trim(), "1", "somebody has it");
+    }
     drop(device);
     let patience = Instant::now() + Duration::from_secs(20);
     // Somebody else may have it by then, but not with this file's size.
     while fs::read_to_string(&size).is_ok_and(|size| size.trim() == "2048") {
         assert!(Instant::now() < patience, "it is still there");
         std::thread::yield_now();
+    }
+    while is_bounded && fs::read_to_string(&strict).unwrap().trim() == "1" {
+        assert!(Instant::now() < patience, "whoever has it next is bounded as well");
+        LoopDevice::unbound_free();
     }
 }

@@ -69,7 +69,8 @@ fn tried(processes: &str, user: Option<u32>) -> Tried {
     tried
 }
 
-const DONE: [&str; 5] = ["write", "rename", "hosts", "null", "socket"];
+const DONE: [&str; 9] =
+    ["write", "rename", "hosts", "null", "socket", "tcp", "udp", "addresses", "pair"];
 const REFUSED: [&str; 13] = [
     "secret",
     "shadow",
@@ -87,6 +88,9 @@ const REFUSED: [&str; 13] = [
 ];
 /// What is refused of other processes although they can be named.
 const OF_OTHERS: [&str; 4] = ["second-number", "signal", "limits", "cpus"];
+/// Ways to speak with other processes of the host, and to hand them files that are open.
+const SOCKETS: [&str; 6] =
+    ["unix-stream", "unix-datagram", "hypervisor", "audit", "loose-pair", "raw-pair"];
 /// And what is not, but for the signal where landlock(7) knows signals.
 const BY_NAME: [&str; 2] = ["signal-thread", "list"];
 
@@ -108,7 +112,8 @@ fn who_speaks_to_the_network_keeps_its_directories_and_no_other_file() {
             names.retain(|name| !BY_NAME.contains(&name.as_str()));
         }
         assert_eq!(tried.done, DONE, "as {user:?}");
-        assert_eq!(tried.refused, [&REFUSED[..], &OF_OTHERS].concat(), "as {user:?}");
+        let refused = [&REFUSED[..], &SOCKETS, &OF_OTHERS].concat();
+        assert_eq!(tried.refused, refused, "as {user:?}");
         all_walls_stand(&tried);
     }
 }
@@ -121,7 +126,7 @@ fn who_speaks_to_the_network_names_the_processes_that_it_starts_and_no_others() 
     for user in [None, Some(4321)] {
         let tried = tried("own", user);
         assert_eq!(tried.done, DONE, "as {user:?}");
-        let names = [&REFUSED[..], &OF_OTHERS, &BY_NAME].concat();
+        let names = [&REFUSED[..], &OF_OTHERS, &BY_NAME, &SOCKETS].concat();
         let missing = names.iter().filter(|name| !tried.refused.contains(&(**name).to_owned()));
         assert_eq!(missing.collect::<Vec<_>>(), Vec::<&&str>::new(), "as {user:?}");
         all_walls_stand(&tried);

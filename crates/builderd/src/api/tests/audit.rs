@@ -30,7 +30,7 @@ impl Server {
     }
 
     /// The rows, once there are `count`, in the order of their writing within a stream.
-    async fn audit_of(&self, count: usize) -> Vec<AuditRow> {
+    pub(super) async fn audit_of(&self, count: usize) -> Vec<AuditRow> {
         let begin = std::time::Instant::now();
         loop {
             let rows = self.audit().await;
@@ -82,7 +82,7 @@ async fn every_refusal_leaves_exactly_one_row() {
     let claimed = server.claim().await;
     server.complete(&claimed, b"an image", "none").await;
     let stranger = server.token("stranger", &Right::ALL).await;
-    let stranger_id = server.store.system().tokens().await.unwrap()[1].id.clone();
+    let stranger_id = server.store.system().tokens().await.unwrap().rows[1].id.clone();
     for (way, right, is_about_a_build) in WAYS {
         let (name, action) = (way.name(), action(*right));
         // The head of a request alone tells of a build in a path, the body comes too late.
@@ -124,7 +124,7 @@ async fn every_refusal_leaves_exactly_one_row() {
 async fn every_change_leaves_exactly_one_row_and_a_look_none() {
     let server = Server::start(Mode::Tokens).await;
     let all = server.token("owner", &Right::ALL).await;
-    let token_id = server.store.system().tokens().await.unwrap()[0].id.clone();
+    let token_id = server.store.system().tokens().await.unwrap().rows[0].id.clone();
     let created = send(server.rpc("CreateBuild", &create_body()).bearer_auth(&all)).await.well();
     let id = created["build_id"].as_str().unwrap().to_owned();
     let claimed = server.claim().await;
@@ -176,6 +176,52 @@ async fn bytes_are_written_down_and_headers_are_not() {
     only_reads(&server.store, false).await;
     assert_eq!(send(get()).await.body, b"an image");
     server.stop().await;
+}
+
+#[tokio::test]
+async fn parts_of_an_artifact_leave_one_row_and_their_count() {
+    let server = Server::start(Mode::Development).await;
+    let ids = [server.create("acme").await, server.create("acme").await];
+    for _ in &ids {
+        let claimed = server.claim().await;
+        server.complete(&claimed, b"an image", "none").await;
+    }
+    let before = server.audit().await;
+    let get = |id: &str| {
+        let request = server.plain(&format!("GetBuildArtifact/{id}"));
+        request.header("x-tenant-id", "acme").header("range", "bytes=2-2")
+    };
+    let row = server.left_by(get(&ids[0]), true).await.unwrap();
+    assert_eq!((row.action.as_str(), &row.object), ("artifact.download", &ids[0]));
+    // What follows is bytes without a row: the database need not even take one.
+    only_reads(&server.store, true).await;
+    for _ in 0..20 {
+        assert_eq!(send(get(&ids[0])).await.body, b" ");
+    }
+    assert_eq!(send(get(&ids[1])).await.status, StatusCode::SERVICE_UNAVAILABLE);
+    only_reads(&server.store, false).await;
+    // Another artifact has its own, and so has whoever takes all of it.
+    assert!(server.left_by(get(&ids[1]), true).await.is_some());
+    let whole = server.plain(&format!("GetBuildArtifact/{}", ids[0]));
+    assert!(server.left_by(whole.header("x-tenant-id", "acme"), true).await.is_some());
+    let store = server.store.clone();
+    server.stop().await;
+    let begin = std::time::Instant::now();
+    let rows = loop {
+        let rows = store.system().audit_page(&AuditFilter::default(), None).await.unwrap();
+        if rows.len() > before.len() + 3 || begin.elapsed() > WRITTEN_MAX {
+            break rows;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    assert_eq!(rows.len(), before.len() + 4, "{rows:#?}");
+    let last = rows.last().unwrap();
+    let told = [last.stream.as_str(), &last.subject, &last.action, &last.outcome];
+    assert_eq!(told, ["acme", "development", "artifact.download", "done"]);
+    assert_eq!(last.object, format!("{}: parts, 20 more", ids[0]));
+    assert!(last.peer.starts_with("127.0.0.1:") && last.request.len() == 32, "{last:?}");
+    let verdict = store.system().verify_audit().await.unwrap();
+    assert!(verdict.problems.is_empty(), "{verdict:?}");
 }
 
 #[tokio::test]

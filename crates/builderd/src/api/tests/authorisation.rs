@@ -259,7 +259,7 @@ async fn tokens_that_are_over_are_refused_like_unknown_ones() {
     let token = server.token("a", &Right::ALL).await;
     assert_eq!(list(&token).await.status, StatusCode::OK);
     let system = server.store.system();
-    let row = system.tokens().await.unwrap().remove(0);
+    let row = system.tokens().await.unwrap().rows.remove(0);
     assert!(system.revoke_token(&row.id, crate::build::record::Micros(1)).await.unwrap());
     // It may be remembered for so long.
     tokio::time::sleep(Duration::from_secs(crate::api::REMEMBERED_SECS)).await;

@@ -111,6 +111,33 @@ impl Caller {
 }
 
 #[tokio::test]
+async fn a_client_that_tls_refuses_is_written_down_and_no_more_often_than_others() {
+    let site = Site::start().await;
+    let stranger = Authority::new("stranger", &[]).issue(&["spiffe://example.org/ci"]);
+    let before = site.server.audit().await.len();
+    // What is no handshake is no refusal.
+    let mut noise = tokio::net::TcpStream::connect(site.server.address).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut noise, b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = tokio::io::AsyncReadExt::read_to_end(&mut noise, &mut answer).await;
+    for _ in 0..120 {
+        let refused = site.client_with(Some(&stranger)).create().send().await;
+        assert!(refused.is_err(), "{refused:?}");
+    }
+    // And one that says how many were left out.
+    let rows = site.server.audit_of(before + 101).await.split_off(before);
+    let refused: Vec<_> = rows.iter().filter(|row| row.action == "tls.handshake").collect();
+    assert!((100..=105).contains(&refused.len()), "{}", refused.len());
+    for row in refused {
+        let told = [row.stream.as_str(), &row.subject, &row.object, &row.outcome];
+        let object = "certificate of an unknown authority";
+        assert_eq!(told, ["", "", object, "unauthenticated"], "{row:?}");
+        assert!(row.peer.starts_with("127.0.0.1:") && row.request.len() == 32, "{row:?}");
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
 async fn a_known_certificate_is_a_credential_of_its_tenant() {
     let site = Site::start().await;
     let ci = site.client("spiffe://example.org/ci");

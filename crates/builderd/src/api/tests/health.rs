@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::stream::Follower;
 use super::{Reply, Server, rules, send};
-use crate::api::{ApiRules, HELD_MAX, HeldMax, Mode};
+use crate::api::{ApiRules, Mode, OPEN_MAX, OpenMax};
 use crate::config::Origins;
 use crate::store::tests::only_reads;
 use crate::tenant::Tier;
@@ -90,8 +90,8 @@ async fn who_watches_health_is_told_of_every_change_and_of_the_end() {
 
 #[tokio::test]
 async fn an_address_has_only_so_many_calls_that_need_no_credential() {
-    let held_max = HeldMax { open: 2, ..HELD_MAX };
-    let rules = ApiRules { held_max, ..rules(Mode::Tokens, Tier::Free) };
+    let open_max = OpenMax { strangers: 2, ..OPEN_MAX };
+    let rules = ApiRules { open_max, ..rules(Mode::Tokens, Tier::Free) };
     let server = Server::start_by(rules, Origins::NONE).await;
     let watch = "/grpc.health.v1.Health/Watch";
     let mut watchers = Vec::new();

@@ -12,6 +12,7 @@ mod deleting;
 mod documented;
 mod health;
 mod local;
+mod open;
 mod pages;
 mod protocols;
 mod shape;
@@ -30,7 +31,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::{ApiRules, ApiState, Meters, Mode, new_token};
+use super::{ApiRules, ApiState, Crowd, Meters, Mode, new_token};
 use crate::artifact::{ArtifactStore as _, LocalArtifacts};
 use crate::build::record::{BuildMetrics, BuildResult, LogLine, Micros};
 use crate::build::service::{BuildService, ServiceRules};
@@ -109,6 +110,16 @@ impl Server {
         api_rules: ApiRules,
         origins: Origins,
     ) -> Self {
+        Self::start_among(Crowd::up_to(0), tls, api_rules, origins).await
+    }
+
+    /// With a bound on the connections of an address.
+    pub(super) async fn start_among(
+        crowd: Crowd,
+        tls: Option<Tls>,
+        api_rules: ApiRules,
+        origins: Origins,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open_sqlite(directory.path()).await.unwrap();
         let artifacts = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
@@ -143,13 +154,13 @@ impl Server {
         let (service, stopped) = (Arc::new(service), stopping.clone());
         let state = ApiState::new(service, store.clone(), clock, meters, api_rules, stopped);
         let state = match &tls {
-            Some(tls) => state.knowing(tls.clients()),
+            Some(tls) => state.knowing(tls),
             None => state,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = super::router(state, origins);
-        let task = tokio::spawn(super::serve(listener, tls, router, stopping, DRAIN));
+        let task = tokio::spawn(super::serve(listener, tls, router, crowd, stopping, DRAIN));
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         Self { address, store, artifacts, client, shutdown, task, _directory: directory }
     }
@@ -268,7 +279,7 @@ pub(super) fn rules(mode: Mode, default_tier: Tier) -> ApiRules {
         default_tier,
         looks_per_sec: 100,
         body_max: super::BODY_MAX,
-        held_max: super::HELD_MAX,
+        open_max: super::OPEN_MAX,
     }
 }
 

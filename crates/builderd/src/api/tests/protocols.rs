@@ -182,6 +182,17 @@ async fn what_is_not_there_and_what_is_too_much_is_said_in_the_right_form() {
     let reply = send(server.rpc("GetBuild", &big).header("x-tenant-id", "t")).await;
     assert_eq!(reply.status, StatusCode::PAYLOAD_TOO_LARGE, "nothing is used up");
     assert_eq!(reply.json()["code"], "resource_exhausted");
+    assert_eq!(reply.json()["error"]["code"], "RESOURCE_EXHAUSTED");
+    // What cannot be a message at all is told people in both forms, too.
+    let odd =
+        send(server.rpc("GetBuild", &json!({"build_id": 5})).header("x-tenant-id", "t")).await;
+    assert_eq!(odd.status, StatusCode::BAD_REQUEST);
+    let said = odd.json();
+    assert_eq!(
+        (&said["code"], &said["error"]["code"]),
+        (&json!("invalid_argument"), &json!("INVALID_ARGUMENT"))
+    );
+    assert_eq!(said["error"]["message"], said["message"]);
     let garbled = server.rpc("GetBuild", &json!("x")).header("x-tenant-id", "t");
     assert_eq!(send(garbled).await.status, StatusCode::BAD_REQUEST);
     server.stop().await;

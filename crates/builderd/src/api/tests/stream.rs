@@ -6,7 +6,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::{Server, create_body, rules, send};
-use crate::api::{ApiRules, HELD_MAX, HeldMax, Mode, new_token};
+use crate::api::{ApiRules, Mode, OPEN_MAX, OpenMax, new_token};
 use crate::clock::{Clock as _, WallClock};
 use crate::config::Origins;
 use crate::store::audit::AuditRow;
@@ -126,8 +126,8 @@ async fn long_lines_come_whole_and_in_their_order() {
 
 #[tokio::test]
 async fn a_tenant_holds_only_so_many_answers_open() {
-    let held_max = HeldMax { logs: 2, artifacts: 1, ..HELD_MAX };
-    let rules = ApiRules { held_max, ..rules(Mode::Development, Tier::Enterprise) };
+    let open_max = OpenMax { logs: 2, artifacts: 1, ..OPEN_MAX };
+    let rules = ApiRules { open_max, ..rules(Mode::Development, Tier::Enterprise) };
     let server = Server::start_by(rules, Origins::NONE).await;
     let id = server.create("t").await;
     let claimed = server.claim().await;
@@ -247,7 +247,7 @@ async fn a_log_is_followed_no_longer_than_the_token_is_good() {
     let wish = json!({"buildId": created["build_id"], "follow": true});
     let claimed = server.claim().await;
     server.log(&claimed, &["a"]).await;
-    let good_row = system.tokens().await.unwrap().remove(0);
+    let good_row = system.tokens().await.unwrap().rows.remove(0);
     let token = async |expires_at| {
         let (secret, id, secret_hash) = new_token();
         system

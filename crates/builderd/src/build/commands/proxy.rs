@@ -34,6 +34,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::super::disk::lock;
+use crate::accepting;
 use hello::Unfit;
 
 /// Connections of commands at once; more wait.
@@ -201,7 +202,8 @@ pub(super) fn serve(
     let served = runtime.block_on(async {
         door.set_nonblocking(true)?;
         let door = tokio::net::TcpListener::from_std(door)?;
-        let mut accept = Box::pin(accept(&door, gate));
+        let next = || async { door.accept().await.map(|(stream, _)| stream) };
+        let mut accept = Box::pin(accept(next, gate));
         let mut stop = stop;
         loop {
             tokio::select! {
@@ -220,17 +222,23 @@ pub(super) fn serve(
     served
 }
 
-/// Takes connections, as many at once as there may be.
-async fn accept(door: &tokio::net::TcpListener, gate: &Arc<Gate>) -> io::Error {
+/// Takes connections as they come, as many at once as there may be.
+async fn accept<F>(mut next: impl FnMut() -> F, gate: &Arc<Gate>) -> io::Error
+where
+    F: Future<Output = io::Result<TcpStream>>,
+{
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
             return io::ErrorKind::BrokenPipe.into();
         };
-        match door.accept().await {
-            Ok((stream, _)) => drop(tokio::spawn(converse(stream, Arc::clone(gate), slot))),
+        match next().await {
+            Ok(stream) => drop(tokio::spawn(converse(stream, Arc::clone(gate), slot))),
             // Nobody is kept waiting by a connection that was gone before it was taken.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) if accepting::is_passing(&error) => {
+                tokio::time::sleep(accepting::PAUSE).await;
+            }
             Err(error) => return error,
         }
     }

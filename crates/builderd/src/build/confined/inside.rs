@@ -93,14 +93,15 @@ fn pack(
     };
     let tally = Tally::of(counted);
     let teller = Teller { tally: &tally, speaker };
-    let summary = DiskWriter::run(out, copy, part, |out| {
+    let (summary, is_placed) = DiskWriter::run(out, copy, part, |out| {
         let blob = Telling { inner: blob, teller: &teller, bytes: 0 };
-        let mut out = Telling { inner: out, teller: &teller, bytes: 0 };
-        rootfs::make_pack_of(blob, &mut out, &limits, &tally)
+        let mut telling = Telling { inner: &mut *out, teller: &teller, bytes: 0 };
+        let summary = rootfs::make_pack_of(blob, &mut telling, &limits, &tally);
+        (summary, !out.is_given_up())
     });
     let summary = summary.map_err(|source| BuildError::Pack { layer, digest, source })?;
     teller.tell();
-    Ok(Line::Packed { summary, writes: disk.writes(), taken: speaker.taken() })
+    Ok(Line::Packed { summary, is_placed, writes: disk.writes(), taken: speaker.taken() })
 }
 
 /// Says what the layer has come to.

@@ -28,11 +28,11 @@ use tokio::sync::mpsc;
 use super::disk::{Disk, Lane, Liking};
 use super::{BuildError, BuildEvent, Compression, ImageOptions, Observer, Phase};
 use claims::{Events, Wanted};
-use worker::{Handed, Program, Said, Worker, listen};
+use worker::{Handed, Said, Worker, listen};
 
 pub(crate) use inside::main;
 pub use told::ToldError;
-pub(super) use worker::read_only;
+pub(super) use worker::{Program, read_only};
 
 /// The pipe of a blob: fewer turns between the process that fetches and the one that inflates.
 const PIPE_BYTES: usize = 1 << 20;
@@ -65,7 +65,8 @@ pub(super) struct PackTask {
     /// Where in the first file.
     pub(super) part: Range<u64>,
     pub(super) liking: Liking,
-    /// Whether the second file gets it too, from its front on.
+    /// Whether the second file gets it too, from its front on. Then the first is written to only as
+    /// long as its disk is fast enough for what it is for.
     pub(super) is_copied: bool,
     pub(super) limits: Limits,
     /// What the layers have come to before: bytes of blobs, of tars, of data.
@@ -128,6 +129,15 @@ pub(super) struct ImageMade {
     pub(super) biggest_directories: Vec<(String, u64, u64)>,
 }
 
+/// What a worker has made of a layer.
+#[derive(Debug)]
+pub(super) struct PackMade {
+    pub(super) summary: PackSummary,
+    /// Whether all of it is in the first file.
+    pub(super) is_placed: bool,
+    pub(super) taken: Taken,
+}
+
 /// What a worker took.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Taken {
@@ -149,6 +159,7 @@ enum Line {
     },
     Packed {
         summary: PackSummary,
+        is_placed: bool,
         writes: Lane,
         taken: Taken,
     },
@@ -181,7 +192,7 @@ pub(crate) fn probe() -> Result<Vec<Wall>, BuildError> {
     worker.end(heard)
 }
 
-/// Makes the pack of one layer from the chunks of its blob, in each of `files` that the task has.
+/// Makes the pack of one layer from the chunks of its blob, in the one file that the task has.
 ///
 /// # Errors
 /// [`BuildError`], as the worker tells it, or that it ended without a word.
@@ -193,10 +204,15 @@ pub(super) fn pack(
     tally: &Tally,
     disk: &Disk,
 ) -> Result<(PackSummary, Taken), BuildError> {
-    pack_by(&Program::own(Phase::Layers)?, task, files, chunks, walls, tally, disk)
+    let made = pack_by(&Program::own(Phase::Layers)?, task, files, chunks, walls, tally, disk)?;
+    Ok((made.summary, made.taken))
 }
 
-fn pack_by(
+/// As [`pack`], by a worker that runs `program`, and in two files if the task has them.
+///
+/// # Errors
+/// As [`pack`].
+pub(super) fn pack_by(
     program: &Program,
     task: PackTask,
     files: &[&File],
@@ -204,7 +220,7 @@ fn pack_by(
     walls: &[Wall],
     tally: &Tally,
     disk: &Disk,
-) -> Result<(PackSummary, Taken), BuildError> {
+) -> Result<PackMade, BuildError> {
     let (layer, digest, limits) = (task.layer, task.digest, task.limits.clone());
     let refused = |source| BuildError::Pack { layer, digest, source };
     let mut counted = task.counted;
@@ -220,9 +236,9 @@ fn pack_by(
                 let [blob, tar, data] = grown(&mut counted, [blob_bytes, tar_bytes, data_bytes]);
                 tally.add(blob, tar, data, &limits).map_err(refused).map(|()| Said::More)
             }
-            Line::Packed { summary, writes, taken } => {
+            Line::Packed { summary, is_placed, writes, taken } => {
                 disk.learn(&writes);
-                Ok(Said::Last((summary, taken.bounded())))
+                Ok(Said::Last(PackMade { summary, is_placed, taken: taken.bounded() }))
             }
             Line::Failed(told) => Err(BuildError::Told(told.checked())),
             Line::Walls(_) => Ok(Said::More),

@@ -50,10 +50,7 @@ fn pack_task() -> PackTask {
 
 /// What comes of a worker that packs a layer of some megabytes by `script`, and what is known of
 /// the disk afterwards.
-fn packed_with(
-    script: &str,
-    walls: &'static [Wall],
-) -> (Result<(PackSummary, Taken), BuildError>, Disk) {
+fn packed_with(script: &str, walls: &'static [Wall]) -> (Result<PackMade, BuildError>, Disk) {
     let program = shell(script);
     in_time(move || {
         let (sender, chunks) = mpsc::channel(4);
@@ -69,7 +66,7 @@ fn packed_with(
     })
 }
 
-fn packed(script: &str) -> Result<(PackSummary, Taken), BuildError> {
+fn packed(script: &str) -> Result<PackMade, BuildError> {
     packed_with(script, &[]).0
 }
 
@@ -182,6 +179,7 @@ fn packed_line(number: u64) -> Value {
             "pack_bytes": number,
             "entries": number,
         },
+        "is_placed": true,
         "writes": {
             "cached": pace,
             "direct": pace,
@@ -198,7 +196,7 @@ fn numbers_that_cannot_be_are_no_numbers_to_add_up() {
     // Nor does it read the blob, or end.
     let script = format!("{}; sleep 1000", line(&packed_line(u64::MAX)));
     let (made, disk) = packed_with(&script, &[]);
-    let (summary, taken) = made.unwrap();
+    let PackMade { summary, taken, .. } = made.unwrap();
     assert_eq!(summary.pack_bytes, u64::MAX, "that is for who opens the pack");
     assert!(taken.cpu_ms.checked_mul(1000).is_some());
     assert!(taken.memory_peak_bytes.checked_mul(1000).is_some());

@@ -34,21 +34,21 @@ const THREADS_MAX: u64 = 160;
 const SPARE_FILES: u64 = 24;
 
 /// What a worker runs.
-pub(super) struct Program {
+pub(in crate::build) struct Program {
     file: File,
     arguments: Vec<CString>,
 }
 
 impl Program {
     /// This program, as a worker of its own.
-    pub(super) fn own(phase: Phase) -> Result<Self, BuildError> {
+    pub(in crate::build) fn own(phase: Phase) -> Result<Self, BuildError> {
         let file = File::open("/proc/self/exe");
         let file = file.map_err(|source| BuildError::Worker { phase, source })?;
         Ok(Self { file, arguments: vec![c"builderd".to_owned(), c"confined".to_owned()] })
     }
 
     #[cfg(test)]
-    pub(super) fn new(file: File, arguments: Vec<CString>) -> Self {
+    pub(in crate::build) fn new(file: File, arguments: Vec<CString>) -> Self {
         Self { file, arguments }
     }
 }

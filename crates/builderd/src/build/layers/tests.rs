@@ -1,16 +1,37 @@
 //! What becomes of files that workers have written, whatever they say of them.
 
+use std::ffi::CString;
 use std::io::Write as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::Path;
+use std::time::Duration;
 
-use rootfs::Limits;
+use rootfs::{Limits, PackSummary, TreeLimits};
 use rustix::fs::FallocateFlags;
-use sha2::{Digest as _, Sha256};
+use serde_json::json;
 
+use super::ways::{commit, open_placed};
 use super::*;
-use crate::packs::SharingDomain;
+use crate::build::disk::direct_twin;
+use crate::build::{Checksum, Compression, ImageOptions, SumBy, output};
+use crate::packs::{Lookup, PackCache, SharingDomain};
+
+/// Much longer than any of this takes, on the slowest machine,
+const PATIENCE: Duration = Duration::from_secs(60);
+/// and much longer than that: how long a worker stays that is not ended.
+const STAYS: &str = "sleep 100";
 
 /// A layer with one file of that name, and its pack.
 fn layer(name: &str) -> (Layer, Vec<u8>) {
+    let (tar, pack, _) = made(name);
+    let digest = oci::Digest::of(&tar);
+    let size_bytes = tar.len() as u64;
+    let (media_type, compression) = (String::new(), oci::Compression::None);
+    (Layer { digest, size_bytes, media_type, compression, diff_id: digest }, pack)
+}
+
+/// The tar and the pack of a layer with one file of that name, and what is told of making it.
+fn made(name: &str) -> (Vec<u8>, Vec<u8>, PackSummary) {
     let mut tar = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_size(4);
@@ -18,11 +39,8 @@ fn layer(name: &str) -> (Layer, Vec<u8>) {
     tar.append_data(&mut header, name, &b"data"[..]).unwrap();
     let tar = tar.into_inner().unwrap();
     let mut pack = Vec::new();
-    rootfs::make_pack(tar.as_slice(), &mut pack, &Limits::default()).unwrap();
-    let digest = format!("sha256:{}", hex(&Sha256::digest(&tar))).parse().unwrap();
-    let size_bytes = tar.len() as u64;
-    let (media_type, compression) = (String::new(), oci::Compression::None);
-    (Layer { digest, size_bytes, media_type, compression, diff_id: digest }, pack)
+    let summary = rootfs::make_pack(tar.as_slice(), &mut pack, &Limits::default()).unwrap();
+    (tar, pack, summary)
 }
 
 /// What comes of a file that a worker has made for `layer`, saying so of its length, and whether
@@ -109,4 +127,169 @@ async fn a_layer_that_outgrows_the_build_is_noticed_while_its_worker_writes() {
     };
     let look = tokio::time::timeout(Duration::from_secs(2), outgrown(&written));
     assert_eq!(tokio::join!(look, write).0, Ok(5));
+}
+
+/// An image of one layer, with one file of that name.
+fn image_of(name: &str) -> Image {
+    let (layer, _) = layer(name);
+    Image {
+        name: "test".to_owned(),
+        manifest_digest: layer.digest,
+        index_digest: None,
+        config_digest: layer.digest,
+        config: oci::ImageConfig::default(),
+        platform: oci::Platform::of_this_machine(),
+        layers: vec![layer],
+        anonymous: false,
+    }
+}
+
+/// A build of [`image_of`] `name`, with a cache.
+fn spec_of(name: &str, directory: &Path) -> BuildSpec {
+    let (tar, ..) = made(name);
+    let blobs = directory.join("image/blobs/sha256");
+    std::fs::create_dir_all(&blobs).unwrap();
+    std::fs::write(blobs.join(oci::Digest::of(&tar).hex()), tar).unwrap();
+    let (layout, index) =
+        (r#"{"imageLayoutVersion":"1.0.0"}"#, r#"{"schemaVersion":2,"manifests":[]}"#);
+    std::fs::write(directory.join("image/oci-layout"), layout).unwrap();
+    std::fs::write(directory.join("image/index.json"), index).unwrap();
+    BuildSpec {
+        source: format!("oci:{}", directory.join("image").display()).parse().unwrap(),
+        platform: oci::Platform::of_this_machine(),
+        client: oci::ClientOptions::default(),
+        output: directory.join("out"),
+        metadata_file: directory.join("out.json"),
+        image: ImageOptions::default(),
+        compression: Compression::None,
+        checksum: Checksum::None,
+        sum_by: SumBy::Worker,
+        packs: PackStorage::Cache {
+            cache: PackCache::open(&directory.join("cache")).unwrap(),
+            domain: SharingDomain::local(),
+            limit_bytes: u64::MAX,
+        },
+        commands: None,
+        jobs: 1,
+        layer_limits: Limits::default(),
+        tree_limits: TreeLimits::default(),
+        walls: Vec::new(),
+    }
+}
+
+/// What comes of a layer whose worker is a shell that runs `script`. It knows the descriptors of
+/// the slabs and of their copy as `$slabs` and `$copy`, that of a file of its own as `$copy`, and
+/// the packs of the layers `wanted` and `others` by their names.
+fn packed_by(script: &str, spec: &BuildSpec, directory: &Path) -> Result<LayerPacks, BuildError> {
+    for name in ["wanted", "others"] {
+        std::fs::write(directory.join(name), made(name).1).unwrap();
+    }
+    let probe = tempfile::tempfile_in(directory).unwrap();
+    let step = 1 + usize::from(direct_twin(&probe).is_some());
+    let copies = can_all_be_placed(spec, &image_of("wanted")) && output::can_shift(&probe, 1 << 30);
+    let copy = if copies { 3 + step } else { 3 };
+    let at = directory.canonicalize().unwrap();
+    let script = format!("slabs=3; copy={copy}; cd {}; {script}", at.display());
+    let arguments = ["sh", "-c", &script].map(|word| CString::new(word).unwrap());
+    let program = Program::new(File::open("/bin/sh").unwrap(), arguments.into());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let result = runtime.block_on(async {
+        let fetcher = Fetcher::open(&spec.source, &spec.client, directory).await.unwrap();
+        let (image, disk) = (image_of("wanted"), Arc::default());
+        let fetching = fetch_by(program, spec, &fetcher, &image, &disk, &Deaf);
+        tokio::time::timeout(PATIENCE, fetching).await.expect("nobody waits for it")
+    });
+    runtime.shutdown_background();
+    result
+}
+
+struct Deaf;
+
+impl Observer for Deaf {
+    fn event(&self, _: &BuildEvent) {}
+}
+
+/// What a worker says that has made the pack of the layer `name`.
+fn packed_line(name: &str, is_placed: bool) -> String {
+    let line = json!({"Packed": {
+        "summary": made(name).2,
+        "is_placed": is_placed,
+        "writes": Disk::default().writes(),
+        "taken": {"cpu_ms": 1, "memory_peak_bytes": 1},
+    }});
+    format!("echo '{line}'")
+}
+
+/// A directory where packs can be shifted, or none is said of.
+fn shifting_directory() -> Option<tempfile::TempDir> {
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let probe = tempfile::tempfile_in(directory.path()).unwrap();
+    if output::can_shift(&probe, 1 << 40) {
+        return Some(directory);
+    }
+    eprintln!("skipped: the file system here cannot shift");
+    None
+}
+
+#[test]
+fn a_build_whose_workers_outgrow_it_does_not_wait_for_them() {
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let mut spec = spec_of("wanted", directory.path());
+    spec.layer_limits.image_data_bytes_max = 1 << 20;
+    spec.layer_limits.toc_bytes_max = 0;
+    let script = format!("head -c 3000000 /dev/zero >&$copy; {STAYS}");
+    let error = packed_by(&script, &spec, directory.path()).err().expect("it was told");
+    assert!(matches!(error, BuildError::Pack { .. }), "{error}");
+}
+
+#[test]
+fn a_pack_goes_to_the_cache_and_into_what_becomes_the_image_in_one_breath() {
+    let Some(directory) = shifting_directory() else { return };
+    let spec = spec_of("wanted", directory.path());
+    let script =
+        format!("cat wanted >&$slabs; cat wanted >&$copy; {}", packed_line("wanted", true));
+    let fetched = packed_by(&script, &spec, directory.path()).unwrap();
+    assert!(fetched.slabs.is_some(), "there is nothing to be shifted");
+    assert_eq!(fetched.packs[0].file.metadata().unwrap().nlink(), 0, "the pack is read elsewhere");
+    assert!(!can_all_be_placed(&spec, &image_of("wanted")), "it is not in the cache");
+}
+
+#[test]
+fn what_is_not_whole_in_what_becomes_the_image_is_taken_from_the_cache() {
+    let Some(directory) = shifting_directory() else { return };
+    let spec = spec_of("wanted", directory.path());
+    let script = format!("cat wanted >&$copy; {}", packed_line("wanted", false));
+    let fetched = packed_by(&script, &spec, directory.path()).unwrap();
+    assert!(fetched.slabs.is_none());
+    assert_eq!(fetched.packs[0].file.metadata().unwrap().nlink(), 1);
+}
+
+#[test]
+fn a_worker_that_puts_another_pack_into_the_image_than_into_the_cache_has_made_none() {
+    let Some(directory) = shifting_directory() else { return };
+    let spec = spec_of("wanted", directory.path());
+    let both =
+        |slabs: &str, line: &str| format!("cat {slabs} >&$slabs; cat wanted >&$copy; {line}");
+    let honest = packed_line("wanted", true);
+    for script in [both("others", &honest), both("/dev/null", &honest)] {
+        let error = packed_by(&script, &spec, directory.path()).err().expect(&script);
+        let is_it = matches!(error, BuildError::DiffId { .. } | BuildError::PackUnread { .. });
+        assert!(is_it, "{script}: {error}");
+        assert!(can_all_be_placed(&spec, &image_of("wanted")), "{script}: it is in the cache");
+    }
+}
+
+#[test]
+fn no_pack_lies_in_the_stretch_of_another_layer() {
+    let Some(directory) = shifting_directory() else { return };
+    let mut spec = spec_of("wanted", directory.path());
+    spec.layer_limits.data_bytes_max = 0;
+    let (layer, pack) = layer("wanted");
+    // Of mebibytes, or of one block.
+    for (layers, fits) in [(1 << 20, true), (1 << 31, false)] {
+        let slabs = Slabs::stage(&spec, layers).unwrap().unwrap();
+        slabs.file().write_all_at(&pack, slabs.stretch(7).start).unwrap();
+        let open = open_placed(7, &layer, &slabs, pack.len() as u64);
+        assert_eq!(open.is_ok(), fits, "{open:?}");
+    }
 }

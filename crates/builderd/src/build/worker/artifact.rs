@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
 use super::running::{Running, millis};
-use super::{HEARTBEAT, internal};
+use super::{HEARTBEAT, internal, is_own_file, sum};
 use crate::artifact::sealed_name;
 use crate::build::child::ChildReport;
 use crate::build::record::{BuildMetrics, BuildResult, Failure, FailureCode};
@@ -29,7 +29,8 @@ impl Running<'_> {
             false => ArtifactDomain::Tenant(build.tenant.clone()),
         };
         let mut recipe = serde_json::json!({
-            "engine": ENGINE,
+            "engine": ENGINE.as_str(),
+            "registry": self.registry_name(),
             "manifest": image.manifest_digest.to_string(),
             "compression": build.request.compression,
             "free_space": DEFAULT_FREE_SPACE_BYTES,
@@ -55,6 +56,18 @@ impl Running<'_> {
             true => ArtifactDomain::Public,
             false => ArtifactDomain::Tenant(build.tenant.clone()),
         }
+    }
+
+    /// Who serves the image. Should it take over the process that fetches, it could put other bytes
+    /// in the place of what is made there: nothing of one registry is for who asked another.
+    fn registry_name(&self) -> String {
+        let reference: Option<oci::Reference> = self.build().request.image.parse().ok();
+        reference.map_or_else(String::new, |reference| reference.registry().to_owned())
+    }
+
+    /// Who may share the packs of the image's layers.
+    pub(super) fn packs_domain(&self, image: &Image) -> String {
+        format!("{} {}", self.domain(image), self.registry_name())
     }
 
     /// The artifact, if it may be handed out again and there is one.
@@ -150,12 +163,13 @@ impl Running<'_> {
         self.meter.publishing();
         let usage = self.meter.sample().await;
         let request = &self.build().request;
-        must_be_a_sum(&report.sha256)?;
-        let artifact_key = self.artifact_key(name, &report.sha256).await?;
         let staged = self.staging().join("rootfs.ext4");
         must_be_a_file(&staged, report.artifact_bytes).await?;
+        // All processes of the build have ended: nobody writes to it any more.
+        let sha256 = sum::of_file(&staged, report.artifact_bytes).await.map_err(unread)?;
+        let artifact_key = self.artifact_key(name, &sha256).await?;
         let (key, size_bytes) = (artifact_key.as_str(), report.artifact_bytes);
-        self.reserve(&NewFile { key, size_bytes, sha256: &report.sha256 }).await?;
+        self.reserve(&NewFile { key, size_bytes, sha256: &sha256 }).await?;
         self.workers.artifacts.publish(&staged, &artifact_key).await.map_err(|error| {
             let full = error.kind() == io::ErrorKind::StorageFull;
             Failure {
@@ -175,6 +189,7 @@ impl Running<'_> {
         };
         let mut metadata = report.metadata;
         set_name(&mut metadata, &request.image);
+        sum::tell(&mut metadata, &sha256);
         let metrics = BuildMetrics {
             pull_ms,
             extract_ms: secs(&[Phase::Layers]),
@@ -190,7 +205,7 @@ impl Running<'_> {
         Ok(BuildResult {
             artifact_key,
             artifact_bytes: report.artifact_bytes,
-            sha256: report.sha256,
+            sha256,
             image_bytes: report.image_bytes,
             metadata,
             from_cache: false,
@@ -199,11 +214,9 @@ impl Running<'_> {
     }
 }
 
-/// Who made the file is not trusted with those of the service: a link must lead nobody to them.
 async fn must_be_a_file(path: &Path, size_bytes: u64) -> Result<(), Failure> {
-    use std::os::unix::fs::MetadataExt as _;
     match tokio::fs::symlink_metadata(path).await {
-        Ok(made) if made.is_file() && made.nlink() == 1 && made.len() == size_bytes => Ok(()),
+        Ok(made) if is_own_file(&made) && made.len() == size_bytes => Ok(()),
         Ok(_) => Err(internal("the build's process made something else than it said")),
         Err(error) => {
             Err(internal(&format!("what the build's process made is not there: {error}")))
@@ -211,12 +224,13 @@ async fn must_be_a_file(path: &Path, size_bytes: u64) -> Result<(), Failure> {
     }
 }
 
-/// It becomes part of a name.
-fn must_be_a_sum(sha256: &str) -> Result<(), Failure> {
-    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    match sha256.len() == 64 && sha256.bytes().all(is_digit) {
-        true => Ok(()),
-        false => Err(internal("the build's process gave no sum of what it made")),
+fn unread(error: io::Error) -> Failure {
+    Failure {
+        code: FailureCode::TemporaryResourceError,
+        step: "publish".into(),
+        cause: format!("the artifact cannot be read: {error}"),
+        blame: "ours".into(),
+        remedy: "try again later".into(),
     }
 }
 

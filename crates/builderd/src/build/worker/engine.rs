@@ -21,6 +21,8 @@ use crate::build::kept::OwnPacks;
 use crate::build::progress::Progress;
 use crate::build::record::{Failure, FailureCode};
 use crate::build::{BuildEvent, CommandsSpec, EgressSpec, Phase, error};
+use crate::causes::chain;
+use crate::packs::PackCache;
 use crate::telemetry::Steps;
 
 /// Processes and threads of a command: enough for a compiler on many cores.
@@ -38,7 +40,7 @@ impl Running<'_> {
         let (build, rules) = (self.build(), &self.workers.rules);
         let reference: oci::Reference =
             build.request.image.parse().map_err(|_| internal("the image has no valid name"))?;
-        let domain = self.domain(image).to_string();
+        let domain = self.packs_domain(image);
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let disk = build.limits.disk_bytes;
         Ok(ChildSpec {
@@ -154,6 +156,7 @@ impl Running<'_> {
         };
         drop(watched);
         let status = child.wait().await.map_err(failed)?;
+        self.prune_packs();
         if !complaint.is_empty() {
             tracing::warn!(complaint, "the build's process complained");
         }
@@ -173,6 +176,19 @@ impl Running<'_> {
                 Err(error::explained(failure, &usage, limits.memory_bytes))
             }
         }
+    }
+
+    /// Holds the whole cache of layers to its limit: the build's process has seen its own part alone.
+    fn prune_packs(&self) {
+        let Some((directory, limit)) = self.workers.open_packs(self.build()).cloned() else {
+            return;
+        };
+        tokio::task::spawn_blocking(move || {
+            let pruned = PackCache::open(&directory).and_then(|cache| cache.prune(limit));
+            if let Err(error) = pruned {
+                tracing::warn!(error = chain(&error), "the cache of layers could not be pruned");
+            }
+        });
     }
 
     /// Gives the try its part of the CPUs, for as long as it is waited for.

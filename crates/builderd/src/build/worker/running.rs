@@ -204,6 +204,7 @@ impl<'a> Running<'a> {
                 tracing::warn!(%error, "a directory of the build could not be removed");
             }
         }
+        commands::clear_leftovers();
     }
 
     /// Opens the encrypted packs of the image's layers that there are.

@@ -87,6 +87,35 @@ async fn a_tenants_own_registry_is_reached_for_it_alone_and_shared_with_nobody()
     }
 }
 
+#[tokio::test]
+async fn what_was_made_of_one_registry_is_for_nobody_who_asked_another() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let here = Platform::of_this_machine();
+    let (_hurry, give_up) = watch::channel(false);
+    let registries = [TestRegistry::start().unwrap(), TestRegistry::start().unwrap()];
+    let mut names = Vec::new();
+    for registry in registries.iter().chain([&registries[0]]) {
+        registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
+        let host = registry.host();
+        let workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/false", &host);
+        queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
+        let claimed = workers.claim().await.expect("a build waits");
+        let running = Running::new(&workers, &claimed, give_up.clone());
+        let (image, _) = running.resolve(running.registry().unwrap()).await.unwrap();
+        assert_eq!(running.domain(&image), ArtifactDomain::Public);
+        names.push((
+            image.manifest_digest,
+            running.artifact_name(&image).recipe,
+            running.packs_domain(&image),
+        ));
+    }
+    assert_eq!(names[0], names[2], "whoever asks the same registry shares it");
+    assert_eq!(names[0].0, names[1].0, "the image is the same");
+    assert_ne!(names[0].1, names[1].1);
+    assert_ne!(names[0].2, names[1].2);
+}
+
 /// The moment of the first look at the queue, and a later one.
 const FIRST: Micros = Micros(1_000_000);
 const LATER: Micros = Micros(2_000_000);
@@ -200,8 +229,8 @@ async fn a_database_that_hangs_stops_the_child_within_the_limit() {
 }
 
 /// What comes of a build whose process does this and says that it has made five bytes with that
-/// sum, and whether anything is stored then.
-async fn made_by(script: &str, sha256: &str) -> (End, bool) {
+/// sum, and under which names something is stored then.
+async fn made_by(script: &str, sha256: &str) -> (End, Vec<String>) {
     let directory = tempfile::tempdir_in(".").unwrap();
     let store = Store::open_sqlite(directory.path()).await.unwrap();
     let registry = TestRegistry::start().unwrap();
@@ -214,7 +243,7 @@ async fn made_by(script: &str, sha256: &str) -> (End, bool) {
     let staging = workers.staging(&claimed.lease);
     std::fs::create_dir_all(&staging).unwrap();
     let report = serde_json::json!({"done": {
-        "metadata": {},
+        "metadata": {"artifact": {"sha256": sha256}},
         "artifact_bytes": 5,
         "image_bytes": 5,
         "sha256": sha256,
@@ -233,29 +262,39 @@ async fn made_by(script: &str, sha256: &str) -> (End, bool) {
     let (_hurry, give_up) = watch::channel(false);
     let end = Running::new(&workers, &claimed, give_up).run_to_the_end().await;
     assert_eq!(std::fs::read_dir(workers.artifacts.staging()).unwrap().count(), 0);
-    let stored = std::fs::read_dir(directory.path().join("artifacts")).unwrap().count();
-    (end, stored > 0)
+    let stored = workers.artifacts.list().await.unwrap();
+    (end, stored.into_iter().map(|stored| stored.key).collect())
+}
+
+/// Of `12345`.
+const SUM: &str = "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5";
+
+#[tokio::test]
+async fn an_artifact_is_filed_under_the_sum_of_its_bytes_whatever_the_process_that_made_it_says() {
+    // That of another image, perhaps: whoever builds it next would be given these bytes.
+    for lie in ["5".repeat(64).as_str(), "a/b", "", SUM] {
+        let (end, stored) = made_by("printf 12345 > rootfs.ext4", lie).await;
+        let End::Made(_, result, _) = end else { panic!("{lie} is no success") };
+        assert_eq!(stored, [format!("public/{SUM}.ext4")], "{lie}");
+        assert_eq!((result.artifact_key, result.sha256), (stored[0].clone(), SUM.to_owned()));
+        assert_eq!(result.metadata["artifact"]["sha256"], SUM, "{lie}");
+    }
 }
 
 #[tokio::test]
 async fn what_a_build_has_made_is_its_own_file_or_nothing() {
-    let (make, sum) = ("printf 12345 > rootfs.ext4", "5".repeat(64));
-    let (end, is_stored) = made_by(make, &sum).await;
-    assert!(matches!(end, End::Made(..)) && is_stored);
-    for (script, sum) in [
-        ("ln -s ../../secret rootfs.ext4", sum.as_str()),
-        ("ln ../../secret rootfs.ext4", &sum),
-        ("mkfifo rootfs.ext4", &sum),
-        ("mkdir rootfs.ext4", &sum),
-        ("printf 123456 > rootfs.ext4", &sum),
-        ("true", &sum),
-        (make, "a/b"),
-        (make, ""),
+    for script in [
+        "ln -s ../../secret rootfs.ext4",
+        "ln ../../secret rootfs.ext4",
+        "mkfifo rootfs.ext4",
+        "mkdir rootfs.ext4",
+        "printf 123456 > rootfs.ext4",
+        "true",
     ] {
-        let (end, is_stored) = made_by(script, sum).await;
+        let (end, stored) = made_by(script, SUM).await;
         let End::Failed(failure) = end else { panic!("{script} is no failure") };
         assert_eq!(failure.code, FailureCode::Internal, "{failure:?}");
-        assert!(!is_stored, "{script} is stored");
+        assert_eq!(stored, Vec::<String>::new(), "{script}");
     }
 }
 

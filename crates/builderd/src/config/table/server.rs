@@ -1,6 +1,6 @@
 //! The server itself: where it listens, what it wants of its host, what it says.
 
-use super::{Kind, SOME, Setting, setting};
+use super::{ANY, Kind, SOME, Setting, setting};
 
 const LEVELS: Kind = Kind::OneOf(&["trace", "debug", "info", "warn", "error"]);
 
@@ -57,6 +57,16 @@ pub(super) const SERVER: &[Setting] = &[
         "Requests to `/health` that one address may make each second, and as many to `/stats`; \
          an IPv6 address counts as its /64, those behind a proxy as one. Requests of tenants \
          are limited by tier.",
+    ),
+    setting(
+        "MAX_CONNECTIONS_PER_ADDRESS",
+        ANY,
+        "1000",
+        "ours",
+        "Connections that one address may have open at once to the API, and as many to the port of \
+         the metrics; one more is closed at once. An IPv6 address counts as its /64, those behind a \
+         proxy as one: set more where a proxy on another machine stands before many clients. Those \
+         of this machine are not counted, and none are when it is 0.",
     ),
     setting(
         "ACCEPT_MISSING_WALLS",

@@ -10,7 +10,7 @@ use crate::store::engine::{Tx, signed, sql, to_json};
 use crate::store::{ArtifactName, KnownArtifact, Lease, StoreError};
 use crate::tenant::TenantId;
 
-use super::{Held, Rows, was_held};
+use super::{Held, Rows, named, passed_over, was_held};
 
 /// Rows looked at in one go.
 const BATCH: i64 = 500;
@@ -154,8 +154,7 @@ impl Rows {
             };
             let old = self.again(|| self.engine.all(query())).await?;
             let mut some = 0;
-            for row in &old {
-                let (tenant, id) = (row.parsed("tenant_id")?, row.parsed("id")?);
+            for (tenant, id) in named(&old)? {
                 some += u64::from(self.forget(&tenant, &id).await?);
             }
             forgotten += some;
@@ -213,8 +212,7 @@ impl Rows {
             };
             let owners = self.again(|| self.engine.all(query())).await?;
             let mut some = false;
-            for row in &owners {
-                let (tenant, id) = (row.parsed("tenant_id")?, row.parsed("id")?);
+            for (tenant, id) in named(&owners)? {
                 some |= self.forget(&tenant, &id).await?;
             }
             if !some {
@@ -230,24 +228,17 @@ impl Rows {
         .await
     }
 
-    /// The same as [`forget_once`](Self::forget_once), but a build that cannot be read keeps its file:
-    /// the others shall not wait for whoever mends it.
-    async fn forget(&self, tenant: &TenantId, id: &BuildId) -> Result<bool, StoreError> {
-        match self.again(|| self.forget_once(tenant, id)).await {
-            Err(StoreError::Corrupt(problem)) => {
-                tracing::error!(%tenant, build = %id, problem, "an old build cannot be read");
-                Ok(false)
-            }
-            done => done,
-        }
+    /// The same as [`forget_once`](Self::forget_once), but a build that cannot be read, or whose
+    /// tenant's counters are wrong, keeps its file: the others shall not wait for whoever mends it.
+    pub(super) async fn forget(&self, tenant: &TenantId, id: &BuildId) -> Result<bool, StoreError> {
+        self.again(|| self.forget_once(tenant, id)).await.or_else(|error| {
+            passed_over(error, &format!("build {id} of tenant {tenant}"))?;
+            Ok(false)
+        })
     }
 
     /// Takes a completed build's file away; the build stays.
-    pub(super) async fn forget_once(
-        &self,
-        tenant: &TenantId,
-        id: &BuildId,
-    ) -> Result<bool, StoreError> {
+    async fn forget_once(&self, tenant: &TenantId, id: &BuildId) -> Result<bool, StoreError> {
         let mut tx = self.engine.begin().await?;
         let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(false) };
         if held.state != BuildState::Completed || held.artifact_key.is_none() {

@@ -9,6 +9,7 @@ use crate::tenant::{TenantId, TenantLimits};
 
 use super::artifacts::{drop_claim, keep, remove_if_unused};
 use super::audit::append;
+use super::reading::Gaps;
 use super::{Held, Rows, Tally, arrears, was_held};
 
 /// How a build ends.
@@ -147,14 +148,17 @@ impl Requeue<'_> {
     /// The build's list of tries, with this one if it counts.
     fn attempts(&self, held: &Held, now: Micros) -> Result<String, StoreError> {
         let Some(failure) = self.failure else { return Ok(held.attempts.clone()) };
-        let mut attempts: Vec<Attempt> = serde_json::from_str(&held.attempts)
-            .map_err(|error| StoreError::Corrupt(format!("attempts cannot be read: {error}")))?;
-        attempts.push(Attempt {
+        let unread = |error| StoreError::Corrupt(format!("attempts cannot be read: {error}"));
+        // What another version says of its tries stays as it is.
+        let mut attempts: Vec<serde_json::Value> =
+            serde_json::from_str(&held.attempts).map_err(unread)?;
+        let attempt = Attempt {
             attempt: held.attempt,
             started_at: held.attempt_started_at.unwrap_or(now),
             ended_at: held.attempt_end(now),
             failure: failure.clone(),
-        });
+        };
+        attempts.push(serde_json::to_value(attempt).map_err(unread)?);
         to_json(&attempts)
     }
 }
@@ -219,7 +223,9 @@ impl Rows {
     ) -> Result<Option<Cancel>, StoreError> {
         self.change(|| async {
             let mut tx = self.engine.begin().await?;
-            let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
+            // Whoever wants to be rid of a build need not be able to read all of it.
+            let held = Held::hold_as_it_is(&mut tx, tenant, id, &mut Gaps::default()).await?;
+            let Some(held) = held else { return Ok(None) };
             if held.state.is_terminal() {
                 return Ok(Some(Cancel::Ended(held.state)));
             }
@@ -254,7 +260,8 @@ impl Rows {
     ) -> Result<Option<Delete>, StoreError> {
         self.again(|| async {
             let mut tx = self.engine.begin().await?;
-            let Some(held) = Held::hold(&mut tx, tenant, id).await? else { return Ok(None) };
+            let held = Held::hold_as_it_is(&mut tx, tenant, id, &mut Gaps::default()).await?;
+            let Some(held) = held else { return Ok(None) };
             if !held.state.is_terminal() {
                 return Ok(Some(Delete::Running(held.state)));
             }

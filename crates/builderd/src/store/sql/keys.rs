@@ -1,8 +1,8 @@
 //! Which master key a database's secrets are sealed with, and the wrapped keys of tenants. Knows
 //! names and wrapped keys, never a key.
 
-use super::Rows;
 use super::audit::append;
+use super::{Rows, named};
 use crate::build::record::Micros;
 use crate::store::audit::{Action, AuditEntry, Author};
 use crate::store::engine::{Row, Tx, sql};
@@ -158,16 +158,18 @@ impl Rows {
         self.again(|| self.engine.execute(names.clone())).await?;
         let mut builds = 0;
         loop {
-            let query = sql("SELECT id FROM build WHERE tenant_id = $1 AND state = 'completed' \
+            let query = sql("SELECT tenant_id, id FROM build \
+                 WHERE tenant_id = $1 AND state = 'completed' \
                  AND artifact_key LIKE '%/%.sealed-%' LIMIT $2");
             let query = query.text(tenant.as_str()).int(BATCH);
             let some = self.again(|| self.engine.all(query.clone())).await?;
-            if some.is_empty() {
-                break;
+            let before = builds;
+            for (tenant, id) in named(&some)? {
+                builds += u64::from(self.forget(&tenant, &id).await?);
             }
-            for row in &some {
-                let id = row.parsed("id")?;
-                builds += u64::from(self.again(|| self.forget_once(tenant, &id)).await?);
+            // A build that cannot forget its artifact keeps no key alive: it has nothing readable.
+            if builds == before {
+                break;
             }
         }
         let keys = self

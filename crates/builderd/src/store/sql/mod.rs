@@ -40,10 +40,12 @@ use std::time::Duration;
 use super::changes::Announcer;
 use super::engine::{Engine, Row, Tx, is_conflict, signed, sql};
 use super::open::DirectoryLock;
-use super::{Lease, StoreError};
+use super::{Lease, Listed, StoreError, Unread};
 use crate::build::record::{BuildId, Micros};
 use crate::build::state::BuildState;
+use crate::causes::chain;
 use crate::tenant::TenantId;
+use reading::Gaps;
 
 /// How often a transaction is tried that another one got in the way of.
 const CONFLICT_TRIES: u32 = 10;
@@ -125,12 +127,24 @@ impl Held {
         tenant: &TenantId,
         id: &BuildId,
     ) -> Result<Option<Self>, StoreError> {
+        let mut gaps = Gaps::default();
+        let held = Self::hold_as_it_is(tx, tenant, id, &mut gaps).await?;
+        gaps.none_in(held)
+    }
+
+    /// Holds a build of which not all need be readable: for whoever wants no more of it than an end.
+    async fn hold_as_it_is(
+        tx: &mut Tx,
+        tenant: &TenantId,
+        id: &BuildId,
+        gaps: &mut Gaps,
+    ) -> Result<Option<Self>, StoreError> {
         let query = sql("SELECT state, lease_token, attempt, attempt_started_at, lease_owner, \
              lease_expires_at, created_at, cancel_requested_at, unread_tries, artifact_key, \
              event_seq, progress_percent, step, attempts, log_lines, log_bytes, log_is_cut \
              FROM build WHERE tenant_id = $1 AND id = $2 FOR NO KEY UPDATE");
         let row = tx.optional(query.text(tenant.as_str()).text(id.as_str())).await?;
-        row.map(|row| Self::read(tenant, id, &row)).transpose()
+        row.map(|row| Self::read(tenant, id, &row, gaps)).transpose()
     }
 
     /// Holds the build of a lease; none if the lease is lost.
@@ -139,13 +153,18 @@ impl Held {
         Ok(held.filter(|held| held.state.is_running() && held.token == lease.token))
     }
 
-    fn read(tenant: &TenantId, id: &BuildId, row: &Row) -> Result<Self, StoreError> {
+    fn read(
+        tenant: &TenantId,
+        id: &BuildId,
+        row: &Row,
+        gaps: &mut Gaps,
+    ) -> Result<Self, StoreError> {
         Ok(Self {
             tenant: tenant.clone(),
             id: id.clone(),
             state: row.parsed("state")?,
             token: row.int("lease_token")?,
-            attempt: row.small("attempt")?,
+            attempt: gaps.or(row.small("attempt"), || 0),
             attempt_started_at: row.maybe_at("attempt_started_at")?,
             lease_owner: row.maybe_text("lease_owner")?,
             lease_expires_at: row.maybe_at("lease_expires_at")?,
@@ -154,11 +173,11 @@ impl Held {
             unread_tries: row.maybe_int("unread_tries")?.unwrap_or(0),
             artifact_key: row.maybe_text("artifact_key")?,
             event_seq: row.int("event_seq")?,
-            progress_percent: row.small("progress_percent")?,
+            progress_percent: gaps.or(row.small("progress_percent"), || 0),
             step: row.text("step")?,
             attempts: row.text("attempts")?,
-            log_lines: row.count("log_lines")?,
-            log_bytes: row.count("log_bytes")?,
+            log_lines: gaps.or(row.count("log_lines"), || 0),
+            log_bytes: gaps.or(row.count("log_bytes"), || 0),
             log_is_cut: row.int("log_is_cut")? != 0,
         })
     }
@@ -315,7 +334,7 @@ async fn arrears(
     if tx.optional(ready).await?.is_some() {
         return Ok(0);
     }
-    let next = sql("SELECT t.virtual_time, t.weight FROM tenant t \
+    let next = sql("SELECT t.id, t.virtual_time, t.weight FROM tenant t \
          WHERE t.queued > 0 AND t.running < t.running_max AND t.id <> $2 AND EXISTS \
          (SELECT b.id FROM build b \
           WHERE b.tenant_id = t.id AND b.state = 'queued' AND b.run_at <= $1) \
@@ -323,15 +342,70 @@ async fn arrears(
     let other = match tx.optional(next.at(now).text(tenant.as_str())).await? {
         Some(row) => row,
         None => {
-            let furthest = sql("SELECT virtual_time, weight FROM tenant \
+            let furthest = sql("SELECT id, virtual_time, weight FROM tenant \
                  ORDER BY virtual_time DESC LIMIT 1");
             tx.one(furthest).await?
         }
     };
     let done = |row: &Row| -> Result<i64, StoreError> {
-        Ok(row.int("virtual_time")? - virtual_start(row.small("weight")?))
+        Ok(row.int("virtual_time")?.saturating_sub(virtual_start(row.small("weight")?)))
     };
-    Ok((done(&other)? - done(&own)?).max(0))
+    let own = done(&own)?;
+    let others = done(&other).or_else(|error| {
+        let tenant = told_apart(&other, "id");
+        passed_over(error, &format!("tenant {tenant}"))?;
+        Ok::<_, StoreError>(own)
+    })?;
+    Ok(others.saturating_sub(own).max(0))
+}
+
+/// Tells of a row that keeps itself from being worked on, so that nobody waits for whoever mends it;
+/// any other error is given back.
+fn passed_over(error: StoreError, row: &str) -> Result<(), StoreError> {
+    if !error.is_of_a_row() {
+        return Err(error);
+    }
+    tracing::error!(row, problem = chain(&error), "a row of the database is passed over");
+    Ok(())
+}
+
+/// What a row is called, as well as that can be said.
+fn told_apart(row: &Row, column: &str) -> String {
+    row.text(column).unwrap_or_else(|_| "without a name".to_owned())
+}
+
+/// The builds that rows name in `tenant_id` and `id`; those whose names cannot be read are told of.
+fn named(found: &[Row]) -> Result<Vec<(TenantId, BuildId)>, StoreError> {
+    let mut builds = Vec::with_capacity(found.len());
+    for row in found {
+        let name = || Ok((row.parsed("tenant_id")?, row.parsed("id")?));
+        match name() {
+            Ok(name) => builds.push(name),
+            Err(error) => {
+                let (tenant, id) = (told_apart(row, "tenant_id"), told_apart(row, "id"));
+                passed_over(error, &format!("build {id} of tenant {tenant}"))?;
+            }
+        }
+    }
+    Ok(builds)
+}
+
+/// What `read` makes of the rows of a table, and those of which it makes nothing.
+fn listed<T>(
+    found: &[Row],
+    read: impl Fn(&Row) -> Result<T, StoreError>,
+) -> Result<Listed<T>, StoreError> {
+    let mut listed = Listed { rows: Vec::with_capacity(found.len()), unread: Vec::new() };
+    for row in found {
+        match read(row) {
+            Ok(row) => listed.rows.push(row),
+            Err(StoreError::Corrupt(problem)) => {
+                listed.unread.push(Unread { id: told_apart(row, "id"), problem });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(listed)
 }
 
 /// What a started build costs a tenant of that weight.

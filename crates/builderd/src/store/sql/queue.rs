@@ -8,13 +8,14 @@ use std::sync::LazyLock;
 
 use crate::build::record::{Build, BuildId, Failure, FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::{BuildState, Happening};
+use crate::causes::chain;
 use crate::store::engine::{Query, Row, Tx, signed, sql, to_json};
 use crate::store::{Claimed, Fenced, Heartbeat, Lease, Leases, StoreError};
 use crate::tenant::TenantId;
 
 use super::ending::{Ending, Requeue};
-use super::reading::read_build;
-use super::{Held, Rows, Tally, length, virtual_cost, was_held};
+use super::reading::{Gaps, read_build};
+use super::{Held, Rows, Tally, length, named, passed_over, virtual_cost, was_held};
 
 /// How often a claim looks again when others hold what it found.
 const CLAIM_TRIES: u32 = 5;
@@ -80,67 +81,66 @@ impl Rows {
         now: Micros,
     ) -> Result<Option<Claimed>, StoreError> {
         let mut tx = self.engine.begin().await?;
-        let Some((tenant, weight)) = next_tenant(&mut tx, now).await? else { return Ok(None) };
-        let query = sql("SELECT id FROM build WHERE tenant_id = $1 AND state = 'queued' \
+        let Some(turn) = next_tenant(&mut tx, now).await? else { return Ok(None) };
+        let query =
+            sql("SELECT tenant_id, id FROM build WHERE tenant_id = $1 AND state = 'queued' \
              AND run_at <= $2 ORDER BY run_at, id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED");
-        let found = tx.optional(query.text(tenant.as_str()).at(now)).await?;
-        let Some(found) = found else { return Ok(None) };
-        let id = found.parsed("id")?;
-        let Some(held) = Held::hold(&mut tx, &tenant, &id).await? else { return Ok(None) };
-        let to = held.state.next(Happening::Claimed)?;
-        let token = held.token + 1;
-        let expires_at = tx.lease_clock(now).await?.plus_secs(lease_secs);
-        let query = sql("UPDATE build SET state = $4, attempt = attempt + 1, lease_token = $5, \
-             lease_owner = $6, lease_expires_at = $7, attempt_started_at = $8, \
-             started_at = COALESCE(started_at, $8), updated_at = $8, progress_percent = 0, \
-             step = '', live_usage = NULL, unread_tries = NULL, event_seq = event_seq + 1 \
-             WHERE tenant_id = $1 AND id = $2 AND state = $3");
-        let query = held.key(query).text(to.as_str()).int(token).text(worker);
-        was_held(tx.execute(query.at(expires_at).at(now)).await?)?;
-        held.record(&mut tx, to, token, worker, now).await?;
-        let moved = Tally::moved(Some(held.state), Some(to));
-        let tally = Tally { virtual_time: virtual_cost(weight), ..moved };
-        tally.apply(&mut tx, &tenant).await?;
-        let (build, sealed_credentials) = match claimed_build(&mut tx, &held).await {
-            Err(StoreError::Corrupt(problem)) => {
-                tx.rollback().await?;
-                self.put_off(&held, &problem, now).await?;
-                return Ok(None);
+        let query = query.text(&turn.text("id")?).at(now);
+        let Some(found) = tx.optional(query).await? else { return Ok(None) };
+        match take(&mut tx, &turn, &found, worker, lease_secs, now).await {
+            Ok(Some(claimed)) => {
+                tx.commit().await?;
+                Ok(Some(claimed))
             }
-            other => other?,
-        };
-        tx.commit().await?;
-        let lease = Lease { build: id, tenant, token };
-        Ok(Some(Claimed { lease, build, sealed_credentials }))
+            Ok(None) => Ok(None),
+            Err(error) if error.is_of_a_row() => {
+                tx.rollback().await?;
+                self.put_off(&found, &chain(&error), now).await?;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
-    /// Lets a build wait that this version cannot read, so that the queue goes on without it: a
-    /// newer node wrote it, and will take it, or somebody has to mend the database. When neither
-    /// happens the build ends.
-    async fn put_off(&self, found: &Held, problem: &str, now: Micros) -> Result<(), StoreError> {
-        let (tenant, build) = (&found.tenant, &found.id);
-        let mut tx = self.engine.begin().await?;
-        let Some(held) = Held::hold(&mut tx, tenant, build).await? else { return Ok(()) };
+    /// Lets a build wait that this version cannot read or take, so that the queue goes on without
+    /// it: a newer node wrote it, and will take it, or somebody has to mend the database. When
+    /// neither happens the build ends.
+    async fn put_off(&self, found: &Row, problem: &str, now: Micros) -> Result<(), StoreError> {
+        let (tenant, build) = (found.text("tenant_id")?, found.text("id")?);
         // Who can read it may have taken it meanwhile.
-        if (held.state, held.token) != (found.state, found.token) {
-            return Ok(());
-        }
-        if held.unread_tries >= UNREAD_TRIES_MAX {
-            let failure = unread(&held);
-            let ending = Ending::by("queue", Happening::Failed);
-            let ending = Ending { failure: Some(&failure), ..ending };
-            ending.apply(&mut tx, &held, now).await?;
-            tx.commit().await?;
-            tracing::error!(%tenant, %build, problem, "a build that cannot be read has failed");
-            self.announcer.announce();
-            return Ok(());
-        }
-        let query = sql("UPDATE build SET run_at = $5, unread_tries = $6 \
-             WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $4");
-        let query = held.key(query).int(held.token).at(now.plus_secs(PUT_OFF_SECS));
-        was_held(tx.execute(query.int(held.unread_tries + 1)).await?)?;
+        let query = sql("UPDATE build SET run_at = $4, \
+             unread_tries = COALESCE(unread_tries, 0) + 1 \
+             WHERE tenant_id = $1 AND id = $2 AND state = 'queued' AND run_at <= $3 \
+             RETURNING unread_tries");
+        let query = query.text(&tenant).text(&build).at(now).at(now.plus_secs(PUT_OFF_SECS));
+        let mut tx = self.engine.begin().await?;
+        let Some(row) = tx.optional(query).await? else { return Ok(()) };
         tx.commit().await?;
-        tracing::error!(%tenant, %build, problem, "a build in the queue cannot be read");
+        tracing::error!(tenant, build, problem, "a build in the queue cannot be taken");
+        match row.int("unread_tries")? > UNREAD_TRIES_MAX {
+            true => self
+                .give_up(found, now)
+                .await
+                .or_else(|error| passed_over(error, &format!("build {build} of tenant {tenant}"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends a build that was put off for the last time.
+    async fn give_up(&self, found: &Row, now: Micros) -> Result<(), StoreError> {
+        let (tenant, build) = (found.parsed("tenant_id")?, found.parsed("id")?);
+        let mut tx = self.engine.begin().await?;
+        let held = Held::hold_as_it_is(&mut tx, &tenant, &build, &mut Gaps::default()).await?;
+        let waits =
+            |held: &Held| held.state == BuildState::Queued && held.unread_tries > UNREAD_TRIES_MAX;
+        let Some(held) = held.filter(waits) else { return Ok(()) };
+        let failure = unread(&held);
+        let ending = Ending::by("queue", Happening::Failed);
+        let ending = Ending { failure: Some(&failure), ..ending };
+        ending.apply(&mut tx, &held, now).await?;
+        tx.commit().await?;
+        tracing::error!(%tenant, %build, "a build that cannot be read has failed");
+        self.announcer.announce();
         Ok(())
     }
 
@@ -255,10 +255,7 @@ impl Rows {
             match self.again(reap).await {
                 Ok(done) => reaped += u64::from(done),
                 // The others shall not wait for whoever mends this one.
-                Err(StoreError::Corrupt(problem)) => {
-                    tracing::error!(%tenant, build = %id, problem, "a lost build cannot be read");
-                }
-                Err(error) => return Err(error),
+                Err(error) => passed_over(error, &format!("build {id} of tenant {tenant}"))?,
             }
         }
         if reaped > 0 {
@@ -283,7 +280,7 @@ impl Rows {
              ORDER BY lease_expires_at LIMIT $2");
         let found = tx.all(query.at(clock).int(REAP_MAX)).await?;
         tx.rollback().await?;
-        found.iter().map(|row| Ok((row.parsed("tenant_id")?, row.parsed("id")?))).collect()
+        named(&found)
     }
 
     async fn reap_once(
@@ -329,16 +326,45 @@ impl Held {
     }
 }
 
-/// The tenant whose turn it is, with its weight.
-async fn next_tenant(tx: &mut Tx, now: Micros) -> Result<Option<(TenantId, u32)>, StoreError> {
+/// The tenant whose turn it is, with its weight, of which nothing has been read yet.
+async fn next_tenant(tx: &mut Tx, now: Micros) -> Result<Option<Row>, StoreError> {
     let query = sql(concat!(
         "SELECT t.id, t.weight FROM tenant t \
          WHERE t.queued > 0 AND t.running < t.running_max AND EXISTS (",
         ready_builds!(),
         ") ORDER BY t.virtual_time, t.id LIMIT 1 FOR NO KEY UPDATE OF t SKIP LOCKED"
     ));
-    let row = tx.optional(query.at(now)).await?;
-    row.map(|row| Ok((row.parsed("id")?, row.small("weight")?))).transpose()
+    tx.optional(query.at(now)).await
+}
+
+/// Takes the build that was found of the tenant whose turn it is; none if it is not there any more.
+async fn take(
+    tx: &mut Tx,
+    turn: &Row,
+    found: &Row,
+    worker: &str,
+    lease_secs: u64,
+    now: Micros,
+) -> Result<Option<Claimed>, StoreError> {
+    let (tenant, id) = (found.parsed("tenant_id")?, found.parsed("id")?);
+    let Some(held) = Held::hold(tx, &tenant, &id).await? else { return Ok(None) };
+    let to = held.state.next(Happening::Claimed)?;
+    let token = held.token + 1;
+    let expires_at = tx.lease_clock(now).await?.plus_secs(lease_secs);
+    let query = sql("UPDATE build SET state = $4, attempt = attempt + 1, lease_token = $5, \
+         lease_owner = $6, lease_expires_at = $7, attempt_started_at = $8, \
+         started_at = COALESCE(started_at, $8), updated_at = $8, progress_percent = 0, \
+         step = '', live_usage = NULL, unread_tries = NULL, event_seq = event_seq + 1 \
+         WHERE tenant_id = $1 AND id = $2 AND state = $3");
+    let query = held.key(query).text(to.as_str()).int(token).text(worker);
+    was_held(tx.execute(query.at(expires_at).at(now)).await?)?;
+    held.record(tx, to, token, worker, now).await?;
+    let moved = Tally::moved(Some(held.state), Some(to));
+    let tally = Tally { virtual_time: virtual_cost(turn.small("weight")?), ..moved };
+    tally.apply(tx, &tenant).await?;
+    let (build, sealed_credentials) = claimed_build(tx, &held).await?;
+    let lease = Lease { build: id, tenant, token };
+    Ok(Some(Claimed { lease, build, sealed_credentials }))
 }
 
 async fn claimed_build(tx: &mut Tx, held: &Held) -> Result<(Build, Option<Vec<u8>>), StoreError> {

@@ -1,6 +1,6 @@
 //! Builds, logs and figures, as they are asked for.
 
-use super::{Rows, counter, rows};
+use super::{Rows, counter, passed_over, rows, told_apart};
 use crate::build::record::{Build, BuildId, BuildRequest, LogLine, Micros, Stats, Usage};
 use crate::build::state::BuildState;
 use crate::store::engine::{Row, Tx, either, signed, sql};
@@ -45,13 +45,18 @@ macro_rules! build_with_log {
 
 /// What of a row cannot be read, as a newer version or a damaged database leaves it.
 #[derive(Default)]
-struct Gaps {
+pub(super) struct Gaps {
     first: Option<StoreError>,
 }
 
 impl Gaps {
+    /// What was read, if all of it was.
+    pub(super) fn none_in<T>(self, read: T) -> Result<T, StoreError> {
+        self.first.map_or(Ok(read), Err)
+    }
+
     /// What was read, or something else in its place.
-    fn or<T>(&mut self, read: Result<T, StoreError>, other: impl FnOnce() -> T) -> T {
+    pub(super) fn or<T>(&mut self, read: Result<T, StoreError>, other: impl FnOnce() -> T) -> T {
         read.unwrap_or_else(|error| {
             self.first.get_or_insert(error);
             other()
@@ -68,7 +73,7 @@ impl Gaps {
 fn build(row: &Row) -> Result<Build, StoreError> {
     let mut gaps = Gaps::default();
     let build = read(row, &mut gaps)?;
-    gaps.first.map_or(Ok(build), Err)
+    gaps.none_in(build)
 }
 
 /// What can be read of such a row, for whoever looks: one build that cannot be read must not hide
@@ -408,7 +413,13 @@ async fn page(
         let those = sizes[..count].iter().filter(|(_, of, _)| *of == state).count();
         let limit = i64::try_from(those).unwrap_or(i64::MAX);
         for row in newest(tx, newest!(build_columns!()), tenant, state, before, limit).await? {
-            builds.push(shown(&row)?);
+            match shown(&row) {
+                Ok(build) => builds.push(build),
+                Err(error) => {
+                    let id = told_apart(&row, "id");
+                    passed_over(error, &format!("build {id} of tenant {tenant}"))?;
+                }
+            }
         }
     }
     builds.sort_unstable_by(|a, b| b.id.cmp(&a.id));

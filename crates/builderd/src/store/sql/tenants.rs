@@ -1,11 +1,11 @@
 //! Tenants and tokens as the operator set them up.
 
 use super::audit::append;
-use super::{Rows, rows, virtual_start};
+use super::{Rows, listed, rows, virtual_start};
 use crate::build::record::Micros;
 use crate::store::audit::{Action, AuditEntry, Author};
 use crate::store::engine::{Query, Row, sql, to_json};
-use crate::store::{StoreError, TenantLoad, TenantRow, TokenRow};
+use crate::store::{Listed, StoreError, TenantLoad, TenantRow, TokenRow, Unread};
 use crate::tenant::{TenantId, Tier};
 
 impl Rows {
@@ -61,9 +61,9 @@ impl Rows {
         row.as_ref().map(tenant_row).transpose()
     }
 
-    pub(crate) async fn tenants(&self) -> Result<Vec<TenantRow>, StoreError> {
+    pub(crate) async fn tenants(&self) -> Result<Listed<TenantRow>, StoreError> {
         let query = || sql("SELECT id, tier, limits FROM tenant ORDER BY id");
-        self.again(|| self.engine.all(query())).await?.iter().map(tenant_row).collect()
+        listed(&self.again(|| self.engine.all(query())).await?, tenant_row)
     }
 
     pub(crate) async fn busiest(
@@ -85,7 +85,11 @@ impl Rows {
                 storage_bytes: row.count("storage_bytes")?,
             })
         };
-        found.iter().map(load).collect()
+        let Listed { rows, unread } = listed(&found, load)?;
+        for Unread { id, problem } in unread {
+            tracing::warn!(tenant = id, problem, "what is set for a tenant cannot be read");
+        }
+        Ok(rows)
     }
 
     pub(crate) async fn add_token_by(
@@ -128,12 +132,12 @@ impl Rows {
         Ok(Some((token_row(&row)?, tier)))
     }
 
-    pub(crate) async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {
+    pub(crate) async fn tokens(&self) -> Result<Listed<TokenRow>, StoreError> {
         let query = || {
             sql("SELECT id, secret_hash, tenant_id, customer, rights, note, created_at, \
                  expires_at, revoked_at FROM api_token ORDER BY created_at, id")
         };
-        self.again(|| self.engine.all(query())).await?.iter().map(token_row).collect()
+        listed(&self.again(|| self.engine.all(query())).await?, token_row)
     }
 
     pub(crate) async fn revoke_token_by(

@@ -137,6 +137,22 @@ pub(super) async fn a_build_that_cannot_be_read_keeps_no_other_from_being_forgot
     assert_eq!(t.rows().evict(0).await.unwrap(), 1);
 }
 
+pub(super) async fn a_tenant_whose_counters_are_wrong_keeps_no_other_from_being_forgotten(
+    t: &TestStore,
+) {
+    make(t, "a", "tenant-a", &result("tenant-a/one", 10)).await;
+    t.advance_secs(1);
+    let other = make(t, "b", "tenant-b", &result("tenant-b/one", 20)).await;
+    t.advance_secs(1);
+    // Less than is to be given back: the database refuses that.
+    t.write("UPDATE tenant SET storage_bytes = 0 WHERE id = 'a'").await;
+    assert_eq!(t.rows().expire(t.now()).await.unwrap(), 1);
+    assert!(t.get(&other).await.result.is_none());
+    assert_eq!(t.rows().evict(0).await.unwrap(), 0);
+    t.write("UPDATE tenant SET storage_bytes = 10 WHERE id = 'a'").await;
+    assert_eq!(t.rows().expire(t.now()).await.unwrap(), 1);
+}
+
 pub(super) async fn a_known_artifact_that_cannot_be_read_is_made_anew(t: &TestStore) {
     let made = result("public/one", 100);
     make(t, "a", "public", &made).await;

@@ -20,7 +20,7 @@ pub(super) async fn one_connection_is_enough(postgres: &Postgres) {
     let command = Store::attach_postgres(&url).await.unwrap();
     let row = TenantRow { id: tenant("a"), tier: Tier::Pro, limits: None };
     for _ in 0..5 {
-        assert!(command.system().tenants().await.unwrap().len() < 2);
+        assert!(command.system().tenants().await.unwrap().rows.len() < 2);
         command.system().put_tenant(&row).await.unwrap();
     }
     assert_eq!(connections(&command).await, 1);

@@ -151,6 +151,12 @@ impl TestStore {
         self.try_claim(0).await.expect("a build is ready")
     }
 
+    /// Writes past the store's rules, one row.
+    async fn write(&self, statement: &'static str) {
+        let query = super::engine::sql(statement);
+        assert_eq!(self.rows().engine.execute(query).await.unwrap(), 1, "{statement}");
+    }
+
     /// Writes past the store's rules; the build's id is the statement's `$1`.
     async fn damage(&self, statement: &'static str, build: &Build) {
         let query = super::engine::sql(statement).text(build.id.as_str());
@@ -353,6 +359,10 @@ stories! {
         who_is_alone_waits_for_no_lease,
         a_build_that_cannot_be_read_holds_nobody_up,
         a_build_that_nobody_can_read_fails_in_the_end,
+        a_build_with_impossible_numbers_holds_nobody_up_and_ends,
+        a_build_whose_name_cannot_be_read_holds_nobody_up,
+        what_the_database_refuses_of_one_build_holds_nobody_up,
+        a_tenant_with_impossible_numbers_holds_nobody_up,
         a_heartbeat_keeps_the_lease,
         a_heartbeat_says_what_the_build_takes,
         a_build_whose_workers_die_fails_in_the_end,
@@ -391,6 +401,7 @@ stories! {
         what_a_running_build_wants_stays,
         old_artifacts_are_forgotten,
         a_build_that_cannot_be_read_keeps_no_other_from_being_forgotten,
+        a_tenant_whose_counters_are_wrong_keeps_no_other_from_being_forgotten,
         a_known_artifact_that_cannot_be_read_is_made_anew,
         the_oldest_artifacts_make_room;
     removals:
@@ -415,6 +426,7 @@ stories! {
         many_writers_number_without_gaps;
     operations:
         tenants_are_as_they_were_set_up,
+        a_tenant_or_token_that_cannot_be_read_hides_no_other,
         tokens_are_found_by_their_hash,
         damage_is_found,
         a_change_wakes_who_waits;

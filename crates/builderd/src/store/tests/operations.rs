@@ -26,7 +26,7 @@ pub(super) async fn tenants_are_as_they_were_set_up(t: &TestStore) {
     rows.put_tenant(&later).await.unwrap();
     assert_eq!(rows.tenant(&later.id).await.unwrap(), Some(later.clone()));
     let built = TenantRow { id: tenant("built"), tier: Tier::Pro, limits: None };
-    assert_eq!(rows.tenants().await.unwrap(), vec![built, later]);
+    assert_eq!(rows.tenants().await.unwrap().rows, vec![built, later]);
 }
 
 fn token(id: &str) -> TokenRow {
@@ -61,8 +61,51 @@ pub(super) async fn tokens_are_found_by_their_hash(t: &TestStore) {
     assert!(rows.revoke_token("one", Micros(9)).await.unwrap());
     assert!(!rows.revoke_token("three", Micros(8)).await.unwrap());
     let revoked = TokenRow { revoked_at: Some(Micros(8)), ..one };
-    assert_eq!(rows.tokens().await.unwrap(), vec![revoked, two]);
+    assert_eq!(rows.tokens().await.unwrap().rows, vec![revoked, two]);
     rows.beat().await.unwrap();
+}
+
+pub(super) async fn a_tenant_or_token_that_cannot_be_read_hides_no_other(t: &TestStore) {
+    let rows = t.rows();
+    let set = |name: &str| TenantRow {
+        id: tenant(name),
+        tier: Tier::Pro,
+        limits: Some(TenantLimits { concurrent_builds: 1, ..plenty() }),
+    };
+    for name in ["plain", "strange"] {
+        rows.put_tenant(&set(name)).await.unwrap();
+    }
+    for (damage, problem) in [
+        ("UPDATE tenant SET tier = 'platinum' WHERE id = 'strange'", "tier is \"platinum\""),
+        // As a newer version might write it: a limit more, which must not be gone over.
+        (
+            "UPDATE tenant SET tier = 'pro', limits = \
+             REPLACE(limits, '{\"memory', '{\"gpus\":1,\"memory') WHERE id = 'strange'",
+            "unknown field `gpus`",
+        ),
+    ] {
+        t.write(damage).await;
+        let listed = rows.tenants().await.unwrap();
+        assert_eq!(listed.rows, [set("plain")]);
+        let unread = &listed.unread[0];
+        assert!(unread.id == "strange" && unread.problem.contains(problem), "{unread:?}");
+        let busiest = rows.busiest(10, t.now()).await.unwrap();
+        assert_eq!(
+            busiest.iter().map(|load| &load.tenant.id).collect::<Vec<_>>(),
+            [&tenant("plain")]
+        );
+        assert!(matches!(rows.tenant(&tenant("strange")).await, Err(StoreError::Corrupt(_))));
+    }
+    rows.put_tenant(&set("strange")).await.unwrap();
+    assert_eq!(rows.tenants().await.unwrap().rows, [set("plain"), set("strange")]);
+
+    rows.add_token(&token("one")).await.unwrap();
+    rows.add_token(&token("two")).await.unwrap();
+    t.write("UPDATE api_token SET rights = 'x' WHERE id = 'one'").await;
+    let listed = rows.tokens().await.unwrap();
+    assert_eq!((listed.rows, listed.unread[0].id.as_str()), (vec![token("two")], "one"));
+    // It can be revoked all the same.
+    assert!(rows.revoke_token("one", Micros(8)).await.unwrap());
 }
 
 /// The check must bite: each kind of damage is done, seen and undone.
@@ -175,7 +218,7 @@ async fn filled(t: &TestStore) {
 /// Everything that tenants can see.
 async fn seen(store: &Store) -> String {
     let mut seen = String::new();
-    for tenant in store.rows.tenants().await.unwrap() {
+    for tenant in store.rows.tenants().await.unwrap().rows {
         let filter = super::lists::newest(100);
         let page = store.rows.list(&tenant.id, &filter).await.unwrap();
         for build in &page.builds {
@@ -295,7 +338,7 @@ pub(super) async fn a_database_that_takes_no_writes_is_known(t: &TestStore) {
     for _ in 0..2 {
         system.beat().await.unwrap();
         only_reads(&t.store, true).await;
-        assert!(system.tokens().await.unwrap().is_empty(), "it can be read");
+        assert!(system.tokens().await.unwrap().rows.is_empty(), "it can be read");
         let error = system.beat().await.unwrap_err();
         assert_eq!(error.class(), "database_read_only", "{error:?}");
         assert!(error.may_pass());

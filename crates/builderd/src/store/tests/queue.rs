@@ -7,8 +7,8 @@ use crate::build::record::{Build, BuildMetrics, FailureCode, LiveUsage, LogLine,
 use crate::build::state::BuildState;
 use crate::store::engine::Engine;
 use crate::store::{
-    Accepted, ArtifactDomain, ArtifactName, Cancel, Claimed, Depth, Fenced, Filter, Heartbeat,
-    Leases, Outcome, StoreError,
+    Accepted, ArtifactDomain, ArtifactName, Cancel, Claimed, Delete, Depth, Fenced, Filter,
+    Heartbeat, Leases, Outcome, StoreError,
 };
 use crate::tenant::{TenantLimits, Tier};
 
@@ -317,6 +317,103 @@ pub(super) async fn a_build_that_nobody_can_read_fails_in_the_end(t: &TestStore)
          WHERE state = 'failed' AND sealed_credentials IS NOT NULL";
     let sealed = t.rows().engine.optional(crate::store::engine::sql(sealed)).await.unwrap();
     assert_eq!(sealed.expect("a count").count("found").unwrap(), 0);
+}
+
+pub(super) async fn a_build_with_impossible_numbers_holds_nobody_up_and_ends(t: &TestStore) {
+    let (first, second) = (t.create("a").await, t.create("a").await);
+    for strange in [&first, &second] {
+        let damage = "UPDATE build SET attempt = -1, progress_percent = -1, log_lines = -1, \
+             log_bytes = -7 WHERE id = $1";
+        t.damage(damage, strange).await;
+    }
+    t.advance_secs(1);
+    let (plain, other) = (t.create("a").await, t.create("b").await);
+    let taken = BTreeSet::from([t.claim().await.build.id, t.claim().await.build.id]);
+    assert_eq!(taken, BTreeSet::from([plain.id, other.id]));
+    assert!(t.try_claim(LONG).await.is_none());
+
+    // Its tenant gets rid of it, or the queue does.
+    let cancelled = t.rows().cancel(&second.tenant, &second.id, "", t.now()).await;
+    assert_eq!(cancelled.unwrap(), Some(Cancel::Done));
+    for _ in 0..20 {
+        assert_eq!(t.state(&first).await, BuildState::Queued);
+        t.advance_secs(30);
+        assert!(t.try_claim(LONG).await.is_none());
+    }
+    assert_eq!(t.state(&first).await, BuildState::Failed);
+    for ended in [&first, &second] {
+        let deleted = t.rows().delete(&ended.tenant, &ended.id).await.unwrap();
+        assert_eq!(deleted, Some(Delete::Done));
+    }
+}
+
+pub(super) async fn a_build_whose_name_cannot_be_read_holds_nobody_up(t: &TestStore) {
+    let strange = t.create("a").await;
+    t.advance_secs(1);
+    let plain = t.create("a").await;
+    t.damage("DELETE FROM build_event WHERE build_id = $1", &strange).await;
+    t.damage("UPDATE build SET id = 'tomorrow-1' WHERE id = $1", &strange).await;
+    let claimed = t.claim_and_die().await;
+    assert_eq!(claimed.build.id, plain.id);
+    let all = Filter { limit: 10, ..Filter::default() };
+    let page = t.rows().list(&plain.tenant, &all).await.unwrap();
+    assert_eq!(page.builds.iter().map(|build| &build.id).collect::<Vec<_>>(), [&plain.id]);
+    assert_eq!(page.total, 2);
+    t.write(
+        "UPDATE build SET state = 'building', lease_owner = 'w', lease_expires_at = 0 \
+         WHERE id = 'tomorrow-1'",
+    )
+    .await;
+    t.advance_secs(1);
+    assert_eq!(t.rows().reap(Leases::Expired, 5, t.now()).await.unwrap(), 1);
+    assert_eq!(t.state(&plain).await, BuildState::Queued);
+    t.write(
+        "UPDATE build SET state = 'queued', lease_owner = NULL, lease_expires_at = NULL \
+         WHERE id = 'tomorrow-1'",
+    )
+    .await;
+    t.damage("UPDATE build SET id = $1 WHERE id = 'tomorrow-1'", &strange).await;
+    let event = "INSERT INTO build_event (tenant_id, build_id, seq, happened_at, from_state, \
+         to_state, lease_token, actor) \
+         SELECT tenant_id, id, 1, created_at, '', 'queued', 0, 'tenant' FROM build WHERE id = $1";
+    t.damage(event, &strange).await;
+}
+
+pub(super) async fn what_the_database_refuses_of_one_build_holds_nobody_up(t: &TestStore) {
+    let strange = t.create("a").await;
+    t.advance_secs(1);
+    let (plain, other) = (t.create("a").await, t.create("b").await);
+    // Its next event is there already.
+    let event = "INSERT INTO build_event (tenant_id, build_id, seq, happened_at, from_state, \
+         to_state, lease_token, actor) \
+         SELECT tenant_id, id, 2, created_at, '', 'queued', 0, 'nobody' FROM build WHERE id = $1";
+    t.damage(event, &strange).await;
+    let taken =
+        BTreeSet::from([t.claim_and_die().await.build.id, t.claim_and_die().await.build.id]);
+    assert_eq!(taken, BTreeSet::from([plain.id, other.id]));
+    assert!(t.try_claim(LONG).await.is_none());
+    t.damage("DELETE FROM build_event WHERE build_id = $1 AND seq = 2", &strange).await;
+
+    // A tenant's counter says that none of its builds runs.
+    t.write("UPDATE tenant SET running = 0 WHERE id = 'a'").await;
+    t.advance_secs(1);
+    assert_eq!(t.rows().reap(Leases::Expired, 5, t.now()).await.unwrap(), 1);
+    t.write("UPDATE tenant SET running = 1 WHERE id = 'a'").await;
+    assert_eq!(t.rows().reap(Leases::Expired, 5, t.now()).await.unwrap(), 1);
+}
+
+pub(super) async fn a_tenant_with_impossible_numbers_holds_nobody_up(t: &TestStore) {
+    t.create("strange").await;
+    t.write("UPDATE tenant SET weight = 5000000000 WHERE id = 'strange'").await;
+    // Who comes new is measured against the next in the queue.
+    let plain = t.create("plain").await;
+    assert_eq!(t.claim().await.build.id, plain.id);
+    assert!(t.try_claim(LONG).await.is_none());
+    // Its next build puts its row in order.
+    t.create("strange").await;
+    assert_eq!(t.claim().await.build.tenant, tenant("strange"));
+    t.advance_secs(31);
+    assert_eq!(t.claim().await.build.tenant, tenant("strange"));
 }
 
 pub(super) async fn a_heartbeat_keeps_the_lease(t: &TestStore) {

@@ -111,6 +111,42 @@ async fn a_client_without_a_good_certificate_is_refused_where_one_is_required() 
 }
 
 #[tokio::test]
+async fn why_a_client_is_refused_is_told_and_what_is_no_certificates_fault_is_not() {
+    let (clients, strangers) = (Authority::new("clients", &[]), Authority::new("strangers", &[]));
+    let [own, gone] = ["urn:x:own", "urn:x:gone"].map(|id| clients.issue(&[id]));
+    let foreign = strangers.issue(&["urn:x:own"]);
+    for versions in [OLD, NEW] {
+        let disk = Disk::new(ClientAuth::Required, Some(&clients));
+        let disk = disk.with_lists(&clients.list(&[gone.serial], 2100));
+        let (tls, mut keeper) = start(&disk.settings, Metrics::unread()).await.unwrap();
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        tls.tell(Arc::new(move |peer, why| tell.send((peer.ip().is_loopback(), why)).unwrap()));
+        let site = Site::start(tls).await;
+        let caller = |shows| Caller { versions, ..Caller::new(&disk.authority, shows) };
+        // Who does not trust this server, and who does not speak TLS.
+        Caller { trusts: &strangers, ..caller(Some(&own)) }.name(&site).await.unwrap_err();
+        let mut noise = TcpStream::connect(site.address).await.unwrap();
+        noise.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let _ = noise.read_to_end(&mut Vec::new()).await;
+        for (shows, why) in [
+            (Some(&gone), "revoked certificate"),
+            (Some(&foreign), "certificate of an unknown authority"),
+            (None, "no certificate"),
+        ] {
+            caller(shows).name(&site).await.unwrap_err();
+            assert_eq!(told.recv().await, Some((true, why)));
+        }
+        assert_eq!(caller(Some(&own)).name(&site).await.unwrap(), "urn:x:own");
+        disk.write("r.pem", &clients.list(&[], 2020));
+        keeper.look().await;
+        caller(Some(&own)).name(&site).await.unwrap_err();
+        assert_eq!(told.recv().await, Some((true, "no good revocation list")));
+        site.stop().await;
+        assert!(told.recv().await.is_none(), "nothing else was told");
+    }
+}
+
+#[tokio::test]
 async fn every_connection_checks_the_clients_certificate_anew() {
     let clients = Authority::new("clients", &[]);
     let disk = Disk::new(ClientAuth::Required, Some(&clients));

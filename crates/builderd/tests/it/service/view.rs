@@ -9,6 +9,8 @@ fn the_process_of_a_build_sees_its_own_files_alone() {
         return;
     }
     let stage = Stage::new();
+    // What another tenant has had built.
+    std::fs::create_dir_all(stage.workshop.path("cache/packs-v2/tenant-other")).unwrap();
     let server = stage.serve(&[]);
     stage.stall(10);
     let id = server.create("t1", &stage.reference("latest"));
@@ -25,7 +27,9 @@ fn the_process_of_a_build_sees_its_own_files_alone() {
     assert_eq!(names("rootfs"), ["staging"]);
     assert_eq!(names("rootfs/staging").len(), 1);
     assert!(names("rootfs/staging")[0].starts_with(&id));
-    assert!(seen(stage.workshop.path("cache")).exists());
+    let all = std::fs::read_dir(stage.workshop.path("cache/packs-v2")).unwrap().count();
+    assert_eq!((names("cache/packs-v2").len(), all), (1, 2), "layers that it may use alone");
+    assert!(!seen(stage.workshop.path("cache/packs-v2/tenant-other")).exists());
     assert!(stage.workshop.path("data/builderd.db").exists());
     assert!(!seen(stage.workshop.path("data")).exists());
     assert!(!seen("/etc/shadow".into()).exists());
@@ -40,6 +44,28 @@ fn the_process_of_a_build_sees_its_own_files_alone() {
     assert_eq!(value("CapEff:"), if root { "00000000000000c2" } else { "0000000000000000" });
     server.well("t1", "CancelBuild", &json!({"build_id": id}));
     eventually("no build process", || stage.children() == 0);
+}
+
+#[test]
+fn the_whole_cache_is_held_to_its_limit_though_a_build_sees_its_own_part() {
+    let mut stage = Stage::new();
+    let server = stage.serve(&[("STORAGE_CACHE_MAX_SIZE_GB", "1")]);
+    let id = server.create("t1", &stage.reference("latest"));
+    server.finished("t1", &id);
+    // What the service looks at by itself it has looked at.
+    let other = stage.workshop.path("cache/packs-v2/tenant-other");
+    std::fs::create_dir_all(&other).unwrap();
+    let pack = other.join(format!("{}.pack", "a".repeat(64)));
+    let made = std::fs::File::create(&pack).unwrap();
+    made.set_len(2 << 30).unwrap();
+    made.set_modified(std::time::UNIX_EPOCH).unwrap();
+    // Another image of the same layers: its artifact is not there yet.
+    stage.image.config["author"] = json!("somebody");
+    stage.push("other", &["latest"]);
+    let id = server.create("t1", &format!("{}/other", stage.registry.host()));
+    let build = server.finished("t1", &id);
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    eventually("the pack of somebody else is gone", || !pack.exists());
 }
 
 #[test]

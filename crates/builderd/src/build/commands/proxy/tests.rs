@@ -405,6 +405,36 @@ fn no_more_connections_are_served_at_once_than_there_may_be() {
     assert!(starts_with(&head(&mut next), 200), "its turn has come");
 }
 
+/// The door of a machine that is out of descriptors for a moment, and is then closed.
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_is_out_of_descriptors_for_a_moment_ends_no_proxy() {
+    use rustix::io::Errno;
+    let gate = Arc::new(gate(&[], &[]));
+    let door = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(door.local_addr().unwrap()).await.unwrap();
+    let (begun, mut taken) = (tokio::time::Instant::now(), 0);
+    let next = || {
+        taken += 1;
+        let turn = taken;
+        let door = &door;
+        async move {
+            match turn {
+                1 => Err(Errno::MFILE.into()),
+                2 => Err(Errno::NFILE.into()),
+                3 => Err(Errno::CONNABORTED.into()),
+                4 => door.accept().await.map(|(stream, _)| stream),
+                _ => Err(Errno::BADF.into()),
+            }
+        }
+    };
+    let error = accept(next, &gate).await;
+    assert_eq!(Errno::from_io_error(&error), Some(Errno::BADF), "{error}");
+    assert_eq!(taken, 5, "the connection was taken");
+    // It is not tried as fast as it fails.
+    assert!(begun.elapsed() >= 2 * accepting::PAUSE, "{:?}", begun.elapsed());
+    drop(client);
+}
+
 #[test]
 fn a_proxy_that_ends_takes_its_connections_with_it() {
     let upstream = Upstream::start();
