@@ -415,21 +415,19 @@ impl Job<'_> {
         from_readers: Vec<Receiver<io::Result<Parcel>>>,
         to_writer: SyncSender<Parcel>,
     ) -> io::Result<String> {
-        let mut sum =
-            ImageSum { hasher: Sha256::new(), offset: 0, buffer: vec![0; GAP_BUFFER_BYTES] };
+        let mut sum = ImageSum::new();
         // The reader whose turn it is has no more: nor have the others.
         for parcel in from_readers.iter().cycle().map_while(|reader| reader.recv().ok()) {
             let parcel = parcel?;
             sum.file(self.image, parcel.offset)?;
-            sum.hasher.update(parcel.bytes());
-            sum.offset = parcel.offset + parcel.length as u64;
+            sum.bytes(parcel.bytes());
             if to_writer.send(parcel).is_err() {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
         }
         drop(to_writer);
         sum.file(self.image, size_bytes)?;
-        Ok(hex(&sum.hasher.finalize()))
+        Ok(sum.finish())
     }
 }
 
@@ -450,8 +448,19 @@ impl ImageSum {
         hex(&self.hasher.finalize())
     }
 
+    /// Hashes these bytes.
+    pub(super) fn bytes(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.offset += bytes.len() as u64;
+    }
+
+    /// Hashes zeroes up to `offset`.
+    pub(super) fn zeroes_to(&mut self, offset: u64) {
+        self.zeroes(offset.saturating_sub(self.offset));
+    }
+
     /// Hashes what already stands in the file up to `end`; holes are not read.
-    pub(super) fn file(&mut self, image: &File, end: u64) -> io::Result<()> {
+    fn file(&mut self, image: &File, end: u64) -> io::Result<()> {
         while self.offset < end {
             let data = match rustix::fs::seek(image, SeekFrom::Data(self.offset)) {
                 Ok(data) => data.min(end),
@@ -459,7 +468,7 @@ impl ImageSum {
                 Err(rustix::io::Errno::NXIO) => end,
                 Err(error) => return Err(error.into()),
             };
-            self.zeroes(data - self.offset);
+            self.zeroes_to(data);
             if data == end {
                 break;
             }

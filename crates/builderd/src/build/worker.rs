@@ -49,6 +49,10 @@ use crate::seal::{KeyWrapper, MasterKey};
 use crate::store::{ArtifactName, Claimed, Fenced, Lease, Outcome, Store, StoreError};
 use crate::telemetry::{self, Metrics};
 use running::{End, Running};
+pub(crate) use sum::main as build_sum;
+
+/// What a build's process makes, in its own directory.
+const MADE: &str = "rootfs.ext4";
 
 /// A worker that says nothing for so long has lost its build.
 pub(crate) const LEASE_SECS: u64 = 30;

@@ -63,6 +63,9 @@ pub(super) enum Command {
     /// One build of the service, in a process of its own
     #[command(hide = true)]
     BuildChild,
+    /// Compute the sum of what such a process has made
+    #[command(hide = true)]
+    BuildSum,
     /// Work on foreign bytes, in a process that can reach nothing
     #[command(hide = true)]
     Confined,

@@ -83,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Admin(args) => admin::run(&args),
         Command::Tenant(args) => token::tenants(&args),
         Command::BuildChild => crate::build::child::main().map_err(Failure::ours),
+        Command::BuildSum => crate::build::worker::build_sum().map_err(Failure::ours),
         Command::CommandsProcess { role } => ::commands::main(&role).map_err(Failure::ours),
         Command::Confined => crate::build::confined::main().map_err(Failure::ours),
         Command::Completions { shell } => {

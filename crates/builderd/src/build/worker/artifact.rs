@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
 use super::running::{Running, millis};
-use super::{HEARTBEAT, internal, is_own_file, sum};
+use super::{HEARTBEAT, MADE, internal, is_own_file, sum};
 use crate::artifact::sealed_name;
 use crate::build::child::ChildReport;
 use crate::build::record::{BuildMetrics, BuildResult, Failure, FailureCode};
@@ -163,10 +163,10 @@ impl Running<'_> {
         self.meter.publishing();
         let usage = self.meter.sample().await;
         let request = &self.build().request;
-        let staged = self.staging().join("rootfs.ext4");
+        let staged = self.staging().join(MADE);
         must_be_a_file(&staged, report.artifact_bytes).await?;
         // All processes of the build have ended: nobody writes to it any more.
-        let sha256 = sum::of_file(&staged, report.artifact_bytes).await.map_err(unread)?;
+        let sha256 = self.sum(report.artifact_bytes).await.map_err(unread)?;
         let artifact_key = self.artifact_key(name, &sha256).await?;
         let (key, size_bytes) = (artifact_key.as_str(), report.artifact_bytes);
         self.reserve(&NewFile { key, size_bytes, sha256: &sha256 }).await?;

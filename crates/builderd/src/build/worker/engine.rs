@@ -12,7 +12,8 @@ use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::running::Running;
-use super::{internal, try_name};
+use super::sum::{SumOrder, is_sum};
+use super::{MADE, internal, try_name};
 use crate::build::child::{
     ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec,
 };
@@ -53,7 +54,7 @@ impl Running<'_> {
             platform: image.platform.to_string(),
             commands: self.commands_spec(&registry)?,
             registry,
-            output: self.staging().join("rootfs.ext4"),
+            output: self.staging().join(MADE),
             compression: build.request.compression.clone(),
             packs: match (own, self.workers.open_packs(build)) {
                 (Some(own), _) => Some(PackSpec {
@@ -135,7 +136,9 @@ impl Running<'_> {
         };
         tokio::fs::create_dir_all(self.staging()).await.map_err(failed)?;
         let group = self.group().map_err(failed)?;
-        let mut child = self.spawn(&spec, group.as_ref()).await.map_err(failed)?;
+        let text = serde_json::to_vec(&spec).map_err(|error| failed(error.into()))?;
+        let child = self.spawn("build-child", &text, group.as_ref());
+        let mut child = child.await.map_err(failed)?;
         let Some(stdout) = child.stdout.take() else {
             return Err(internal("the build's process has no output"));
         };
@@ -230,10 +233,29 @@ impl Running<'_> {
         group.map_err(io::Error::other)
     }
 
-    /// The process is in its group before it knows what to do.
-    async fn spawn(&self, spec: &ChildSpec, group: Option<&Group>) -> io::Result<Child> {
+    /// SHA-256, in hex, of so many bytes of what the build has made. Its processes have ended; this
+    /// one is held to its limits, and its part of the CPUs, as they were.
+    pub(super) async fn sum(&self, size_bytes: u64) -> io::Result<String> {
+        let group = self.group()?;
+        let order = serde_json::to_vec(&SumOrder { file: MADE.into(), size_bytes })?;
+        let child = self.spawn("build-sum", &order, group.as_ref()).await?;
+        let output = tokio::select! {
+            output = child.wait_with_output() => output?,
+            never = self.share_cpus(group.as_ref()) => match never {},
+        };
+        let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        let sum = said(&output.stdout);
+        match output.status.success() && is_sum(&sum) {
+            true => Ok(sum),
+            false => Err(io::Error::other(format!("{}: {}", output.status, said(&output.stderr)))),
+        }
+    }
+
+    /// Starts this program once more as `role`, in the build's own directory. The process is in its
+    /// group before it knows what to do.
+    async fn spawn(&self, role: &str, order: &[u8], group: Option<&Group>) -> io::Result<Child> {
         let mut child = Command::new(&self.workers.rules.program)
-            .arg("build-child")
+            .arg(role)
             .env_clear()
             .current_dir(self.staging())
             .stdin(Stdio::piped())
@@ -246,9 +268,8 @@ impl Running<'_> {
         if let (Some(group), Some(pid)) = (group, child.id()) {
             group.add(pid).map_err(io::Error::other)?;
         }
-        let text = serde_json::to_vec(spec)?;
         if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(&text).await?;
+            stdin.write_all(order).await?;
         }
         Ok(child)
     }

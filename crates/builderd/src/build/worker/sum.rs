@@ -1,41 +1,111 @@
 //! The sum of an artifact, as the service itself finds it: artifacts are filed, and shared, under it,
-//! so the word of the process that made the file does not count.
+//! so the word of the process that made the file does not count. It is computed by a process of the
+//! service's own in the build's group, `builderd build-sum`: the tenant's limits hold for it too.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
+use rustix::fs::SeekFrom;
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+
+use crate::build::disk::{AlignedBuffer, Disk, Liking};
 use crate::build::output::ImageSum;
 
-/// Bytes between two looks whether anybody waits still.
-const PIECE_BYTES: u64 = 32 << 20;
+const PIECE_BYTES: usize = 2 << 20;
+/// Read while others are hashed.
+const PIECES: usize = 3;
 
-/// SHA-256 of the first `size_bytes` of the file at `path`, in hex. May be dropped at any point: it
-/// goes on for no longer than one piece takes.
-///
-/// # Errors
-/// When the file cannot be read, or is shorter.
-pub(super) async fn of_file(path: &Path, size_bytes: u64) -> io::Result<String> {
-    let wanted = Arc::new(());
-    let (path, waits) = (path.to_owned(), Arc::downgrade(&wanted));
-    let sum = tokio::task::spawn_blocking(move || read(path, size_bytes, &waits)).await;
-    drop(wanted);
-    sum.map_err(io::Error::other)?
+/// What such a process is told on its standard input. Its answer is the sum, in hex, on a line.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SumOrder {
+    pub(super) file: PathBuf,
+    pub(super) size_bytes: u64,
 }
 
-fn read(path: PathBuf, size_bytes: u64, waits: &Weak<()>) -> io::Result<String> {
+/// Whether it is a SHA-256 in hex.
+pub(super) fn is_sum(text: &str) -> bool {
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    text.len() == 64 && text.bytes().all(is_digit)
+}
+
+/// `builderd build-sum`.
+///
+/// # Errors
+/// When the order, or the file, cannot be read.
+pub(crate) fn main() -> io::Result<()> {
+    // Whoever started us may be killed at any moment; then nobody would want the result.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let order: SumOrder = serde_json::from_reader(io::stdin().lock())?;
+    writeln!(io::stdout().lock(), "{}", of_file(&order.file, order.size_bytes)?)
+}
+
+/// SHA-256 of the first `size_bytes` of the file at `path`, in hex.
+fn of_file(path: &Path, size_bytes: u64) -> io::Result<String> {
     let file = File::open(path)?;
-    let mut sum = ImageSum::new();
-    let mut end = 0;
-    while end < size_bytes {
-        if waits.strong_count() == 0 {
-            return Err(io::ErrorKind::Interrupted.into());
-        }
-        end = size_bytes.min(end + PIECE_BYTES);
-        sum.file(&file, end)?;
+    if file.metadata()?.len() < size_bytes {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    Ok(sum.finish())
+    let (to_hasher, from_reader) = sync_channel::<Piece>(PIECES);
+    let (to_reader, buffers) = channel();
+    for _ in 0..PIECES {
+        // Cannot fail: the other end is in scope.
+        let _ = to_reader.send(AlignedBuffer::new(PIECE_BYTES));
+    }
+    std::thread::scope(|scope| {
+        let file = &file;
+        let reading = scope.spawn(move || read(file, size_bytes, &buffers, to_hasher));
+        let mut sum = ImageSum::new();
+        for piece in from_reader {
+            sum.zeroes_to(piece.offset);
+            sum.bytes(&piece.buffer.bytes()[..piece.length]);
+            // The reader may be done.
+            let _ = to_reader.send(piece.buffer);
+        }
+        reading.join().map_err(|_| io::Error::other("the reading thread panicked"))??;
+        sum.zeroes_to(size_bytes);
+        Ok(sum.finish())
+    })
+}
+
+/// Some bytes of the file; between two of them is nothing but zeroes.
+struct Piece {
+    buffer: AlignedBuffer,
+    offset: u64,
+    length: usize,
+}
+
+/// Reads what is not a hole.
+fn read(
+    file: &File,
+    size_bytes: u64,
+    buffers: &Receiver<AlignedBuffer>,
+    to_hasher: SyncSender<Piece>,
+) -> io::Result<()> {
+    let disk = Disk::default();
+    let mut place = disk.attach(file, Liking::Faster);
+    let mut offset = 0;
+    while offset < size_bytes {
+        offset = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+            Ok(data) => data,
+            // No data from here on.
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let end = rustix::fs::seek(file, SeekFrom::Hole(offset))?.min(size_bytes);
+        while offset < end {
+            let Ok(mut buffer) = buffers.recv() else { return Ok(()) };
+            let length = usize::try_from(end - offset).unwrap_or(usize::MAX).min(PIECE_BYTES);
+            place.read(&mut buffer.bytes_mut()[..length], offset)?;
+            if to_hasher.send(Piece { buffer, offset, length }).is_err() {
+                return Ok(());
+            }
+            offset += length as u64;
+        }
+    }
+    Ok(())
 }
 
 /// Writes the sum where the metadata that lies beside an artifact has it.
@@ -53,36 +123,32 @@ mod tests {
     use super::*;
     use crate::build::hex;
 
-    #[tokio::test]
-    async fn the_sum_of_a_file_is_that_of_all_its_bytes_holes_too() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("made");
-        let mut bytes = vec![0; usize::try_from(PIECE_BYTES).unwrap() + 5000];
-        bytes[4096] = 1;
-        *bytes.last_mut().unwrap() = 2;
-        let file = File::create(&path).unwrap();
-        file.set_len(bytes.len() as u64).unwrap();
-        for at in [4096, bytes.len() - 1] {
-            std::os::unix::fs::FileExt::write_all_at(&file, &bytes[at..=at], at as u64).unwrap();
-        }
-        let sum = of_file(&path, bytes.len() as u64).await.unwrap();
-        assert_eq!(sum, hex(&Sha256::digest(&bytes)));
-        assert_eq!(of_file(&path, 0).await.unwrap(), hex(&Sha256::digest(b"")));
-        of_file(&directory.path().join("other"), 1).await.unwrap_err();
-    }
-
     #[test]
-    fn a_sum_that_nobody_waits_for_is_not_computed_to_its_end() {
-        let directory = tempfile::tempdir().unwrap();
+    fn the_sum_of_a_file_is_that_of_all_its_bytes_holes_too() {
+        let directory = tempfile::tempdir_in(".").unwrap();
         let path = directory.path().join("made");
-        // Hashing it takes years.
-        File::create(&path).unwrap().set_len(1 << 43).unwrap();
-        let wanted = Arc::new(());
-        let waits = Arc::downgrade(&wanted);
-        let work = std::thread::spawn(move || read(path, 1 << 43, &waits));
-        drop(wanted);
-        let error = work.join().unwrap().unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+        for more in [0, 1, 5000, 4096 * 3] {
+            let mut bytes = vec![0; 5 * PIECE_BYTES + more];
+            bytes[4096] = 1;
+            bytes[PIECE_BYTES..3 * PIECE_BYTES + 100].fill(7);
+            *bytes.last_mut().unwrap() = 2;
+            let file = File::create(&path).unwrap();
+            file.set_len(bytes.len() as u64).unwrap();
+            for some in
+                [4096..4097, PIECE_BYTES..3 * PIECE_BYTES + 100, bytes.len() - 1..bytes.len()]
+            {
+                let at = some.start as u64;
+                std::os::unix::fs::FileExt::write_all_at(&file, &bytes[some], at).unwrap();
+            }
+            let all = bytes.len() as u64;
+            assert_eq!(of_file(&path, all).unwrap(), hex(&Sha256::digest(&bytes)));
+            let begin = &bytes[..PIECE_BYTES + 17];
+            assert_eq!(of_file(&path, begin.len() as u64).unwrap(), hex(&Sha256::digest(begin)));
+            assert_eq!(of_file(&path, 0).unwrap(), hex(&Sha256::digest(b"")));
+            let error = of_file(&path, all + 1).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        }
+        of_file(&directory.path().join("other"), 1).unwrap_err();
     }
 
     #[test]

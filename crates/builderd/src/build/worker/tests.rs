@@ -231,6 +231,12 @@ async fn a_database_that_hangs_stops_the_child_within_the_limit() {
 /// What comes of a build whose process does this and says that it has made five bytes with that
 /// sum, and under which names something is stored then.
 async fn made_by(script: &str, sha256: &str) -> (End, Vec<String>) {
+    let sum = "cat > /dev/null; set -- $(sha256sum rootfs.ext4); echo $1";
+    made_and_summed_by(script, sum, sha256).await
+}
+
+/// The same where the sum is computed by that, in the build's group if there are groups.
+async fn made_and_summed_by(script: &str, sum: &str, sha256: &str) -> (End, Vec<String>) {
     let directory = tempfile::tempdir_in(".").unwrap();
     let store = Store::open_sqlite(directory.path()).await.unwrap();
     let registry = TestRegistry::start().unwrap();
@@ -238,10 +244,12 @@ async fn made_by(script: &str, sha256: &str) -> (End, Vec<String>) {
     registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
     let host = registry.host();
     queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
-    let workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
+    let mut workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
+    workers.rules.host = Arc::new(Host::open(directory.path()));
     let claimed = workers.claim().await.expect("a build waits");
     let staging = workers.staging(&claimed.lease);
     std::fs::create_dir_all(&staging).unwrap();
+    std::fs::write(staging.join("build-sum"), sum).unwrap();
     let report = serde_json::json!({"done": {
         "metadata": {"artifact": {"sha256": sha256}},
         "artifact_bytes": 5,
@@ -295,6 +303,31 @@ async fn what_a_build_has_made_is_its_own_file_or_nothing() {
         let End::Failed(failure) = end else { panic!("{script} is no failure") };
         assert_eq!(failure.code, FailureCode::Internal, "{failure:?}");
         assert_eq!(stored, Vec::<String>::new(), "{script}");
+    }
+}
+
+#[tokio::test]
+async fn the_sum_is_computed_within_the_limits_of_the_build() {
+    let place = tempfile::tempdir().unwrap();
+    let groups = place.path().join("groups");
+    let sum =
+        format!("cat /proc/self/cgroup > '{}'; cat > /dev/null; echo {SUM}", groups.display());
+    let (end, _) = made_and_summed_by("printf 12345 > rootfs.ext4", &sum, SUM).await;
+    let End::Made(..) = end else { panic!("no success") };
+    let groups = std::fs::read_to_string(groups).unwrap();
+    match Host::open(place.path()).places().is_empty() {
+        true => println!("skipped: no cgroups for this user"),
+        false => assert!(groups.contains("/build_"), "{groups}"),
+    }
+}
+
+#[tokio::test]
+async fn without_a_sum_nothing_is_filed() {
+    for sum in ["exit 1", "echo", "echo ../../x", "printf %s a; exit 0", "kill -9 $$"] {
+        let (end, stored) = made_and_summed_by("printf 12345 > rootfs.ext4", sum, SUM).await;
+        let End::Failed(failure) = end else { panic!("{sum} is no failure") };
+        assert_eq!(failure.code, FailureCode::TemporaryResourceError, "{failure:?}");
+        assert_eq!(stored, Vec::<String>::new(), "{sum}");
     }
 }
 
