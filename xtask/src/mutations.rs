@@ -38,8 +38,8 @@ const MUTATIONS: &[Mutation] = &[
     Mutation {
         sentence: "a lease that ran out is taken over under the same token",
         file: "crates/builderd/src/store/sql/queue.rs",
-        from: "let token = held.token + 1;\n        let expires_at",
-        to: "let token = held.token;\n        let expires_at",
+        from: "let token = held.token + 1;\n    let expires_at",
+        to: "let token = held.token;\n    let expires_at",
     },
 ];
 

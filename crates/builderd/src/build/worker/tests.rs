@@ -310,8 +310,9 @@ async fn what_a_build_has_made_is_its_own_file_or_nothing() {
 async fn the_sum_is_computed_within_the_limits_of_the_build() {
     let place = tempfile::tempdir().unwrap();
     let groups = place.path().join("groups");
-    let sum =
-        format!("cat /proc/self/cgroup > '{}'; cat > /dev/null; echo {SUM}", groups.display());
+    // It knows what to do once it is in its group.
+    let file = groups.display();
+    let sum = format!("cat > /dev/null; cat /proc/self/cgroup > '{file}'; echo {SUM}");
     let (end, _) = made_and_summed_by("printf 12345 > rootfs.ext4", &sum, SUM).await;
     let End::Made(..) = end else { panic!("no success") };
     let groups = std::fs::read_to_string(groups).unwrap();
