@@ -145,6 +145,13 @@ impl Group {
         self.0.as_ref().map_or(Ok(()), |group| group.set_cpu_limit(Some(millis)))
     }
 
+    /// Ends them, and waits until none is left and the group is gone.
+    pub(crate) async fn end(mut self) {
+        let Some(group) = self.0.take() else { return };
+        // It cannot be told why it panicked, if it did; the next start clears it away.
+        let _ = tokio::task::spawn_blocking(move || drop(group)).await;
+    }
+
     /// What they have taken together.
     pub(crate) fn usage(&self) -> CgroupUsage {
         self.0.as_ref().map(Cgroup::usage).unwrap_or_default()

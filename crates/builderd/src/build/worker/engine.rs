@@ -164,6 +164,10 @@ impl Running<'_> {
             tracing::warn!(complaint, "the build's process complained");
         }
         let usage = group.as_ref().map(Group::usage).unwrap_or_default();
+        if let Some(group) = group {
+            // What it has made is looked at next: nobody may change it then.
+            group.end().await;
+        }
         match last {
             Some(ChildLine::Done(mut report)) => {
                 // The kernel counts all processes together.
@@ -243,6 +247,9 @@ impl Running<'_> {
             output = child.wait_with_output() => output?,
             never = self.share_cpus(group.as_ref()) => match never {},
         };
+        if let Some(group) = group {
+            group.end().await;
+        }
         let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
         let sum = said(&output.stdout);
         match output.status.success() && is_sum(&sum) {

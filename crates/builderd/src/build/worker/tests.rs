@@ -323,6 +323,24 @@ async fn the_sum_is_computed_within_the_limits_of_the_build() {
 }
 
 #[tokio::test]
+async fn what_a_build_has_started_has_ended_before_its_artifact_is_summed() {
+    let place = tempfile::tempdir().unwrap();
+    if Host::open(place.path()).places().is_empty() {
+        println!("skipped: no cgroups for this user");
+        return;
+    }
+    // Many, so that some would live for a moment longer.
+    let script = "for n in 1 2 3 4 5 6 7 8 9; do setsid sleep 4713 > /dev/null 2>&1 & done; \
+                  printf 12345 > rootfs.ext4";
+    let lives = place.path().join("lives");
+    let sum =
+        format!("cat > /dev/null; pgrep -f '^sleep 4713' > '{}'; echo {SUM}", lives.display());
+    let (end, _) = made_and_summed_by(script, &sum, SUM).await;
+    let End::Made(..) = end else { panic!("no success") };
+    assert_eq!(std::fs::read_to_string(lives).unwrap(), "");
+}
+
+#[tokio::test]
 async fn without_a_sum_nothing_is_filed() {
     for sum in ["exit 1", "echo", "echo ../../x", "printf %s a; exit 0", "kill -9 $$"] {
         let (end, stored) = made_and_summed_by("printf 12345 > rootfs.ext4", sum, SUM).await;
