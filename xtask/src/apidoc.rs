@@ -31,7 +31,8 @@ A message in JSON is an object, with names in snake_case or camelCase. Unknown n
 that an enum does not have is `invalid_argument`, with the field, the word and the words there are, and so
 is a number without a word. `status` takes the words of BuildStatus, and their ends in any case: `running`.
 
-`GET /health` answers 200, or 503 with a `reason`: `stopping`, `database_unavailable`,
+`GET /health` answers 200, or 503 with a `reason`: `stopping` (on a connection that was
+open before: a server that stops takes no others), `database_unavailable`,
 `database_read_only`, `database_full`, `database_failed`.
 
 ## Permissions

@@ -23,6 +23,9 @@ pub(crate) const TARGETS: &[&str] = &[
     "pack",
     "ext4_reader",
     "sealed_file",
+    "worker_lines",
+    "build_lines",
+    "request",
 ];
 
 /// How long each target runs unless the caller says.
@@ -89,11 +92,17 @@ fn seeds() -> Result<()> {
         }
         Ok(())
     };
-    for (index, text) in REFERENCES.iter().enumerate() {
-        put("reference", &format!("seed{index}"), text.as_bytes())?;
-    }
-    for (index, text) in WHITEOUTS.iter().enumerate() {
-        put("whiteout_path", &format!("seed{index}"), text.as_bytes())?;
+    for (target, texts) in [
+        ("reference", REFERENCES),
+        ("whiteout_path", WHITEOUTS),
+        ("registry_answer", ANSWERS),
+        ("worker_lines", WORKER_LINES),
+        ("build_lines", BUILD_LINES),
+        ("request", REQUESTS),
+    ] {
+        for (index, text) in texts.iter().enumerate() {
+            put(target, &format!("seed{index}"), text.as_bytes())?;
+        }
     }
     let layout = images::layout(images::TINY)?;
     for file in std::fs::read_dir(layout.join("blobs/sha256"))? {
@@ -105,9 +114,6 @@ fn seeds() -> Result<()> {
     put("manifest", "index", &std::fs::read(layout.join("index.json"))?)?;
     put("archive", "layout", ARCHIVE.as_bytes())?;
     put("archive", "tar", &tar_of_layout(&layout)?)?;
-    for (index, text) in ANSWERS.iter().enumerate() {
-        put("registry_answer", &format!("seed{index}"), text.as_bytes())?;
-    }
     let tar = tar_seed()?;
     put("tar", "tar", &tar)?;
     put("tar", "gzip", &gzip(&tar)?)?;
@@ -155,6 +161,48 @@ const ANSWERS: &[&str] = &[
      {\"token\":\"a\",\"expires_in\":300,\"issued_at\":\"2026-01-01T00:00:00Z\"}",
     "content-range: bytes 5-9/10\nretry-after: 120\n\n{\"access_token\":\"b\"}",
     "date: Wed, 21 Oct 2015 07:28:00 GMT\nretry-after: Wed, 21 Oct 2015 07:28:30 GMT\n",
+];
+
+/// Of a layer, of an image of the sizes that the target has files of, and of neither.
+const WORKER_LINES: &[&str] = &[
+    r#"{"Walls":["seccomp","landlock"]}
+{"Tally":{"blob_bytes":10,"tar_bytes":20,"data_bytes":5}}
+{"Packed":{"summary":{"diff_id":[7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7,7],"compression":"Gzip","blob_bytes":10,"tar_bytes":20,"data_bytes":5,"toc_bytes":1,"pack_bytes":4096,"entries":1},"is_placed":true,"writes":{"cached":{"bytes":1,"nanos":1},"direct":{"bytes":1,"nanos":1},"accesses":1,"cached_bytes":1,"direct_bytes":1},"taken":{"cpu_ms":1,"memory_peak_bytes":1}}}
+"#,
+    r#"{"Event":{"event":"phase_started","phase":"flatten"}}
+{"Event":{"event":"phase_finished","phase":"flatten","secs":0.5}}
+{"Event":{"event":"phase_started","phase":"write"}}
+{"Event":{"event":"write_progress","bytes":1,"total_bytes":2}}
+{"Event":{"event":"warning","message":"\u001b[2J"}}
+{"Made":{"made":{"file":1,"image":0,"image_bytes":8192,"image_sha256":"5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5","compressed_bytes":5,"compressed_sha256":"5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5","uuid":"01234567-89ab-8def-8123-456789abcdef","filesystem_bytes":8192,"free_bytes":4096,"data_bytes":4096,"inodes_used":11,"inodes_total":16,"biggest_directories":[["/",1,1]]},"taken":{"cpu_ms":1,"memory_peak_bytes":1}}}
+"#,
+    r#"{"Failed":{"words":{"text":"no","cause":{"text":"none","cause":null}},"blame":"yours","code":"INVALID_SOURCE","hint":"x","is_out_of_space":false}}
+"#,
+];
+
+const BUILD_LINES: &[&str] = &[
+    r#"{"event":{"event":"phase_started","phase":"layers"}}
+{"event":{"event":"layer_started","layer":0,"digest":"sha256:ab","size_bytes":5}}
+{"event":{"event":"layer_progress","layer":0,"bytes":5}}
+{"event":{"event":"layer_ready","layer":0,"digest":"sha256:ab","origin":"packed"}}
+{"event":{"event":"phase_finished","phase":"layers","secs":0.5}}
+{"event":{"event":"command_started","command":0,"text":"make"}}
+{"event":{"event":"command_output","command":0,"line":"made"}}
+{"event":{"event":"write_progress","bytes":1,"total_bytes":2}}
+{"done":{"metadata":{},"artifact_bytes":5,"image_bytes":5,"fetched_bytes":5,"layers_cached":0,"phase_secs":[["layers",0.5]],"memory_peak_bytes":1,"cpu_ms":1}}
+"#,
+    r#"{"event":{"event":"warning","message":"x"}}
+{"failed":{"code":"INTERNAL","step":"write","cause":"no","blame":"ours","remedy":""}}
+"#,
+];
+
+/// The first letter says of which method: `a` creates, `c` lists, `d` cancels.
+const REQUESTS: &[&str] = &[
+    r#"a{"config":{"tenant":{"tenant_id":"t","tier":"TENANT_TIER_PRO"},"source":{"docker_image":{"image_uri":"nginx:alpine","pull_tags":["a"],"auth":{"username":"u","password":"p","registry":"ghcr.io"}}},"target":{"microvm_rootfs":{"init_strategy":"INIT_STRATEGY_DIRECT","compression":"zstd","size_limit_bytes":"5"}},"strategy":{"docker_strategy":{"custom_commands":["make"]}},"limits":{"max_memory_bytes":7,"timeout_seconds":5},"build_name":"n","labels":{"a":"b"},"retry_policy":{"max_retries":2,"base_delay":"30s","retry_on":["NETWORK_ERROR"]},"idempotency_key":"k"}}"#,
+    r#"a{"config":{"source":{"dockerImage":{"imageUri":"nginx"}},"target":{"microvmRootfs":{}}}}"#,
+    r#"c{"state_filter":["BUILD_STATE_FAILED"],"page_size":5,"page_token":"x"}"#,
+    r#"c{"status":"failed","limit":7,"offset":3}"#,
+    r#"d{"build_id":"build_1","reason":"why"}"#,
 ];
 
 fn tar_seed() -> Result<Vec<u8>> {

@@ -20,10 +20,13 @@ mod config;
 mod keys;
 pub mod packs;
 mod parts;
+mod private;
 mod seal;
 mod serve;
 mod staged;
 pub mod store;
 mod telemetry;
 pub mod tenant;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tls;

@@ -24,10 +24,13 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
+use crate::private;
 use crate::staged::{Staged, open_regular};
 
 /// The pack format's version is part of the path: another engine never reads our packs as its own.
 const VERSION_DIRECTORY: &str = "packs-v2";
+/// Of the directories of all formats.
+const VERSIONS_PREFIX: &str = "packs-v";
 const _: () = assert!(rootfs::PACK_VERSION == 2, "the directory is named by the version");
 
 /// Who may share a pack: an opaque name made of `a-z`, `0-9`, `-` and `_`.
@@ -214,8 +217,25 @@ impl PackCache {
     /// [`CacheError::Io`] when the directory cannot be made.
     pub fn open(directory: &Path) -> Result<Self, CacheError> {
         let root = directory.join(VERSION_DIRECTORY);
-        std::fs::create_dir_all(&root).map_err(failed("create the cache directory", &root))?;
+        private::make_directory(&root).map_err(failed("create the cache directory", &root))?;
         Ok(Self { root })
+    }
+
+    /// Shuts other users of the machine out of what an earlier engine, which let them in, has left:
+    /// packs of this format and of all others. Gives the directories that were open.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`]; also where another user has made one of them.
+    pub(crate) fn close_to_others(&self) -> Result<Vec<PathBuf>, CacheError> {
+        let mut were_open = Vec::new();
+        for found in read_dir(self.root.parent().unwrap_or(&self.root))? {
+            let (name, path) = (found.file_name(), found.path());
+            let is_ours = name.to_str().is_some_and(|name| name.starts_with(VERSIONS_PREFIX));
+            if is_ours && private::close(&path).map_err(failed("shut others out of", &path))? {
+                were_open.push(path);
+            }
+        }
+        Ok(were_open)
     }
 
     /// Opens the pack of `key` if it is there and whole.
@@ -324,7 +344,7 @@ impl PackCache {
     fn open_lock(&self, key: &PackKey) -> Result<(PathBuf, File), CacheError> {
         let path = self.key_path(key, "lock");
         self.directory_of(&key.domain)?;
-        let opened = File::options().create(true).truncate(false).write(true).open(&path);
+        let opened = private::file_options().open(&path);
         let file = opened.map_err(failed("open the lock", &path))?;
         Ok((path, file))
     }
@@ -335,7 +355,7 @@ impl PackCache {
     /// [`CacheError::Io`].
     pub(crate) fn stage(&self, key: &PackKey) -> Result<Staged, CacheError> {
         let directory = self.directory_of(&key.domain)?;
-        Staged::create_in(&directory).map_err(failed("create a file in", &directory))
+        Staged::create_private_in(&directory).map_err(failed("create a file in", &directory))
     }
 
     /// Files a finished pack whose blob digest and `diff_id` were verified.
@@ -418,7 +438,7 @@ impl PackCache {
         let Some(directory) = self.root.parent() else { return Ok(()) };
         for found in read_dir(directory)? {
             let name = found.file_name();
-            let version = name.to_str().and_then(|name| name.strip_prefix("packs-v"));
+            let version = name.to_str().and_then(|name| name.strip_prefix(VERSIONS_PREFIX));
             let version = version.and_then(|version| version.parse::<u32>().ok());
             let is_earlier = version.is_some_and(|version| version < rootfs::PACK_VERSION);
             if !is_earlier || !found.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -502,7 +522,7 @@ impl PackCache {
     /// [`CacheError::Io`] when the directory cannot be made.
     pub(crate) fn directory_of(&self, domain: &SharingDomain) -> Result<PathBuf, CacheError> {
         let directory = self.root.join(domain.as_str());
-        std::fs::create_dir_all(&directory).map_err(failed("create", &directory))?;
+        private::make_directory(&directory).map_err(failed("create", &directory))?;
         Ok(directory)
     }
 
@@ -543,7 +563,7 @@ impl Stamp {
     }
 
     fn write(&self, path: &Path) -> io::Result<()> {
-        let staged = Staged::create_in(path.parent().unwrap_or(Path::new(".")))?;
+        let staged = Staged::create_private_in(path.parent().unwrap_or(Path::new(".")))?;
         staged.file().write_all(self.0.as_bytes())?;
         staged.publish(path).map(drop)
     }

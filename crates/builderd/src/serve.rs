@@ -27,13 +27,15 @@ use crate::build::janitor::{Janitor, JanitorRules};
 use crate::build::kept::SealedPacks;
 use crate::build::service::{BuildService, STOP_WAIT, ServiceRules};
 use crate::build::worker::{ATTEMPTS_MAX, WorkerRules, Workers, clear_leftovers};
+use crate::causes::chain;
 use crate::clock::{Clock, WallClock};
 use crate::config::{Config, DatabaseConfig, KeyPlace, StorageBackend};
 use crate::keys::TenantKeys;
 use crate::packs::{CacheError, PackCache};
 use crate::parts::{PartError, Parts};
+use crate::private;
 use crate::seal::{KeyWrapper, MasterKey, SealError};
-use crate::store::{Leases, Store, StoreError};
+use crate::store::{DirectoryProblem, Leases, Store, StoreError};
 use crate::telemetry::{self, TelemetryError};
 use crate::tls::{self, Keeper, Tls, TlsError};
 
@@ -43,6 +45,16 @@ pub(crate) enum ServeError {
     /// A directory or file cannot be used.
     #[error("cannot use {}", path.display())]
     Path {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A directory that a setting names cannot be used.
+    #[error("cannot use {}, which {setting} names", path.display())]
+    Directory {
+        /// The setting.
+        setting: &'static str,
         /// Which.
         path: PathBuf,
         /// Why.
@@ -89,6 +101,18 @@ pub(crate) enum ServeError {
     /// The runtime.
     #[error("the service stopped")]
     Runtime(#[source] io::Error),
+}
+
+impl ServeError {
+    /// What to do about it, where the error does not say so itself.
+    pub(crate) fn hint(&self) -> Option<&'static str> {
+        let in_use = matches!(
+            self,
+            Self::Store(StoreError::DataDirectory { problem: DirectoryProblem::InUse, .. })
+        );
+        in_use
+            .then_some("stop that one, or use another directory (UNKEY_BUILDERD_DATABASE_DATA_DIR)")
+    }
 }
 
 /// Runs the service until SIGTERM or SIGINT, and a second signal ends it at once.
@@ -179,8 +203,8 @@ pub(crate) async fn serve(
     stopped: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
     let clock: Arc<dyn Clock> = Arc::new(WallClock);
-    make_directory(&config.data_dir)?;
-    make_directory(&config.rootfs_output_dir)?;
+    make_directory("UNKEY_BUILDERD_DATABASE_DATA_DIR", &config.data_dir)?;
+    make_directory(output_setting(&config), &config.rootfs_output_dir)?;
     let _ours = claim_directory(&config.rootfs_output_dir)?;
     let host = Arc::new(host);
     host.sweep();
@@ -194,7 +218,7 @@ pub(crate) async fn serve(
         store.system().reap(Leases::All, ATTEMPTS_MAX, clock.now()).await?;
     }
     let caches = config.storage.cache_enabled;
-    let packs = caches.then(|| PackCache::open(&config.storage.cache_dir)).transpose()?;
+    let packs = caches.then(|| open_packs(&config)).transpose()?;
     let (service_rules, mut worker_rules) = rules(&config, &host)?;
     worker_rules.sealed_packs = caches.then(|| sealed_packs(&config, &store, &key)).transpose()?;
     let service = Arc::new(BuildService::new(
@@ -320,25 +344,61 @@ pub(crate) async fn master_key(place: &KeyPlace, store: &Store) -> Result<Master
     Ok(key.must_be(&held, place.path())?)
 }
 
-fn make_directory(path: &Path) -> Result<(), ServeError> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o750)
-        .create(path)
-        .map_err(|source| ServeError::Path { path: path.to_owned(), source })
+/// Which setting says where artifacts are made.
+fn output_setting(config: &Config) -> &'static str {
+    match &config.storage.backend {
+        StorageBackend::Local => "UNKEY_BUILDERD_ROOTFS_OUTPUT_DIR",
+        StorageBackend::S3 { .. } | StorageBackend::Gcs { .. } => "UNKEY_BUILDERD_SCRATCH_DIR",
+    }
+}
+
+/// One that is there already is its maker's: whom it lets in is for him to say.
+fn make_directory(setting: &'static str, path: &Path) -> Result<(), ServeError> {
+    let failed = |source| ServeError::Directory { setting, path: path.to_owned(), source };
+    private::make_directory(path).map_err(failed)?;
+    if private::is_open(path).map_err(failed)? {
+        tracing::warn!(
+            setting,
+            path = %path.display(),
+            "every user of this machine may look into this directory: `chmod o=` it, unless that is \
+             wanted"
+        );
+    }
+    Ok(())
+}
+
+/// The cache of layers, closed to others also where an earlier version has made it.
+fn open_packs(config: &Config) -> Result<PackCache, ServeError> {
+    let path = &config.storage.cache_dir;
+    let setting = "UNKEY_BUILDERD_CACHE_DIR or UNKEY_BUILDERD_WORKSPACE_DIR";
+    private::make_directory(path).map_err(|source| ServeError::Directory {
+        setting,
+        path: path.clone(),
+        source,
+    })?;
+    let packs = PackCache::open(path)?;
+    match packs.close_to_others() {
+        Ok(closed) => {
+            for path in closed {
+                tracing::warn!(
+                    path = %path.display(),
+                    "the layers of builds could be read by other users, and cannot any more"
+                );
+            }
+        }
+        Err(error) => tracing::warn!(
+            error = %chain(&error),
+            "the layers of builds may be read by other users: that cannot be changed"
+        ),
+    }
+    Ok(packs)
 }
 
 /// Staged files belong to one process: another one would remove them at its start.
 fn claim_directory(path: &Path) -> Result<std::fs::File, ServeError> {
     let lock = path.join(".lock");
     let failed = |source| ServeError::Path { path: lock.clone(), source };
-    let file = std::fs::File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&lock)
-        .map_err(failed)?;
+    let file = private::file_options().open(&lock).map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(ServeError::InUse(path.to_owned())),

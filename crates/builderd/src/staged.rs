@@ -11,12 +11,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
+use crate::private;
+
+/// As far as the umask lets it.
+const PUBLIC_MODE: u32 = 0o666;
 const HIDDEN_PREFIX: &str = ".builderd-";
 const HIDDEN_SUFFIX: &str = ".tmp";
 
@@ -33,22 +37,33 @@ pub(crate) struct Staged {
 impl Staged {
     /// Opens a new empty file for reading and writing on the file system of `directory`.
     pub(crate) fn create_in(directory: &Path) -> io::Result<Self> {
+        Self::create(directory, PUBLIC_MODE)
+    }
+
+    /// The same, for a file that other users of the machine may not open.
+    pub(crate) fn create_private_in(directory: &Path) -> io::Result<Self> {
+        Self::create(directory, private::FILE_MODE)
+    }
+
+    fn create(directory: &Path, mode: u32) -> io::Result<Self> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        match rustix::fs::openat(CWD, directory, flags, Mode::from_raw_mode(0o666)) {
+        match rustix::fs::openat(CWD, directory, flags, Mode::from_raw_mode(mode)) {
             Ok(fd) => Ok(Self { file: File::from(fd), hidden: None }),
             // EISDIR: a kernel or file system without O_TMPFILE sees a directory opened for writing.
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
-                Self::create_hidden(directory)
+                Self::create_hidden(directory, mode)
             }
             Err(error) => Err(error.into()),
         }
     }
 
-    fn create_hidden(directory: &Path) -> io::Result<Self> {
+    fn create_hidden(directory: &Path, mode: u32) -> io::Result<Self> {
         sweep(directory)?;
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true).mode(mode);
         loop {
             let path = hidden_name(directory);
-            match File::options().read(true).write(true).create_new(true).open(&path) {
+            match options.open(&path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 opened => {
                     let file = opened?;
@@ -189,7 +204,7 @@ mod tests {
         staged.file().write_all(b"half").unwrap();
         drop(staged);
         assert!(names(directory.path()).is_empty());
-        let hidden = Staged::create_hidden(directory.path()).unwrap();
+        let hidden = Staged::create_hidden(directory.path(), PUBLIC_MODE).unwrap();
         assert_eq!(names(directory.path()).len(), 1);
         drop(hidden);
         assert!(names(directory.path()).is_empty());
@@ -201,7 +216,7 @@ mod tests {
         let target = directory.path().join("out");
         for (text, hidden) in [("one", false), ("two", false), ("three", true)] {
             let staged = match hidden {
-                true => Staged::create_hidden(directory.path()).unwrap(),
+                true => Staged::create_hidden(directory.path(), PUBLIC_MODE).unwrap(),
                 false => Staged::create_in(directory.path()).unwrap(),
             };
             staged.file().write_all(text.as_bytes()).unwrap();
@@ -216,7 +231,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let dead = directory.path().join(format!("{HIDDEN_PREFIX}1-0{HIDDEN_SUFFIX}"));
         std::fs::write(&dead, b"left over").unwrap();
-        let living = Staged::create_hidden(directory.path()).unwrap();
+        let living = Staged::create_hidden(directory.path(), PUBLIC_MODE).unwrap();
         assert!(!dead.exists());
         sweep(directory.path()).unwrap();
         assert!(living.hidden.as_ref().unwrap().exists());
@@ -249,7 +264,7 @@ mod tests {
                 });
             }
             let lost = (0..3000).filter(|_| {
-                let staged = Staged::create_hidden(path).unwrap();
+                let staged = Staged::create_hidden(path, PUBLIC_MODE).unwrap();
                 staged.publish(&path.join("out")).is_err()
             });
             let lost = lost.count();

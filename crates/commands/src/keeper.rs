@@ -22,8 +22,9 @@ use serde::Serialize;
 use crate::order::{
     self, Event, KeeperOrder, LINE_BYTES_MAX, LayerOrder, Line, Trouble, UnpackOrder,
 };
+use crate::output::{Output, Said};
 use crate::scratch::{TREE, WORK};
-use crate::{ARGUMENT, bundle, door, host, layer, output, unpack};
+use crate::{ARGUMENT, bundle, door, host, layer, unpack};
 
 pub(crate) const ROLE: &str = "keeper";
 /// Any directory that is there can carry what the keeper mounts; its programs are not there.
@@ -101,9 +102,9 @@ impl Keeper {
         let mut warnings = self.unpack(packs)?;
         tell(Event::Unpacked)?;
         let merged = self.mount_overlay()?;
-        let mut room = output::OUTPUT_BYTES_MAX;
+        let mut output = Output::default();
         for index in 0..self.order.order.commands.len() {
-            self.command(index, &merged, &mut room)?;
+            self.command(index, &merged, &mut output)?;
         }
         let failed = |error: rustix::io::Errno| Trouble::of("take the overlay apart", error);
         rustix::mount::unmount(&merged, UnmountFlags::empty()).map_err(failed)?;
@@ -210,7 +211,7 @@ impl Keeper {
         Ok(merged)
     }
 
-    fn command(&self, index: usize, merged: &Path, room: &mut usize) -> Result<(), Trouble> {
+    fn command(&self, index: usize, merged: &Path, output: &mut Output) -> Result<(), Trouble> {
         let order = &self.order.order;
         let command = &order.commands[index];
         let name = format!("{}-{index}", self.order.group);
@@ -222,7 +223,7 @@ impl Keeper {
         fs::write(bundle.join("config.json"), text)
             .map_err(|error| Trouble::of("write the container's configuration", error))?;
         tell(Event::Started { index })?;
-        let (code, complaint) = self.contain(index, &name, &bundle, room)?;
+        let (code, complaint) = self.contain(index, &name, &bundle, output)?;
         let is_full = self.is_full();
         order::say(&Line::Ended { index, code, complaint, is_full }).map_err(parent_gone)?;
         // The parent has counted, and removed the group.
@@ -245,7 +246,7 @@ impl Keeper {
         index: usize,
         name: &str,
         bundle: &Path,
-        room: &mut usize,
+        output: &mut Output,
     ) -> Result<(i32, Option<String>), Trouble> {
         let failed = |error: io::Error| Trouble::of("start the OCI runtime", error);
         let log = bundle.join("log");
@@ -258,8 +259,8 @@ impl Keeper {
             command.arg(bundle).arg(name).stdout(theirs).stderr(errors).spawn().map_err(failed)?;
         // It holds our copies of the pipe's end.
         drop(command);
-        output::lines(said, room, |line| order::say(&Line::Event(Event::Output { index, line })))
-            .map_err(parent_gone)?;
+        let say = |said| order::say(&Line::Event(event(index, said)));
+        output.pass_on(said, say).map_err(parent_gone)?;
         let status = running.wait().map_err(failed)?;
         let code = status.code().unwrap_or_else(|| {
             128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0)
@@ -293,6 +294,21 @@ impl Keeper {
         let _ = order::send(pipes.stdin, order);
         last_word(role, sandbox, pipes.stdout, pipes.stderr)
     }
+}
+
+/// What is told of a piece of a command's output.
+fn event(index: usize, said: Said) -> Event {
+    let number = index + 1;
+    let message = match said {
+        Said::Line(line) => return Event::Output { index, line },
+        Said::Held => {
+            format!("the output of command {number} is too long: its end follows when it has ended")
+        }
+        Said::LeftOut(lines) => {
+            format!("{lines} lines of the output of command {number} were left out here")
+        }
+    };
+    Event::Warning { message }
 }
 
 /// Waits for the last word of a confined process, and for its end.

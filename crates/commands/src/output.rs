@@ -1,24 +1,101 @@
-//! A command's output, line by line: bounded, and without what would steer a terminal.
+//! A command's output, line by line: bounded, with its end, and without what would steer a terminal.
 
+use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read};
 
 /// Bytes of one line that are kept.
 const LINE_BYTES_MAX: usize = 4 << 10;
-/// Bytes of the output of all commands of a build that are kept.
-pub(crate) const OUTPUT_BYTES_MAX: usize = 1 << 20;
+/// Bytes of the output of all commands of a build that are kept as they come.
+const OUTPUT_BYTES_MAX: usize = 1 << 20;
+/// Bytes that are kept of the end of a command's output, where there is more: what failed stands there.
+const END_BYTES_MAX: usize = 64 << 10;
 /// What each line takes beside its text, where it is kept: many short ones are a flood as well.
 const LINE_COST: usize = 64;
 
-/// Reads `from` to its end and gives each line to `take`, as long as `room` lasts. What is beyond
-/// is read and thrown away, so that nobody waits for this side.
-pub(crate) fn lines(
-    from: impl Read,
-    room: &mut usize,
-    mut take: impl FnMut(String) -> io::Result<()>,
-) -> io::Result<()> {
+/// A piece of what a command said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    Line(String),
+    /// From here on the end alone is kept, and told when it has come.
+    Held,
+    /// So many lines stood here that are not kept.
+    LeftOut(u64),
+}
+
+/// What is kept of the output of all commands of a build: the beginning of it, and the end of each
+/// command's.
+pub(crate) struct Output {
+    room: usize,
+    end_bytes_max: usize,
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Self { room: OUTPUT_BYTES_MAX, end_bytes_max: END_BYTES_MAX }
+    }
+}
+
+impl Output {
+    /// Reads what a command writes to its end, and gives `take` what is kept of it. What is beyond
+    /// is read as well, so that nobody waits for this side.
+    ///
+    /// # Errors
+    /// What reading fails with, and what `take` does.
+    pub(crate) fn pass_on(
+        &mut self,
+        from: impl Read,
+        mut take: impl FnMut(Said) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut end = End::default();
+        lines(from, |text| {
+            let cost = text.len() + LINE_COST;
+            if cost <= self.room {
+                self.room -= cost;
+                return take(Said::Line(text));
+            }
+            // Nothing shorter comes past it.
+            self.room = 0;
+            let is_first = end.is_untouched();
+            end.push(text, self.end_bytes_max);
+            // Said at once: who is ended for its time says no more.
+            if is_first { take(Said::Held) } else { Ok(()) }
+        })?;
+        if end.left_out > 0 {
+            take(Said::LeftOut(end.left_out))?;
+        }
+        end.lines.into_iter().try_for_each(|text| take(Said::Line(text)))
+    }
+}
+
+/// The last lines of an output.
+#[derive(Default)]
+struct End {
+    lines: VecDeque<String>,
+    bytes: usize,
+    /// Lines that stood before them.
+    left_out: u64,
+}
+
+impl End {
+    fn is_untouched(&self) -> bool {
+        self.lines.is_empty() && self.left_out == 0
+    }
+
+    fn push(&mut self, text: String, bytes_max: usize) {
+        self.bytes += text.len() + LINE_COST;
+        self.lines.push_back(text);
+        while self.bytes > bytes_max {
+            let Some(first) = self.lines.pop_front() else { return };
+            self.bytes -= first.len() + LINE_COST;
+            self.left_out += 1;
+        }
+    }
+}
+
+/// Reads `from` to its end and gives each line with a text to `take`.
+fn lines(from: impl Read, mut take: impl FnMut(String) -> io::Result<()>) -> io::Result<()> {
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
-    let mut is_cut = false;
     loop {
         let buffer = match from.fill_buf() {
             Ok(buffer) => buffer,
@@ -35,14 +112,7 @@ pub(crate) fn lines(
         if stop.is_some() || (is_end && !line.is_empty()) {
             let text = clean(&line);
             line.clear();
-            if is_cut || text.is_empty() {
-                // Nothing to say, or nobody who keeps it.
-            } else if text.len() + LINE_COST > *room {
-                is_cut = true;
-                *room = 0;
-                take("the output of the commands is too long: the rest is not kept".to_owned())?;
-            } else {
-                *room -= text.len() + LINE_COST;
+            if !text.is_empty() {
                 take(text)?;
             }
         }
@@ -116,14 +186,28 @@ fn is_direction(next: char) -> bool {
 mod tests {
     use super::*;
 
-    fn kept(input: &[u8], mut room: usize) -> Vec<String> {
+    fn kept_by(output: &mut Output, input: &[u8]) -> Vec<Said> {
         let mut kept = Vec::new();
-        lines(input, &mut room, |line| {
-            kept.push(line);
-            Ok(())
-        })
-        .unwrap();
+        output
+            .pass_on(input, |said| {
+                kept.push(said);
+                Ok(())
+            })
+            .unwrap();
         kept
+    }
+
+    fn kept(input: &[u8]) -> Vec<Said> {
+        kept_by(&mut Output::default(), input)
+    }
+
+    fn said(lines: &[&str]) -> Vec<Said> {
+        lines.iter().map(|line| Said::Line((*line).to_owned())).collect()
+    }
+
+    /// So many short lines, each with its number.
+    fn numbered(count: u64) -> Vec<u8> {
+        (0..count).flat_map(|number| format!("line {number}\n").into_bytes()).collect()
     }
 
     #[test]
@@ -145,18 +229,51 @@ mod tests {
 
     #[test]
     fn output_is_told_by_lines_and_empty_ones_are_not() {
-        assert_eq!(kept(b"one\n\ntwo\nthree", 1000), ["one", "two", "three"]);
-        assert_eq!(kept(b"", 100), [""; 0]);
+        assert_eq!(kept(b"one\n\ntwo\nthree"), said(&["one", "two", "three"]));
+        assert_eq!(kept(b""), []);
     }
 
     #[test]
-    fn a_line_and_the_whole_have_an_end() {
+    fn a_line_has_an_end() {
         let long = vec![b'x'; 3 * LINE_BYTES_MAX];
-        assert_eq!(kept(&long, 1 << 20)[0].len(), LINE_BYTES_MAX);
-        let told = kept(&b"12345678\n".repeat(100), 2 * LINE_COST + 20);
-        assert_eq!(told.len(), 3);
-        assert!(told[2].contains("not kept"), "{told:?}");
-        let short = kept(&b"x\n".repeat(1 << 20), OUTPUT_BYTES_MAX);
-        assert!((1000..20_000).contains(&short.len()), "{}", short.len());
+        assert_eq!(kept(&long), said(&[&"x".repeat(LINE_BYTES_MAX)]));
+    }
+
+    #[test]
+    fn of_output_without_end_the_beginning_and_the_end_are_kept_and_the_rest_is_counted() {
+        const LINES: u64 = 60_000;
+        let mut input = numbered(LINES);
+        input.extend_from_slice(b"FATAL: no space left\n");
+        let kept = kept(&input);
+        let gap = kept.iter().position(|said| matches!(said, Said::LeftOut(_))).unwrap();
+        let Said::LeftOut(left_out) = kept[gap] else { panic!() };
+        assert_eq!(kept[0], Said::Line("line 0".to_owned()));
+        assert_eq!(kept[gap - 1], Said::Held);
+        assert_eq!(kept[gap - 2], Said::Line(format!("line {}", gap - 2)));
+        assert_eq!(kept[gap + 1], Said::Line(format!("line {}", gap as u64 - 1 + left_out)));
+        assert_eq!(kept.last(), Some(&Said::Line("FATAL: no space left".to_owned())));
+        assert_eq!(kept.len() as u64 - 2 + left_out, LINES + 1, "each is there or counted");
+        let cost = |said: &Said| match said {
+            Said::Line(line) => line.len() + LINE_COST,
+            Said::Held | Said::LeftOut(_) => panic!("two gaps"),
+        };
+        let bytes = |said: &[Said]| said.iter().map(cost).sum::<usize>();
+        assert!((OUTPUT_BYTES_MAX - 100..=OUTPUT_BYTES_MAX).contains(&bytes(&kept[..gap - 1])));
+        assert!((END_BYTES_MAX - 100..=END_BYTES_MAX).contains(&bytes(&kept[gap + 1..])));
+    }
+
+    #[test]
+    fn each_command_has_an_end_where_the_room_of_all_is_used_up() {
+        let mut output = Output { room: 10 * LINE_COST, end_bytes_max: 2 * (LINE_COST + 10) };
+        let first = kept_by(&mut output, &numbered(20));
+        assert_eq!(first.len(), 9 + 2 + 2, "{first:?}");
+        let cut = |left_out, lines: &[&str]| {
+            [&[Said::Held, Said::LeftOut(left_out)], &said(lines)[..]].concat()
+        };
+        assert_eq!(first[9..], cut(9, &["line 18", "line 19"]));
+        // What fits is not said to be left out.
+        let few = kept_by(&mut output, b"a\nb\n");
+        assert_eq!(few, [&[Said::Held], &said(&["a", "b"])[..]].concat());
+        assert_eq!(kept_by(&mut output, &numbered(3)), cut(1, &["line 1", "line 2"]));
     }
 }

@@ -134,9 +134,9 @@ impl CgroupRoot {
     /// ended and removed first, with its weight and what was counted in it.
     ///
     /// # Errors
-    /// [`SandboxError`] with the file that could not be written.
+    /// [`SandboxError`] with the file that could not be written, or as [`Cgroup::end`] has it.
     pub fn create(&self, name: &str, limits: &CgroupLimits) -> Result<Cgroup, SandboxError> {
-        drop(self.existing(name));
+        self.existing(name).end()?;
         let group = self.existing(name);
         // Dropped on an error, it removes what was made so far.
         for (controller, (directory, version)) in &group.places {
@@ -163,8 +163,7 @@ impl CgroupRoot {
     }
 
     /// The names of the groups below.
-    #[must_use]
-    pub fn names(&self) -> Vec<String> {
+    fn names(&self) -> Vec<String> {
         let mut names = std::collections::BTreeSet::new();
         for place in self.places().chain(self.elsewhere.iter().map(PathBuf::as_path)) {
             for entry in fs::read_dir(place).into_iter().flatten().flatten() {
@@ -294,15 +293,54 @@ impl Cgroup {
         }
     }
 
-    /// Who is killed needs the CPU once more to end, and must not wait for it behind others.
+    /// Who is killed needs the CPU once more to end, and must not wait for it behind others; nor may
+    /// he be frozen, as a runtime may have left him.
     fn hurry(&self) {
         // One that is not there has nothing to end.
         let _ = self.set_cpu_weight(CPU_WEIGHT_MAX);
         let _ = self.set_cpu_limit(None);
+        for directory in &self.elsewhere {
+            // Of version 1 alone: on version 2 the frozen can be killed.
+            let _ = write(directory, "freezer.state", "THAWED");
+        }
     }
 
-    /// Ends every process of the group, also one that starts others as fast as it can.
-    fn kill_all(&self) {
+    /// Ends every process of the group, waits until the kernel has let go of the last one, with its
+    /// memory and its files, and removes the group.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when that takes longer than some seconds: who waits for a disk is not ended
+    /// before the disk has answered, and what he has begun to write may still be written.
+    pub fn end(mut self) -> Result<(), SandboxError> {
+        let left = self.clear();
+        // What could not be ended now is not waited for once more.
+        self.places.clear();
+        self.elsewhere.clear();
+        left.map_or(Ok(()), |directory| {
+            let text = format!("end the processes of the cgroup {}", directory.display());
+            Err(SandboxError::new(&text, io::Error::from(io::ErrorKind::TimedOut)))
+        })
+    }
+
+    /// Ends and removes the group; tells of one that is still there.
+    fn clear(&self) -> Option<PathBuf> {
+        let wait = if self.kill_all() { DEATH_MAX } else { Duration::ZERO };
+        let deadline = Instant::now() + wait;
+        let mut left = None;
+        for (directory, _) in self.places.values() {
+            if !remove_below(directory, deadline) {
+                left = Some(directory.clone());
+            }
+        }
+        for directory in &self.elsewhere {
+            remove_below(directory, deadline);
+        }
+        left
+    }
+
+    /// Ends every process of the group, also one that starts others as fast as it can. Whether none
+    /// is left.
+    fn kill_all(&self) -> bool {
         let deadline = Instant::now() + DEATH_MAX;
         self.hurry();
         loop {
@@ -315,7 +353,7 @@ impl Cgroup {
                 alive += kill_below(directory);
             }
             if alive == 0 || Instant::now() > deadline {
-                return;
+                return alive == 0;
             }
             std::thread::sleep(DEATH_POLL);
         }
@@ -324,9 +362,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        self.kill_all();
-        let used = self.places.values().map(|(directory, _)| directory);
-        used.chain(&self.elsewhere).for_each(|directory| remove_below(directory));
+        self.clear();
     }
 }
 
@@ -363,17 +399,23 @@ fn processes(directory: &Path) -> Vec<u32> {
     listed.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
-fn remove_below(directory: &Path) {
+/// Removes a group and those below it; false if one is still there at the end of `deadline`.
+fn remove_below(directory: &Path, deadline: Instant) -> bool {
     for below in groups_below(directory) {
-        remove_below(&below);
+        remove_below(&below, deadline);
     }
-    let deadline = Instant::now() + DEATH_MAX;
-    // Busy as long as the last process is not wholly gone.
-    while let Err(error) = fs::remove_dir(directory) {
-        if error.raw_os_error() != Some(libc::EBUSY) || Instant::now() > deadline {
-            return;
+    loop {
+        match fs::remove_dir(directory) {
+            Ok(()) => return true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return true,
+            // As long as the last process is not wholly gone.
+            Err(error)
+                if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
+            {
+                std::thread::sleep(DEATH_POLL);
+            }
+            Err(_) => return false,
         }
-        std::thread::sleep(DEATH_POLL);
     }
 }
 

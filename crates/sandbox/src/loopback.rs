@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::SandboxError;
 
@@ -21,6 +22,15 @@ const DIRTY_BYTES_MAX: u64 = 64 << 20;
 /// Every block device, and below each what the kernel knows of it: kernel documentation
 /// "ABI/stable/sysfs-block" and "ABI/testing/sysfs-class-bdi".
 const DEVICES: &str = "/sys/block";
+/// As the kernel has a device at first: files of its `bdi`, and what is in them. The last of them is
+/// what the device may keep for itself of all that waits for disks, in millionths.
+const FREE: [(&str, &str); 3] =
+    [("strict_limit", "0"), ("max_ratio_fine", "1000000"), ("min_ratio_fine", "0")];
+/// Says that the bound of a device is from here: next to nothing, and a number that nobody else writes.
+const MARK: (&str, &str) = ("min_ratio_fine", "7");
+/// How often, and how long after one another, a device is looked at that somebody is just setting.
+const TURNS_MAX: u32 = 1000;
+const TURN_POLL: Duration = Duration::from_millis(1);
 
 /// `struct loop_info64`.
 #[repr(C)]
@@ -72,7 +82,7 @@ impl LoopDevice {
     }
 
     /// Gives back what [`LoopDevice::attach`] told the kernel of devices that nobody has any more,
-    /// here or in a process that was killed.
+    /// here or in a process that was killed. What others have told it stays.
     pub fn unbound_free() {
         let devices = fs::read_dir(DEVICES).into_iter().flatten().flatten();
         let is_loop = |name: &str| name.strip_prefix("loop").is_some_and(is_number);
@@ -128,20 +138,123 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Where the kernel is too old, or its settings cannot be written, it does as with any other device.
+/// Where the kernel is too old, or its settings cannot be written, it does as with any other device;
+/// and where somebody else has set it already, as he wants it.
 fn bound(device: &Path) {
     let bdi = device.join("bdi");
-    // Without the second the first counts only once all memory is full of what is to be written.
-    let _ = fs::write(bdi.join("max_bytes"), DIRTY_BYTES_MAX.to_string())
-        .and_then(|()| fs::write(bdi.join("strict_limit"), "1"));
+    let Ok(turn) = turn(&bdi) else { return };
+    for _ in 0..TURNS_MAX {
+        // Who takes away the bound of its last user must be done, or would take away this one.
+        if turn.try_lock().is_ok() {
+            break;
+        }
+        std::thread::sleep(TURN_POLL);
+    }
+    if has(&bdi, MARK) || FREE.into_iter().all(|setting| has(&bdi, setting)) {
+        let most = DIRTY_BYTES_MAX.to_string();
+        // Without the last the one before counts only once all memory is full of what is to be written.
+        set(&bdi, &[MARK, ("max_bytes", &most), ("strict_limit", "1")]);
+    }
 }
 
 /// Gives back the bound of a device that nobody has.
 fn unbound(device: &Path) {
     let bdi = device.join("bdi");
-    let is_bound = fs::read_to_string(bdi.join("strict_limit")).is_ok_and(|is| is.trim() == "1");
-    if is_bound && !device.join("loop/backing_file").exists() {
-        let _ = fs::write(bdi.join("strict_limit"), "0")
-            .and_then(|()| fs::write(bdi.join("max_ratio"), "100"));
+    let Ok(turn) = turn(&bdi) else { return };
+    // Whoever sets it just now has it.
+    let is_free = turn.try_lock().is_ok() && !device.join("loop/backing_file").exists();
+    if is_free && has(&bdi, MARK) {
+        set(&bdi, &FREE);
+    }
+}
+
+/// What is locked while a device is set: it is held as long as this is.
+fn turn(bdi: &Path) -> io::Result<File> {
+    File::open(bdi.join(MARK.0))
+}
+
+fn has(bdi: &Path, (file, value): (&str, &str)) -> bool {
+    fs::read_to_string(bdi.join(file)).is_ok_and(|text| text.trim() == value)
+}
+
+/// As far as it goes: what is left half set has the mark still, or has it already.
+fn set(bdi: &Path, settings: &[(&str, &str)]) {
+    let _ = settings.iter().try_for_each(|(file, value)| fs::write(bdi.join(file), value));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device as the kernel shows it, with these settings.
+    fn device(settings: &[(&str, &str)]) -> tempfile::TempDir {
+        let device = tempfile::tempdir().unwrap();
+        fs::create_dir_all(device.path().join("bdi")).unwrap();
+        fs::create_dir_all(device.path().join("loop")).unwrap();
+        set(&device.path().join("bdi"), settings);
+        device
+    }
+
+    fn settings(device: &Path) -> [String; 3] {
+        FREE.map(|(file, _)| fs::read_to_string(device.join("bdi").join(file)).unwrap())
+    }
+
+    #[test]
+    fn a_bound_is_set_and_taken_away_when_nobody_has_the_device() {
+        let device = device(&FREE);
+        let (device, bdi) = (device.path(), device.path().join("bdi"));
+        bound(device);
+        assert_eq!(settings(device), ["1", "1000000", "7"]);
+        assert_eq!(fs::read_to_string(bdi.join("max_bytes")).unwrap(), "67108864");
+        fs::write(device.join("loop/backing_file"), "").unwrap();
+        unbound(device);
+        assert_eq!(settings(device), ["1", "1000000", "7"], "somebody has it");
+        fs::remove_file(device.join("loop/backing_file")).unwrap();
+        // The kernel tells by this how much it is.
+        fs::write(bdi.join("max_ratio_fine"), "14880").unwrap();
+        unbound(device);
+        assert_eq!(settings(device), FREE.map(|(_, value)| value));
+        // One who was killed between two settings has left some.
+        fs::write(bdi.join(MARK.0), MARK.1).unwrap();
+        unbound(device);
+        assert_eq!(settings(device), FREE.map(|(_, value)| value));
+    }
+
+    #[test]
+    fn what_somebody_else_has_set_stays_as_it_is() {
+        for theirs in [["1", "1000000", "0"], ["0", "20000", "0"], ["0", "1000000", "5"]] {
+            let names = FREE.map(|(file, _)| file);
+            let pairs: Vec<_> = names.into_iter().zip(theirs).collect();
+            let device = device(&pairs);
+            unbound(device.path());
+            assert_eq!(settings(device.path()), theirs);
+            bound(device.path());
+            assert_eq!(settings(device.path()), theirs);
+            assert!(!device.path().join("bdi/max_bytes").exists());
+        }
+        // Nor is there anything to be set on an older kernel.
+        let device = device(&FREE[..1]);
+        bound(device.path());
+        unbound(device.path());
+        let files = fs::read_dir(device.path().join("bdi")).unwrap();
+        assert_eq!(files.count(), 1);
+    }
+
+    #[test]
+    fn who_sets_a_device_and_who_gives_it_back_wait_for_each_other() {
+        let device = device(&FREE);
+        bound(device.path());
+        let other = turn(&device.path().join("bdi")).unwrap();
+        other.lock().unwrap();
+        unbound(device.path());
+        assert_eq!(settings(device.path()), ["1", "1000000", "7"], "at the next look");
+        std::thread::scope(|scope| {
+            let binds = scope.spawn(|| bound(device.path()));
+            std::thread::sleep(TURN_POLL * 10);
+            set(&device.path().join("bdi"), &FREE);
+            other.unlock().unwrap();
+            binds.join().unwrap();
+        });
+        assert_eq!(settings(device.path()), ["1", "1000000", "7"]);
     }
 }

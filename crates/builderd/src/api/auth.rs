@@ -45,6 +45,10 @@ pub(crate) enum Refusal {
     /// Development mode, and nobody said which tenant.
     #[error("tenant ID is required")]
     NoTenant,
+    /// A header that decides who asks comes twice, and may not mean the same to whoever stands before
+    /// us.
+    #[error("the header `{0}` comes more than once: send it once")]
+    Twice(&'static str),
     /// There is no token.
     #[error("a token is required: send it as `Authorization: Bearer bld_...`")]
     NoToken,
@@ -224,6 +228,11 @@ impl Auth {
         asked: &Arc<Asked>,
         id: Option<&Arc<str>>,
     ) -> Result<Caller, Refusal> {
+        for name in [AUTHORIZATION.as_str(), TENANT_HEADER, CUSTOMER_HEADER] {
+            if headers.get_all(name).iter().nth(1).is_some() {
+                return Err(Refusal::Twice(name));
+            }
+        }
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("");
         let (tenant, customer) = (text(TENANT_HEADER), text(CUSTOMER_HEADER));
         let credential = match self.rules.mode {

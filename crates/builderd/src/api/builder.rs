@@ -255,7 +255,8 @@ impl v1::BuilderService for Door {
         let claim = Claim::tenant(&request.tenant_id).about(&request.build_id);
         let caller = caller(&context)?;
         let lines = admitted(&self.state, &context, claim.clone(), |who| async move {
-            let silence = u64::try_from(request.heartbeat_secs).unwrap_or(0);
+            let silence = u64::try_from(request.heartbeat_secs)
+                .map_err(|_| Answer::invalid("heartbeat_secs: must not be negative"))?;
             let wish = Wish {
                 build: request.build_id.clone(),
                 follow: request.follow,

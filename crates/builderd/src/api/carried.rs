@@ -12,11 +12,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Request, State};
-use axum::middleware::Next;
+use axum::extract::Request;
 use axum::response::Response;
-use http::header::CONNECTION;
-use http::{HeaderValue, Version};
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 
@@ -24,7 +21,7 @@ use super::ApiState;
 use super::auth::Caller;
 use super::error::Answer;
 use super::open::{Place, holding};
-use super::spelling::{self, Form, form_headers};
+use super::spelling::Reader;
 use crate::tenant::TenantId;
 
 /// Routes whose answers are counted elsewhere.
@@ -35,22 +32,20 @@ const SMALL_BYTES: usize = 64 << 10;
 
 /// Lets a tenant have so many calls at once, which carry so much together.
 pub(super) async fn bound(
-    State(state): State<Arc<ApiState>>,
+    state: &ApiState,
+    reader: &Reader,
     request: Request,
-    next: Next,
+    next: impl AsyncFnOnce(Request) -> Response,
 ) -> Response {
     let caller = request.extensions().get::<Caller>();
     // In development mode, on one's own machine, the tenant may stand in the body alone.
     let Some(tenant) = caller.and_then(|caller| caller.named().0.cloned()) else {
-        return next.run(request).await;
+        return next(request).await;
+    };
+    let observe = |answer: &Answer| {
+        (state.meters.observe)("refused", answer.code().as_str(), Duration::ZERO);
     };
     let (head, body) = request.into_parts();
-    let (form, version) = (Form::of(&head), head.version);
-    let headers = form_headers(&head.headers);
-    let refuse = |answer: Answer| {
-        (state.meters.observe)("refused", answer.code().as_str(), Duration::ZERO);
-        spelling::refuse(answer, form, &headers)
-    };
     let is_long = LONG.iter().any(|route| head.uri.path().split('/').nth(2) == Some(route));
     let place = match is_long {
         true => None,
@@ -58,27 +53,24 @@ pub(super) async fn bound(
             Ok(place) => Some(place),
             Err(answer) => {
                 state.refused.swallow(body).await;
-                return refuse(answer);
+                observe(&answer);
+                return reader.refuse(answer);
             }
         },
     };
     let (body, brought) = state.open.carried.bring(&tenant, body);
-    let response = next.run(Request::from_parts(head, body)).await;
+    let response = next(Request::from_parts(head, body)).await;
     if let Some(answer) = brought.refusal() {
-        let mut response = refuse(answer);
-        if version <= Version::HTTP_11 {
-            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-        return response;
+        observe(&answer);
+        return reader.refuse_and_close(answer);
     }
     drop(brought);
-    match place {
-        Some(place) => {
-            let taken = state.open.carried.take(&tenant, place, response).await;
-            taken.unwrap_or_else(refuse)
-        }
-        None => response,
-    }
+    let Some(place) = place else { return response };
+    let taken = state.open.carried.take(&tenant, place, response).await;
+    taken.unwrap_or_else(|answer| {
+        observe(&answer);
+        reader.refuse(answer)
+    })
 }
 
 /// What all calls carry, by tenant.
@@ -182,13 +174,10 @@ impl Carried {
         answer: Response,
     ) -> Result<Response, Answer> {
         let (head, mut body) = answer.into_parts();
-        let first = match body.frame().await {
-            Some(Ok(frame)) => Some(frame),
-            // What cannot be made is told by the connection's end.
-            Some(Err(_)) | None => None,
-        };
+        // What cannot be made ends the answer where it is written.
+        let first = body.frame().await;
         let load = self.load(tenant);
-        let bytes = first.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len);
+        let bytes = bytes_of(first.as_ref());
         let fits = |before: usize| {
             bytes <= SMALL_BYTES || before == 0 || before.saturating_add(bytes) <= self.bytes_max
         };
@@ -238,9 +227,16 @@ impl HttpBody for Bringing {
     }
 }
 
+/// A frame, or why there is none.
+type Looked = Result<Frame<Bytes>, axum::Error>;
+
+fn bytes_of(frame: Option<&Looked>) -> usize {
+    frame.and_then(|frame| frame.as_ref().ok()?.data_ref()).map_or(0, Bytes::len)
+}
+
 /// A body whose first frame was looked at.
 struct Resumed {
-    first: Option<Frame<Bytes>>,
+    first: Option<Looked>,
     rest: Body,
 }
 
@@ -253,7 +249,7 @@ impl HttpBody for Resumed {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         match self.first.take() {
-            Some(frame) => Poll::Ready(Some(Ok(frame))),
+            Some(looked) => Poll::Ready(Some(looked)),
             None => Pin::new(&mut self.rest).poll_frame(context),
         }
     }
@@ -263,8 +259,7 @@ impl HttpBody for Resumed {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let first = self.first.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len);
-        let first = u64::try_from(first).unwrap_or(u64::MAX);
+        let first = u64::try_from(bytes_of(self.first.as_ref())).unwrap_or(u64::MAX);
         let rest = self.rest.size_hint();
         let mut hint = SizeHint::new();
         if let Some(upper) = rest.upper() {
@@ -317,6 +312,16 @@ mod tests {
         assert!(open.carried.bytes.lock().unwrap().is_empty());
         // One is given however large it is.
         assert!(answer(&open, &t, 2 << 20).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_cannot_be_made_is_not_an_empty_one() {
+        let (open, t) = (carrying(1 << 20), tenant("t"));
+        let broken = futures_util::stream::once(async { Err::<Bytes, _>("no more") });
+        let place = open.calls.take(&t).unwrap();
+        let answer = Response::new(Body::from_stream(broken));
+        let answer = open.carried.take(&t, place, answer).await.unwrap();
+        assert!(answer.into_body().collect().await.is_err());
     }
 
     #[tokio::test]

@@ -115,6 +115,7 @@ impl Answer {
                 | StoreError::Illegal(_)
                 | StoreError::Database(_)
                 | StoreError::DataDirectory { .. }
+                | StoreError::Unreachable { .. }
                 | StoreError::Migrate(_),
             )
             | E::Artifact(_)
@@ -131,7 +132,7 @@ impl Answer {
             Refusal::OtherTenant | Refusal::OtherCustomer => {
                 (ErrorCode::PermissionDenied, StatusCode::FORBIDDEN, "PERMISSION_DENIED")
             }
-            Refusal::TenantId(_) | Refusal::CustomerTooLong => {
+            Refusal::TenantId(_) | Refusal::CustomerTooLong | Refusal::Twice(_) => {
                 (ErrorCode::InvalidArgument, StatusCode::BAD_REQUEST, "INVALID_ARGUMENT")
             }
             Refusal::TooManyFailures { retry_after_secs } => {

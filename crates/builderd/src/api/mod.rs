@@ -27,6 +27,8 @@ mod shape;
 mod slow;
 mod spelling;
 mod swallow;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -71,7 +73,7 @@ use error::Answer;
 use guard::Guard;
 use health::Heart;
 use open::Open;
-use spelling::Form;
+use spelling::{Form, Reader};
 use swallow::Swallow;
 use tracing::Instrument as _;
 
@@ -198,14 +200,11 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .route(&at("GetBuildLogs/{id}"), get(rest::logs))
         .route(&at("ListBuilds"), any(move |state, request| list_builds(state, rpc, request)))
         .route(&at("{method}"), call_any)
-        .layer(from_fn(spelling::answer_in_both))
-        .layer(from_fn_with_state(Arc::clone(&state), slow::cut))
-        .layer(from_fn_with_state(Arc::clone(&state), carried::bound))
         .layer(from_fn_with_state(Arc::clone(&state), gate));
     let (health, reflection) = (health_service(&state), reflection_service(&state));
     let call_health = any(move |request| call(health.clone(), request));
     let hold = || from_fn_with_state(Arc::clone(&state), open::bound);
-    let call_health = call_health.layer(from_fn_with_state(Arc::clone(&state), slow::cut));
+    let call_health = call_health.layer(from_fn_with_state(Arc::clone(&state), slow::cut_open));
     let call_health = call_health.layer(hold());
     let call_reflection = any(move |request| call(reflection.clone(), request));
     let call_reflection =
@@ -304,7 +303,7 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
     if head.method == Method::POST {
         spelling::mend_content_type(&mut head.headers);
     }
-    let form = Form::of(&head);
+    let reader = Reader::of(&head);
     let asked = Arc::new(Asked::of(&head));
     let id = head.extensions.get::<server::PeerId>().map(|id| &id.0);
     let admitted = match state.auth.caller(&head.headers, &asked, id).await {
@@ -328,7 +327,7 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
         Err((answer, rate)) => {
             (state.meters.observe)("refused", answer.code().as_str(), start.elapsed());
             state.refused.swallow(body).await;
-            let mut response = spelling::refuse(answer, form, &head.headers);
+            let mut response = reader.refuse(answer);
             rate.inspect(|rate| rate.write(response.headers_mut()));
             return response;
         }
@@ -349,8 +348,9 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
     let caller = caller.traced(trace.as_deref());
     head.extensions.insert(caller.clone());
     let _begun = (state.meters.begin)();
-    let mut response = next.run(Request::from_parts(head, body)).instrument(span).await;
-    if form == Form::Plain {
+    let request = Request::from_parts(head, body);
+    let mut response = admit(&state, &reader, request, next).instrument(span).await;
+    if reader.form() == Form::Plain {
         let route = format!("{}/{route}", api::SERVICE);
         (state.meters.observe)(&route, response.status().as_str(), start.elapsed());
     }
@@ -358,6 +358,14 @@ async fn gate(State(state): State<Arc<ApiState>>, request: Request, next: Next) 
         rate.write(response.headers_mut());
     }
     response
+}
+
+/// Answers a caller that the gate let in, within the bounds of what one may hold. In one piece, and
+/// not as layers: each of those clones what is behind it for each request.
+async fn admit(state: &ApiState, reader: &Reader, request: Request, next: Next) -> Response {
+    let answer = async |request| spelling::answer_in_both(reader.form(), request, next).await;
+    let in_time = async |request| slow::cut(state, reader, request, answer).await;
+    carried::bound(state, reader, request, in_time).await
 }
 
 /// Turns a panic of a plain route into an answer; `guard` does it for RPCs.

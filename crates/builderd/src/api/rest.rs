@@ -40,10 +40,15 @@ pub(super) struct ListQuery {
     tenant_id: String,
     #[serde(default)]
     status: String,
-    #[serde(default)]
+    #[serde(default, alias = "page_size")]
     limit: i64,
     #[serde(default)]
     offset: u64,
+    /// The RPC's own, which would be missed if they were ignored.
+    #[serde(default)]
+    page_token: Option<String>,
+    #[serde(default)]
+    state_filter: Option<String>,
 }
 
 /// Query of `GetBuildLogs`.
@@ -137,6 +142,11 @@ pub(super) async fn list(
     let tenant = query.tenant_id.clone();
     let state = &*state;
     admitted(state, &caller, &tenant, |who| async move {
+        if query.page_token.is_some() || query.state_filter.is_some() {
+            return Err(Answer::invalid(
+                "page_token and state_filter are the RPC's: here, ask with offset and status",
+            ));
+        }
         let limit = convert::page_limit("limit", query.limit)?;
         let mut filter = Filter { offset: query.offset, limit, ..Filter::default() };
         if !query.status.is_empty() {

@@ -16,15 +16,13 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
-use http::header::CONNECTION;
-use http::{HeaderValue, Version};
 use http_body_util::Limited;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::ApiState;
 use super::error::Answer;
-use super::spelling::{self, Form, form_headers};
+use super::spelling::Reader;
 
 /// How long the body of a request may take: 4 MiB come over a line of 1.2 Mbit/s.
 pub(crate) const BODY_MAX: Duration = Duration::from_secs(30);
@@ -37,29 +35,35 @@ const STREAM_GRACE: Duration = Duration::from_secs(2);
 
 /// See the module.
 pub(super) async fn cut(
-    State(state): State<Arc<ApiState>>,
+    state: &ApiState,
+    reader: &Reader,
     request: Request,
-    next: Next,
+    next: impl AsyncFnOnce(Request) -> Response,
 ) -> Response {
     if request.body().is_end_stream() {
-        return next.run(request).await;
+        return next(request).await;
     }
-    let (head, body) = request.into_parts();
-    let (form, version) = (Form::of(&head), head.version);
-    let headers = form_headers(&head.headers);
     let is_late = Arc::new(AtomicBool::new(false));
-    let body = InTime::new(body, state.body_max, Arc::clone(&is_late));
-    let response = next.run(Request::from_parts(head, Body::new(body))).await;
+    let in_time = |body| Body::new(InTime::new(body, state.body_max, Arc::clone(&is_late)));
+    let response = next(request.map(in_time)).await;
     if !is_late.load(Ordering::Relaxed) {
         return response;
     }
     let answer = Answer::too_slow(state.body_max);
     (state.meters.observe)("refused", answer.code().as_str(), state.body_max);
-    let mut response = spelling::refuse(answer, form, &headers);
-    if version <= Version::HTTP_11 {
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
+    reader.refuse_and_close(answer)
+}
+
+/// The same as a layer, for what is called by anybody.
+pub(super) async fn cut_open(
+    State(state): State<Arc<ApiState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (head, body) = request.into_parts();
+    let reader = Reader::of(&head);
+    let request = Request::from_parts(head, body);
+    cut(&state, &reader, request, async |request| next.run(request).await).await
 }
 
 /// Sees to it that a stream that goes both ways has an end, whatever its sender does.

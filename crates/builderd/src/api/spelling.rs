@@ -10,14 +10,19 @@ use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::Response;
-use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, WWW_AUTHENTICATE};
+use http::header::{
+    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, WWW_AUTHENTICATE,
+};
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 use http_body_util::BodyExt as _;
 use serde_json::{Map, Value, json};
 
 use super::auth::Caller;
 use super::error::Answer;
+
+/// Connect's own header, which only programs send.
+const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("connect-protocol-version");
 
 /// Which form a caller expects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,19 +52,56 @@ impl Form {
                 (true, false) => Self::Person,
             };
         }
-        match is_json(&head.headers) && !head.headers.contains_key("connect-protocol-version") {
+        match is_json(&head.headers) && !head.headers.contains_key(PROTOCOL_VERSION) {
             true => Self::Person,
             false => Self::Program,
         }
     }
 }
 
-/// What of a request decides how a refusal looks.
-pub(super) fn form_headers(headers: &HeaderMap) -> HeaderMap {
-    const NAMES: [HeaderName; 2] =
-        [CONTENT_TYPE, HeaderName::from_static("connect-protocol-version")];
-    let copied = |name| Some((headers.get(&name)?.clone(), name));
-    NAMES.into_iter().filter_map(copied).map(|(value, name)| (name, value)).collect()
+/// What of a request decides how a refusal looks, for when the request itself is gone.
+#[derive(Clone, Debug)]
+pub(super) struct Reader {
+    form: Form,
+    version: Version,
+    content_type: Option<HeaderValue>,
+    protocol_version: Option<HeaderValue>,
+}
+
+impl Reader {
+    pub(super) fn of(head: &Parts) -> Self {
+        Self {
+            form: Form::of(head),
+            version: head.version,
+            content_type: head.headers.get(CONTENT_TYPE).cloned(),
+            protocol_version: head.headers.get(PROTOCOL_VERSION).cloned(),
+        }
+    }
+
+    pub(super) fn form(&self) -> Form {
+        self.form
+    }
+
+    /// An answer that never reached a handler, in the form its caller expects.
+    pub(super) fn refuse(&self, answer: Answer) -> Response {
+        let mut headers = HeaderMap::new();
+        let names =
+            [(CONTENT_TYPE, &self.content_type), (PROTOCOL_VERSION, &self.protocol_version)];
+        for (name, value) in names {
+            value.clone().and_then(|value| headers.insert(name, value));
+        }
+        refuse(answer, self.form, &headers)
+    }
+
+    /// The same, and the end of the connection if it brings one request after the other: the rest
+    /// of this one is not waited for.
+    pub(super) fn refuse_and_close(&self, answer: Answer) -> Response {
+        let mut response = self.refuse(answer);
+        if self.version <= Version::HTTP_11 {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -88,11 +130,11 @@ pub(super) fn mend_content_type(headers: &mut HeaderMap) {
 }
 
 /// Gives people both spellings.
-pub(super) async fn answer_in_both(request: Request, next: Next) -> Response {
-    let (mut head, body) = request.into_parts();
-    if Form::of(&head) != Form::Person {
-        return next.run(Request::from_parts(head, body)).await;
+pub(super) async fn answer_in_both(form: Form, request: Request, next: Next) -> Response {
+    if form != Form::Person {
+        return next.run(request).await;
     }
+    let (mut head, body) = request.into_parts();
     head.headers.remove(ACCEPT_ENCODING);
     let method = head.uri.path().rsplit('/').next().unwrap_or_default();
     let method = api::METHODS.iter().find(|known| known.name == method && !known.streams);

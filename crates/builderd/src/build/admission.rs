@@ -24,7 +24,7 @@ const INFLATION: u64 = 6;
 /// Beside the files: journal, inode tables, free space, which are mostly holes.
 const OVERHEAD_BYTES: u64 = 128 << 20;
 /// What three processes take for the usual image.
-const MEMORY_BYTES: u64 = 192 << 20;
+pub(super) const MEMORY_BYTES_USUAL: u64 = 192 << 20;
 /// Memory for names and attributes, as a part of the compressed image.
 const MEMORY_PART: u64 = 16;
 /// Left for the service and the rest of the host, in hundredths.
@@ -45,7 +45,7 @@ impl Needs {
             image.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.size_bytes));
         // Packs and image lie beside each other while the data is moved.
         let files = compressed.saturating_mul(2 * INFLATION).saturating_add(OVERHEAD_BYTES);
-        let memory = MEMORY_BYTES.saturating_add(compressed / MEMORY_PART);
+        let memory = MEMORY_BYTES_USUAL.saturating_add(compressed / MEMORY_PART);
         Self {
             disk_bytes: files.min(limits.disk_bytes.saturating_mul(2)),
             memory_bytes: memory.min(limits.memory_bytes),

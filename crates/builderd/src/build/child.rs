@@ -18,7 +18,9 @@ use sandbox::{Pipes, Processes, Sandbox, Wall};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
+use super::admission::MEMORY_BYTES_USUAL;
 use super::disk::lock;
+use super::error::out_of_memory;
 use super::process::status_bytes;
 use super::record::Failure;
 use super::service::RegistryCredentials;
@@ -327,7 +329,11 @@ fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
     let step = Mutex::new(Phase::Resolve);
     let observer = Steps { speaker, step: &step };
     let failed = |error: super::BuildError| {
-        let mut failure = error.failure(*lock(&step));
+        let step = *lock(&step);
+        if spec.memory_bytes < MEMORY_BYTES_USUAL && error.may_be_out_of_memory() {
+            return out_of_memory(step.as_str().to_owned(), spec.memory_bytes);
+        }
+        let mut failure = error.failure(step);
         if matches!(error, super::BuildError::OutputName { source: Some(_), .. }) {
             // The place is the service's choice, not the tenant's.
             failure.blame = Blame::Ours.as_str().to_owned();
@@ -432,7 +438,8 @@ fn memory_peak_bytes() -> u64 {
     status_bytes(&status, "VmHWM:")
 }
 
-fn cpu_ms() -> u64 {
+/// CPU time that this process has taken so far, in milliseconds.
+pub(super) fn cpu_ms() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     let time = Duration::try_from(time).unwrap_or_default();
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)

@@ -12,11 +12,13 @@ use rootfs::{FileTree, FlattenError, PackError, PackReadError};
 use sandbox::{CgroupUsage, Wall};
 use serde::{Deserialize, Serialize};
 
+use super::admission::MEMORY_BYTES_USUAL;
 use super::confined::ToldError;
 use super::record::{Failure, FailureCode};
 use super::{Phase, commands};
 use crate::causes::chain;
 use crate::packs::CacheError;
+use crate::tenant::TenantLimits;
 
 /// Whose fault a failure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,6 +233,9 @@ impl BuildError {
     /// Whose fault it is.
     #[must_use]
     pub fn blame(&self) -> Blame {
+        if self.is_out_of_memory() {
+            return Blame::Yours;
+        }
         match self {
             Self::Pull { blame, .. } => *blame,
             Self::Told(told) => told.blame,
@@ -266,13 +271,14 @@ impl BuildError {
                     .to_owned(),
             );
         }
+        if self.is_out_of_memory() {
+            return Some(MORE_MEMORY.to_owned());
+        }
         match self {
             Self::Pull { source, .. } => pull_hint(source),
             Self::Told(told) => told.hint.clone(),
             Self::Commands(error) => commands::hint(error),
-            Self::OutOfMemory { .. } => {
-                Some("use a smaller image, or allow a build more memory".to_owned())
-            }
+            Self::OutOfMemory { .. } => Some(MORE_MEMORY.to_owned()),
             Self::Walls { .. } => Some(
                 "start the service on a host that has them, or accept their absence by name"
                     .to_owned(),
@@ -316,35 +322,28 @@ impl BuildError {
             step: step.as_str().to_owned(),
             cause: chain(self),
             blame: self.blame().as_str().to_owned(),
-            remedy: self.remedy().unwrap_or_default(),
+            remedy: self.remedy(),
         }
     }
 
     /// What to do for somebody who asked a service to build: he has neither its disk nor its
     /// command line.
-    fn remedy(&self) -> Option<String> {
-        if self.is_out_of_space() {
-            return Some("try again later: the service is out of disk space".to_owned());
-        }
-        match self.code() {
-            FailureCode::AuthenticationFailed => Some(
-                "check the image's name, and send credentials for its registry with the build: \
-                 registries answer like this to private images and to ones that do not exist"
-                    .to_owned(),
-            ),
-            FailureCode::RegistryRateLimit => Some(
-                "wait, or send credentials for the registry with the build: limits are higher for \
-                 known users"
-                    .to_owned(),
-            ),
+    fn remedy(&self) -> String {
+        let code = self.code();
+        let usual = || usual_remedy(code, self.blame()).to_owned();
+        match code {
+            FailureCode::AuthenticationFailed
+            | FailureCode::RegistryRateLimit
+            | FailureCode::StorageFull => usual(),
             FailureCode::QuotaExceeded
             | FailureCode::InvalidSource
             | FailureCode::BuildTimeout
-            | FailureCode::StorageFull
             | FailureCode::NetworkDenied
             | FailureCode::NetworkError
             | FailureCode::TemporaryResourceError
-            | FailureCode::Internal => self.hint(),
+            | FailureCode::Internal => {
+                self.hint().filter(|hint| !hint.is_empty()).unwrap_or_else(usual)
+            }
         }
     }
 
@@ -352,6 +351,9 @@ impl BuildError {
     pub(super) fn code(&self) -> FailureCode {
         if self.is_out_of_space() {
             return FailureCode::StorageFull;
+        }
+        if self.is_out_of_memory() {
+            return FailureCode::QuotaExceeded;
         }
         match self {
             Self::Pull { source, .. } => pull_code(source),
@@ -391,13 +393,32 @@ impl BuildError {
         if let Self::Told(told) = self {
             return told.is_out_of_space;
         }
+        self.has_cause(&[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded])
+    }
+
+    /// Whether the system had no more memory for it.
+    fn is_out_of_memory(&self) -> bool {
+        self.has_cause(&[io::ErrorKind::OutOfMemory])
+    }
+
+    /// Whether it can be what want of memory looks like: a thread is refused then, and a process
+    /// that gets no memory ends.
+    pub(super) fn may_be_out_of_memory(&self) -> bool {
+        if let Self::Worker { source, .. } = self
+            && source.kind() == io::ErrorKind::WouldBlock
+        {
+            return true;
+        }
+        let has_ended = matches!(self, Self::WorkerEnded { .. } | Self::WorkerLost { .. });
+        has_ended || self.is_out_of_memory()
+    }
+
+    fn has_cause(&self, kinds: &[io::ErrorKind]) -> bool {
         let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
         while let Some(error) = cause {
-            if let Some(error) = error.downcast_ref::<io::Error>() {
-                let kind = error.kind();
-                if kind == io::ErrorKind::StorageFull || kind == io::ErrorKind::QuotaExceeded {
-                    return true;
-                }
+            let known = error.downcast_ref::<io::Error>();
+            if known.is_some_and(|error| kinds.contains(&error.kind())) {
+                return true;
             }
             cause = error.source();
         }
@@ -405,10 +426,65 @@ impl BuildError {
     }
 }
 
-/// Why a process failed that ended in `step` without a word: what the kernel says.
-pub(super) fn died(status: ExitStatus, disk_bytes_max: u64, step: String) -> Failure {
+const MORE_MEMORY: &str = "use a smaller image, or allow a build more memory";
+
+/// What to do about a failure where nothing is known that helps more: there is always something.
+pub(super) fn usual_remedy(code: FailureCode, blame: Blame) -> &'static str {
+    match (code, blame) {
+        (FailureCode::QuotaExceeded, _) => {
+            "use a smaller image, or a tier that allows a build more"
+        }
+        (FailureCode::InvalidSource, Blame::Yours) => {
+            "check the image's name, and that `docker pull` takes the image; if it does not, build \
+             and push it again"
+        }
+        (FailureCode::InvalidSource, _) => {
+            "check the image's name, and ask whoever runs its registry"
+        }
+        (FailureCode::BuildTimeout, _) => {
+            "use a smaller image, or a tier whose builds may take longer"
+        }
+        (FailureCode::StorageFull, _) => "try again later: the service is out of disk space",
+        (FailureCode::NetworkDenied, _) => {
+            "use a registry that is at a public address, and leads to public addresses alone"
+        }
+        (FailureCode::AuthenticationFailed, _) => {
+            "check the image's name, and send credentials for its registry with the build: \
+             registries answer like this to private images and to ones that do not exist"
+        }
+        (FailureCode::NetworkError, _) => {
+            "try again later; if that fails in the same way, ask whoever runs the registry"
+        }
+        (FailureCode::RegistryRateLimit, _) => {
+            "wait, or send credentials for the registry with the build: limits are higher for known \
+             users"
+        }
+        (FailureCode::TemporaryResourceError | FailureCode::Internal, _) => {
+            "try again later; if that fails in the same way, tell the operator the build's id"
+        }
+    }
+}
+
+/// Why a process failed that ended in `step` without a word: what the kernel says, and the process
+/// itself on standard error.
+pub(super) fn died(
+    status: ExitStatus,
+    limits: &TenantLimits,
+    step: String,
+    complaint: &str,
+) -> Failure {
+    const SIGABRT: i32 = 6;
     const SIGXFSZ: i32 = 25;
+    let disk_bytes_max = limits.disk_bytes;
     let (code, cause, blame, remedy) = match status.signal() {
+        // What the standard library says and does when it gets no memory, and what follows from
+        // that where there is less than a build usually takes.
+        Some(SIGABRT)
+            if limits.memory_bytes < MEMORY_BYTES_USUAL
+                || complaint.contains("memory allocation of") =>
+        {
+            return out_of_memory(step, limits.memory_bytes);
+        }
         Some(SIGXFSZ) => (
             FailureCode::QuotaExceeded,
             format!("the build needs a file larger than {disk_bytes_max} bytes"),
@@ -431,28 +507,35 @@ pub(super) fn died(status: ExitStatus, disk_bytes_max: u64, step: String) -> Fai
     Failure { code, step, cause, blame: blame.as_str().to_owned(), remedy: remedy.to_owned() }
 }
 
+/// Why a build failed that may have only so much memory, and asked for more.
+pub(super) fn out_of_memory(step: String, memory_bytes: u64) -> Failure {
+    Failure {
+        code: FailureCode::QuotaExceeded,
+        step,
+        cause: format!("the build needs more memory than the {memory_bytes} bytes it may have"),
+        blame: Blame::Yours.as_str().to_owned(),
+        remedy:
+            "use a smaller image, allow the build more memory (max_memory_bytes), or use a tier \
+                 with more memory for each build"
+                .to_owned(),
+    }
+}
+
 /// The same failure, or the kernel's reason for it: whoever was ended because memory ran out, or
 /// was refused a thread, cannot say so itself.
 pub(super) fn explained(failure: Failure, usage: &CgroupUsage, memory_bytes: u64) -> Failure {
-    let (cause, remedy) = if usage.out_of_memory_kills > 0 {
-        (
-            format!("the build needs more memory than the {memory_bytes} bytes it may have"),
-            "use a smaller image, or a tier with more memory for each build",
-        )
-    } else if usage.pids_refused > 0 {
-        (
-            "the build needs more processes than it may have".to_owned(),
-            "use a smaller image, or one with fewer layers",
-        )
-    } else {
+    if usage.out_of_memory_kills > 0 {
+        return out_of_memory(failure.step, memory_bytes);
+    }
+    if usage.pids_refused == 0 {
         return failure;
-    };
+    }
     Failure {
         code: FailureCode::QuotaExceeded,
         step: failure.step,
-        cause,
+        cause: "the build needs more processes than it may have".to_owned(),
         blame: Blame::Yours.as_str().to_owned(),
-        remedy: remedy.to_owned(),
+        remedy: "use a smaller image, or one with fewer layers".to_owned(),
     }
 }
 
@@ -487,5 +570,67 @@ fn pull_code(error: &PullError) -> FailureCode {
         oci::Blame::Yours => FailureCode::InvalidSource,
         oci::Blame::Upstream => FailureCode::NetworkError,
         oci::Blame::Ours => FailureCode::TemporaryResourceError,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_failure_is_without_a_remedy() {
+        for code in FailureCode::ALL {
+            for blame in [Blame::Yours, Blame::Ours, Blame::Upstream] {
+                assert!(usual_remedy(code, blame).len() > 20, "{code:?} {blame:?}");
+            }
+        }
+        let source: Source = "127.0.0.1:1/app".parse().unwrap();
+        let host = || "127.0.0.1:1".to_owned();
+        let (what, message) = (|| "the manifest of app".to_owned(), String::new);
+        let answered = |status| PullError::Status {
+            host: host(),
+            status,
+            what: what(),
+            retry_after: None,
+            message: message(),
+        };
+        let senseless =
+            PullError::Protocol { host: host(), what: what(), reason: "it is HTML".into() };
+        let missing = PullError::NotFound { host: host(), what: what(), message: message() };
+        // Of 169.254.169.254, where a redirect leads.
+        let never = EgressDenied::Never { class: "a metadata service", by_name: false };
+        let denied = PullError::EgressDenied { host: host(), source: never };
+        let pulls = [answered(503), answered(400), senseless, missing, denied];
+        let refused =
+            BuildError::Worker { phase: Phase::Layers, source: io::ErrorKind::WouldBlock.into() };
+        let digest: Digest = format!("sha256:{:064}", 0).parse().unwrap();
+        let layer = BuildError::Pack { layer: 0, digest, source: PackError::ImageDataBytes(1) };
+        let errors = pulls.into_iter().map(|error| BuildError::pull(&source, error));
+        for error in errors.chain([refused, layer, BuildError::WorkerLost { phase: Phase::Write }])
+        {
+            let failure = error.failure(Phase::Resolve);
+            assert!(failure.remedy.len() > 20, "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn who_allows_a_build_too_little_memory_is_told_so_and_not_that_we_are_at_fault() {
+        let few = TenantLimits { memory_bytes: 16 << 20, ..crate::tenant::Tier::Free.limits() };
+        let many = TenantLimits { memory_bytes: MEMORY_BYTES_USUAL, ..few.clone() };
+        let code = |limits, signal, complaint| {
+            let died = died(ExitStatus::from_raw(signal), limits, "layers".into(), complaint);
+            (died.code, died.blame == "yours")
+        };
+        assert_eq!(code(&few, 6, ""), (FailureCode::QuotaExceeded, true));
+        let words = "memory allocation of 65536 bytes failed";
+        assert_eq!(code(&many, 6, words), (FailureCode::QuotaExceeded, true));
+        assert_eq!(code(&many, 6, ""), (FailureCode::TemporaryResourceError, false));
+        assert_eq!(code(&few, 9, ""), (FailureCode::TemporaryResourceError, false));
+        // What zstd says, and mmap(2).
+        let source = io::ErrorKind::OutOfMemory.into();
+        let error = BuildError::Output { action: "write", path: "/x".into(), source };
+        let failure = error.failure(Phase::Compress);
+        assert_eq!((failure.code, &*failure.blame), (FailureCode::QuotaExceeded, "yours"));
+        assert!(failure.remedy.contains("more memory"), "{failure:?}");
     }
 }

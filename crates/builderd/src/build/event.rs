@@ -29,6 +29,18 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// Every phase, in their order.
+    pub const ALL: [Self; 8] = [
+        Self::Resolve,
+        Self::Layers,
+        Self::Commands,
+        Self::Flatten,
+        Self::Layout,
+        Self::Write,
+        Self::Compress,
+        Self::Publish,
+    ];
+
     /// The word shown to people.
     #[must_use]
     pub fn as_str(self) -> &'static str {

@@ -1,6 +1,7 @@
 //! What this host gives builds: walls around their workers, and groups that hold them to their
 //! limits. Found out once, at the start; it does not know builds.
 
+use std::io;
 use std::path::Path;
 
 use sandbox::{Cgroup, CgroupLimits, CgroupRoot, CgroupUsage, SandboxError, Wall};
@@ -145,11 +146,16 @@ impl Group {
         self.0.as_ref().map_or(Ok(()), |group| group.set_cpu_limit(Some(millis)))
     }
 
-    /// Ends them, and waits until none is left and the group is gone.
-    pub(crate) async fn end(mut self) {
-        let Some(group) = self.0.take() else { return };
-        // It cannot be told why it panicked, if it did; the next start clears it away.
-        let _ = tokio::task::spawn_blocking(move || drop(group)).await;
+    /// Ends them, and waits until none is left and the group is gone. Who stops waiting has them
+    /// ended all the same.
+    ///
+    /// # Errors
+    /// When one could not be ended in some seconds: what it has begun to write may still be written.
+    /// The next start of the service clears the group away.
+    pub(crate) async fn end(mut self) -> io::Result<()> {
+        let Some(group) = self.0.take() else { return Ok(()) };
+        let ended = tokio::task::spawn_blocking(move || group.end()).await;
+        ended.map_err(io::Error::other)?.map_err(io::Error::other)
     }
 
     /// What they have taken together.

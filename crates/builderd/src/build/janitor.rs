@@ -26,6 +26,8 @@ const GRACE_SECS: u64 = 3600;
 /// A tenant's key that was retired is kept for so long though no artifact needs it: a build may have
 /// asked for it before, and not yet said what it seals.
 const KEY_GRACE_SECS: u64 = 24 * 3600;
+/// Deleted artifacts that are removed in one go.
+const DROPPED_MAX: u32 = 100;
 /// How long removing a stored file may take: less than its removal is respected.
 const REMOVE_MAX: Duration = Duration::from_secs(60);
 /// How often it is looked what tenants use, if anybody wants to know.
@@ -50,11 +52,20 @@ pub(crate) struct JanitorRules {
     pub(crate) tenants: ServiceRules,
 }
 
+/// What removes stored files.
+#[derive(Clone)]
+struct Remover {
+    store: Store,
+    artifacts: Arc<dyn ArtifactStore>,
+    clock: Arc<dyn Clock>,
+}
+
 /// See the module.
 pub(crate) struct Janitor {
     store: Store,
     artifacts: Arc<dyn ArtifactStore>,
     clock: Arc<dyn Clock>,
+    remover: Remover,
     metrics: Arc<Metrics>,
     rules: JanitorRules,
     /// Files that nothing named at the last sweep; those that still nothing names are removed.
@@ -69,11 +80,22 @@ impl Janitor {
         metrics: Arc<Metrics>,
         rules: JanitorRules,
     ) -> Self {
-        Self { store, artifacts, clock, metrics, rules, unnamed: HashSet::new() }
+        let remover = Remover {
+            store: store.clone(),
+            artifacts: Arc::clone(&artifacts),
+            clock: Arc::clone(&clock),
+        };
+        Self { store, artifacts, clock, remover, metrics, rules, unnamed: HashSet::new() }
     }
 
     /// Works until `stop` is set.
-    pub(crate) async fn run(mut self, mut stop: watch::Receiver<bool>) {
+    pub(crate) async fn run(self, stop: watch::Receiver<bool>) {
+        // A file store that does not answer keeps nobody's lease from being looked at.
+        let remover = self.remover.clone();
+        tokio::join!(remover.run(stop.clone()), self.look_around(stop));
+    }
+
+    async fn look_around(mut self, mut stop: watch::Receiver<bool>) {
         let (mut swept, mut counted): (Option<Instant>, Option<Instant>) = (None, None);
         while !*stop.borrow() {
             if let Err(error) = self.reap().await {
@@ -133,7 +155,7 @@ impl Janitor {
     /// be done keeps nothing else from being done; the first of it is the error.
     pub(crate) async fn sweep(&mut self) -> io::Result<()> {
         // What the kernel let go only after its build had been cleared away.
-        commands::clear_leftovers();
+        let _ = tokio::task::spawn_blocking(commands::clear_leftovers).await;
         let forgotten = self.forget().await;
         let swept = self.sweep_files().await;
         let pruned = match self.rules.packs.clone() {
@@ -183,7 +205,7 @@ impl Janitor {
                 unnamed.insert(stored.key);
                 continue;
             }
-            match self.remove(&stored.key).await {
+            match self.remover.remove(&stored.key).await {
                 Ok(false) => {}
                 Ok(true) => {
                     swept.bytes -= stored.size_bytes;
@@ -215,6 +237,39 @@ impl Janitor {
     fn before(&self, secs: u64) -> Micros {
         let age = i64::try_from(secs).unwrap_or(i64::MAX).saturating_mul(Micros::SECOND);
         Micros(self.clock.now().0.saturating_sub(age))
+    }
+}
+
+impl Remover {
+    /// Removes what was dropped, soon after it was: whoever builds and deletes again and again must
+    /// not fill the disk past what he may have.
+    async fn run(self, mut stop: watch::Receiver<bool>) {
+        while !*stop.borrow() {
+            if let Err(error) = self.remove_dropped().await {
+                tracing::warn!(%error, "deleted artifacts could not be removed; tried again later");
+            }
+            tokio::select! {
+                () = tokio::time::sleep(REAP_EVERY) => {}
+                _ = stop.changed() => {}
+            }
+        }
+    }
+
+    /// Removes files that builds have let go. The first that cannot be removed is the error, and the
+    /// others are done all the same, unless the store does not answer.
+    async fn remove_dropped(&self) -> io::Result<()> {
+        let system = self.store.system();
+        let dropped = system.dropped(DROPPED_MAX, self.clock.now()).await;
+        let mut result = Ok(());
+        for key in dropped.map_err(io::Error::other)? {
+            match self.remove(&key).await {
+                Ok(true) => tracing::info!(key, "an artifact that no build has was removed"),
+                Ok(false) => {}
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => return Err(error),
+                Err(error) => result = result.and(Err(error)),
+            }
+        }
+        result
     }
 
     /// Removes a stored file unless a build has it or is about to store it again: whoever wants

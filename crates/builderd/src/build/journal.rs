@@ -1,6 +1,9 @@
 //! What a running build tells the store: its log and its progress, gathered so that a chatty
 //! build costs a few writes a second. Secrets are blotted out before anything is kept.
 //!
+//! Who says many lines one after the other waits for [`Journal::room`] behind each: a build that is
+//! quicker than the store is held back by its pipe, and loses none of them.
+//!
 //! Whoever waits for a write may be dropped at any moment; the write itself goes on, since nobody
 //! could say of one that was cut off whether it was made. The next flush hears what came of it.
 
@@ -14,6 +17,7 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 
 use super::disk::lock;
+use super::progress::step_name;
 use super::record::{LogLine, Micros};
 use super::state::BuildState;
 use crate::clock::Clock;
@@ -21,8 +25,16 @@ use crate::store::{Lease, Store};
 
 /// Progress is written at most so often, unless the state changes.
 const PROGRESS_EVERY: Duration = Duration::from_millis(250);
-/// Lines that wait for the store; more are counted and left out.
+/// Lines that wait for the store; more are counted and left out. Twice as many warnings may wait, and
+/// an error always.
 const LINES_WAITING_MAX: usize = 4096;
+/// When so many wait, or so many bytes of them, there is no room for the next one yet.
+const LINES_HELD: usize = LINES_WAITING_MAX / 2;
+const BYTES_HELD: usize = 1 << 20;
+/// A store that takes no line for so long is not waited for any more until it takes one.
+const HELD_MAX: Duration = Duration::from_secs(30);
+/// How often one that refuses is asked again meanwhile.
+const HELD_ASK_EVERY: Duration = Duration::from_millis(100);
 /// What stands where a secret stood.
 const BLOT: &str = "***";
 
@@ -55,7 +67,11 @@ struct Written {
 
 struct Book {
     lines: Vec<LogLine>,
+    /// Of their texts together.
+    bytes: usize,
     left_out: u64,
+    /// Since when somebody has waited for room.
+    held_since: Option<Instant>,
     state: BuildState,
     percent: u32,
     step: String,
@@ -64,11 +80,44 @@ struct Book {
     secrets: Vec<SecretString>,
 }
 
+impl Book {
+    fn push(&mut self, at: Micros, level: &str, component: &str, message: String) {
+        self.bytes += message.len();
+        let (level, component) = (level.to_owned(), component.to_owned());
+        self.lines.push(LogLine { offset: 0, at, level, component, message });
+    }
+
+    /// The first so many were written.
+    fn cross_out(&mut self, lines: usize) {
+        self.bytes -= self.lines.drain(..lines).map(|line| line.message.len()).sum::<usize>();
+        if lines > 0 {
+            self.held_since = None;
+        }
+    }
+
+    fn takes(&self, level: &str) -> bool {
+        let waiting = self.lines.len();
+        match level {
+            "error" => true,
+            "warn" => waiting < 2 * LINES_WAITING_MAX,
+            _ => waiting < LINES_WAITING_MAX,
+        }
+    }
+
+    /// Until when the next line waits for room; none if there is some.
+    fn held_until(&mut self) -> Option<Instant> {
+        let is_held = self.lines.len() >= LINES_HELD || self.bytes >= BYTES_HELD;
+        is_held.then(|| *self.held_since.get_or_insert_with(Instant::now) + HELD_MAX)
+    }
+}
+
 impl<'a> Journal<'a> {
     pub(super) fn new(store: &'a Store, lease: &'a Lease, clock: &'a dyn Clock) -> Self {
         let book = Book {
             lines: Vec::new(),
+            bytes: 0,
             left_out: 0,
+            held_since: None,
             state: BuildState::Preparing,
             percent: 0,
             step: "prepare".into(),
@@ -87,9 +136,9 @@ impl<'a> Journal<'a> {
         }
     }
 
-    /// The step the build is at.
+    /// The step the build is at, as a [`Failure`](super::record::Failure) names it.
     pub(super) fn step(&self) -> String {
-        lock(&self.book).step.clone()
+        step_name(&lock(&self.book).step).to_owned()
     }
 
     /// The text without secrets.
@@ -105,12 +154,25 @@ impl<'a> Journal<'a> {
         let message = self.blotted(&message);
         let at = self.clock.now();
         let mut book = lock(&self.book);
-        if book.lines.len() >= LINES_WAITING_MAX {
-            book.left_out += 1;
-            return;
+        match book.takes(level) {
+            true => book.push(at, level, component, message),
+            false => book.left_out += 1,
         }
-        let (level, component) = (level.to_owned(), component.to_owned());
-        book.lines.push(LogLine { offset: 0, at, level, component, message });
+    }
+
+    /// Waits until the next line is not one too many. May be dropped at any point.
+    pub(super) async fn room(&self) {
+        loop {
+            let Some(until) = lock(&self.book).held_until() else { return };
+            if Instant::now() >= until
+                || tokio::time::timeout_at(until, self.flush()).await.is_err()
+            {
+                return;
+            }
+            if lock(&self.book).held_until().is_some() {
+                tokio::time::sleep(HELD_ASK_EVERY).await;
+            }
+        }
     }
 
     /// Enters a step or goes on in it.
@@ -153,7 +215,7 @@ impl<'a> Journal<'a> {
             // Of one that panicked nothing is known to be written.
             let Written { lines, progress } = written.unwrap_or_default();
             let mut book = lock(&self.book);
-            book.lines.drain(..lines);
+            book.cross_out(lines);
             if let Some((state, percent, step)) = progress {
                 book.is_told = book.state == state && book.percent == percent && book.step == step;
             }
@@ -165,9 +227,7 @@ impl<'a> Journal<'a> {
         let left_out = mem::take(&mut book.left_out);
         if left_out > 0 {
             let message = format!("{left_out} lines were left out: the log came too fast");
-            let (level, component) = ("warn".to_owned(), "queue".to_owned());
-            let at = self.clock.now();
-            book.lines.push(LogLine { offset: 0, at, level, component, message });
+            book.push(self.clock.now(), "warn", "queue", message);
         }
         let progress = (!book.is_told).then(|| (book.state, book.percent, book.step.clone()));
         book.told = Some(Instant::now());

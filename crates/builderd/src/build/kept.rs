@@ -244,37 +244,61 @@ mod tests {
 
     const NOW: Micros = Micros(1_000_000);
 
+    /// A directory of packs, whose keys are there, and a tenant.
+    struct Place {
+        directory: tempfile::TempDir,
+        keys: Arc<TenantKeys>,
+        tenant: TenantId,
+    }
+
+    impl Place {
+        async fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open_sqlite(directory.path()).await.unwrap();
+            let master = MasterKey::load_or_create(&directory.path().join("key")).unwrap();
+            let keys = Arc::new(TenantKeys::new(store.clone(), Arc::new(master)));
+            let tenant = queue_build(&store, "127.0.0.1:1/app", NOW).await.tenant;
+            Self { directory, keys, tenant }
+        }
+
+        fn open(&self, limit_bytes: u64) -> SealedPacks {
+            SealedPacks::open(self.directory.path(), limit_bytes, Arc::clone(&self.keys)).unwrap()
+        }
+
+        /// What a try of that name finds.
+        async fn restored(&self, packs: &SealedPacks, name: &str, digests: &[Digest]) -> OwnPacks {
+            let whose = (&self.tenant, "tenant-acme");
+            packs.restore(name, whose, &digests.iter().copied().collect(), NOW).await.unwrap()
+        }
+    }
+
+    /// Makes a pack.
+    fn put(own: &OwnPacks, digest: Digest, content: &[u8]) {
+        let staged = own.cache.stage(&own.key(digest)).unwrap();
+        std::io::Write::write_all(&mut staged.file(), content).unwrap();
+        own.cache.commit(&own.key(digest), staged).unwrap();
+    }
+
     #[tokio::test(flavor = "multi_thread")]
-    async fn packs_are_kept_for_their_tenant_within_a_limit_and_links_are_not_followed() {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open_sqlite(directory.path()).await.unwrap();
-        let master = MasterKey::load_or_create(&directory.path().join("key")).unwrap();
-        let keys = Arc::new(TenantKeys::new(store.clone(), Arc::new(master)));
-        let tenant = queue_build(&store, "127.0.0.1:1/app", NOW).await.tenant;
+    async fn packs_are_kept_for_their_tenant_and_links_are_not_followed() {
+        let place = Place::new().await;
         let digests = [Digest::of(b"one"), Digest::of(b"two"), Digest::of(b"link")];
         let layers = HashSet::from(digests);
-        let open = |limit_bytes| {
-            SealedPacks::open(directory.path(), limit_bytes, Arc::clone(&keys)).unwrap()
-        };
-        let secret = directory.path().join("key");
+        let secret = place.directory.path().join("key");
         // Big enough to be read in several pieces, and no whole number of them.
         let content: Vec<u8> = (0..=250).cycle().take(3_000_001).collect();
 
-        let packs = open(u64::MAX);
-        let whose = (&tenant, "tenant-acme");
-        let own = packs.restore("first", whose, &layers, NOW).await.unwrap();
+        let packs = place.open(u64::MAX);
+        let own = place.restored(&packs, "first", &digests).await;
         assert!(own.kept.is_empty());
-        for digest in &digests[..2] {
-            let staged = own.cache.stage(&own.key(*digest)).unwrap();
-            std::io::Write::write_all(&mut staged.file(), &content).unwrap();
-            own.cache.commit(&own.key(*digest), staged).unwrap();
-        }
+        put(&own, digests[0], &content);
+        put(&own, digests[1], &content);
         symlink(&secret, own.cache.pack_path(&own.key(digests[2]))).unwrap();
-        packs.keep(&tenant, &own, &layers, NOW).await.unwrap();
+        packs.keep(&place.tenant, &own, &layers, NOW).await.unwrap();
         assert!(secret.exists());
 
         // Nor is a link that leads to another's packs in place of a directory.
-        let theirs = packs.restore("theirs", whose, &layers, NOW).await.unwrap();
+        let theirs = place.restored(&packs, "theirs", &digests).await;
         let pack = theirs.cache.pack_path(&theirs.key(digests[0]));
         assert!(pack.exists());
         let thief: TenantId = "thief".parse().unwrap();
@@ -288,7 +312,7 @@ mod tests {
         packs.keep(&thief, &thiefs, &layers, NOW).await.unwrap();
         assert!(pack.exists());
 
-        let own = packs.restore("second", whose, &layers, NOW).await.unwrap();
+        let own = place.restored(&packs, "second", &digests).await;
         assert_eq!(own.kept, HashSet::from([digests[0], digests[1]]));
         for digest in &digests[..2] {
             let pack = std::fs::read(own.cache.pack_path(&own.key(*digest))).unwrap();
@@ -298,25 +322,36 @@ mod tests {
         let stranger: TenantId = "stranger".parse().unwrap();
         let other = packs.restore("third", (&stranger, "tenant-stranger"), &layers, NOW).await;
         assert!(other.unwrap().kept.is_empty());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn packs_that_nobody_used_for_longest_go_first_and_what_was_open_at_the_start() {
+        let place = Place::new().await;
+        let digests = [Digest::of(b"one"), Digest::of(b"two")];
+        let layers = HashSet::from(digests);
+        let packs = place.open(u64::MAX);
+        let own = place.restored(&packs, "first", &digests).await;
+        put(&own, digests[0], b"content");
+        put(&own, digests[1], b"content");
+        packs.keep(&place.tenant, &own, &layers, NOW).await.unwrap();
 
         // One has room still: the other was not used for longer.
         let sealed_bytes = packs.plain.list().await.unwrap()[0].size_bytes;
-        let packs = open(sealed_bytes);
-        assert!(!packs.directory("second").exists(), "what was open is removed at the start");
-        let named = packs.name(&tenant, digests[0], NOW).await.unwrap();
-        let path = directory.path().join(DIRECTORY).join("artifacts").join(&named);
+        let packs = place.open(sealed_bytes);
+        assert!(!packs.directory("first").exists(), "what was open is removed at the start");
+        let named = packs.name(&place.tenant, digests[0], NOW).await.unwrap();
+        let path = place.directory.path().join(DIRECTORY).join("artifacts").join(&named);
         let old = std::fs::File::options().append(true).open(path).unwrap();
         old.set_modified(std::time::UNIX_EPOCH).unwrap();
         packs.prune().await.unwrap();
-        let own = packs.restore("fourth", whose, &layers, NOW).await.unwrap();
+        let own = place.restored(&packs, "second", &digests).await;
         assert_eq!(own.kept, HashSet::from([digests[1]]));
 
         // Nor are there more of them where the next one cannot be stored.
-        let staged = own.cache.stage(&own.key(digests[0])).unwrap();
-        own.cache.commit(&own.key(digests[0]), staged).unwrap();
+        put(&own, digests[0], b"");
         std::fs::create_dir_all(own.directory.with_file_name(TAKEN).join("in the way")).unwrap();
         let packs = SealedPacks { limit_bytes: 0, ..packs };
-        assert!(packs.keep(&tenant, &own, &layers, NOW).await.is_err());
+        assert!(packs.keep(&place.tenant, &own, &layers, NOW).await.is_err());
         assert!(packs.plain.list().await.unwrap().is_empty());
     }
 }

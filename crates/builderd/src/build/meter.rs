@@ -5,6 +5,7 @@
 //! process says of itself. Pulls, lookups in caches and steps that failed are counted here, when
 //! they happen. It does not know the store.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use tokio::time::Instant;
 
 use super::disk::lock;
 use super::process::{self, ProcessUsage};
-use super::record::LiveUsage;
+use super::record::{Isolation, LiveUsage};
 use super::{BuildEvent, LayerOrigin, Phase};
 use crate::telemetry::{Cache, Metrics, Pull, RunningBuild};
 
@@ -50,6 +51,10 @@ struct Seen {
     layers_packed: usize,
     /// Whether the registry has been asked for something that has not come yet.
     is_pulling: bool,
+    /// Which layers are being fetched, and how many bytes are still to come.
+    awaited: HashMap<usize, u64>,
+    /// When something came from the registry, or was asked of it.
+    heard_upstream: Instant,
 }
 
 /// Lets the meter look at a process; it must be dropped before the process is waited for, when
@@ -82,9 +87,16 @@ impl Meter {
             fetched: Vec::new(),
             layers_packed: 0,
             is_pulling: true,
+            awaited: HashMap::new(),
+            heard_upstream: started,
         };
         let registry = registry.to_owned();
         Self { metrics, registry, staging, keeps_packs, started, shown, seen: Mutex::new(seen) }
+    }
+
+    /// The build's processes are about to start.
+    pub(super) fn shut_in(&self, isolation: Isolation) {
+        lock(&self.seen).usage.so_far.isolation = Some(isolation);
     }
 
     /// The image is known.
@@ -127,6 +139,7 @@ impl Meter {
                 seen.enter(step(*phase));
                 // It asks the registry itself, for what the worker knows, and for the layers.
                 seen.is_pulling |= *phase == Phase::Resolve;
+                seen.heard_upstream = Instant::now();
             }
             BuildEvent::PhaseFinished { phase, secs } => {
                 let took = Duration::try_from_secs_f64(*secs).unwrap_or_default();
@@ -137,12 +150,22 @@ impl Meter {
                     self.metrics.pull(&self.registry, seen.pull());
                 }
             }
+            BuildEvent::LayerStarted { layer, size_bytes, .. } => {
+                seen.heard_upstream = Instant::now();
+                if *layer < seen.fetched.len() {
+                    seen.awaited.insert(*layer, *size_bytes);
+                }
+            }
             BuildEvent::LayerProgress { layer, bytes } => {
+                seen.heard_upstream = Instant::now();
+                // What came in whole is not waited for, however long it takes to unpack.
+                seen.awaited.retain(|awaited, size| awaited != layer || bytes < size);
                 if let Some(fetched) = seen.fetched.get_mut(*layer) {
                     *fetched = (*fetched).max(*bytes);
                 }
             }
-            BuildEvent::LayerReady { origin, .. } => {
+            BuildEvent::LayerReady { layer, origin, .. } => {
+                seen.awaited.remove(layer);
                 seen.layers_packed += usize::from(*origin == LayerOrigin::Packed);
                 if self.keeps_packs {
                     self.metrics.cache_lookup(Cache::Layers, *origin == LayerOrigin::Cached);
@@ -150,7 +173,6 @@ impl Meter {
             }
             BuildEvent::Resolved { .. }
             | BuildEvent::LayerWaiting { .. }
-            | BuildEvent::LayerStarted { .. }
             | BuildEvent::CommandStarted { .. }
             | BuildEvent::CommandOutput { .. }
             | BuildEvent::WriteProgress { .. }
@@ -165,6 +187,21 @@ impl Meter {
         if seen.is_pulling {
             self.metrics.pull(&self.registry, Pull::Failed);
         }
+    }
+
+    /// The most resident memory that the build's processes were seen to have together.
+    pub(super) fn memory_peak_bytes(&self) -> u64 {
+        lock(&self.seen).usage.so_far.memory_peak_bytes
+    }
+
+    /// For how long nothing has come of what the registry was asked for; none if it owes nothing.
+    pub(super) fn upstream_silence(&self) -> Option<Duration> {
+        let seen = lock(&self.seen);
+        let is_awaited = match seen.phase {
+            Some((Phase::Layers, _)) => !seen.awaited.is_empty(),
+            _ => seen.is_pulling && seen.step == "resolve",
+        };
+        is_awaited.then(|| seen.heard_upstream.elapsed())
     }
 
     /// What the try takes now, and has cost so far.
@@ -368,6 +405,33 @@ mod tests {
         late.failed();
         steps("publish", 1);
         assert!(counted(&telemetry, &format!("{pulls} 2")));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_registry_is_silent_while_it_owes_something_and_nothing_comes() {
+        let telemetry = readable(false);
+        let fresh = Meter::new(telemetry.metrics(), "ghcr.io", PathBuf::new(), true);
+        let wait = |secs| tokio::time::advance(Duration::from_secs(secs));
+        wait(5).await;
+        assert_eq!(fresh.upstream_silence(), Some(Duration::from_secs(5)), "it was asked first");
+        let meter = meter(&telemetry, true);
+        wait(5).await;
+        meter.apply(&BuildEvent::PhaseStarted { phase: Phase::Layers });
+        assert_eq!(meter.upstream_silence(), None, "it was asked for no layer yet");
+        let (digest, size_bytes) = ("sha256:ab".to_owned(), 3000);
+        meter.apply(&BuildEvent::LayerStarted { layer: 1, digest, size_bytes });
+        wait(7).await;
+        assert_eq!(meter.upstream_silence(), Some(Duration::from_secs(7)));
+        meter.apply(&BuildEvent::LayerProgress { layer: 1, bytes: 1000 });
+        wait(2).await;
+        assert_eq!(meter.upstream_silence(), Some(Duration::from_secs(2)));
+        // All of it is here: what takes long now is unpacking it.
+        meter.apply(&BuildEvent::LayerProgress { layer: 1, bytes: 3000 });
+        assert_eq!(meter.upstream_silence(), None);
+        meter.apply(&ready(1, LayerOrigin::Packed));
+        meter.apply(&BuildEvent::PhaseFinished { phase: Phase::Layers, secs: 2.0 });
+        phase(&meter, Phase::Write, 1.0, &[]);
+        assert_eq!(meter.upstream_silence(), None);
     }
 
     /// Uses a core until it is killed.

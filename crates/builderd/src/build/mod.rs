@@ -46,7 +46,8 @@ pub(crate) use layers::hex;
 pub(crate) use metadata::ENGINE;
 pub use metadata::ImageMetadata;
 pub use pipeline::run;
-pub(crate) use pipeline::sibling;
+pub(crate) use pipeline::{check_name, sibling};
+pub(crate) use progress::step_name;
 
 use crate::packs::{PackCache, SharingDomain};
 

@@ -575,17 +575,28 @@ pub(super) fn compress(
             copy_through(source, encoder, flate2::write::GzEncoder::finish)?
         }
         Compression::Zstd => {
-            let mut encoder = zstd::Encoder::new(sink, ZSTD_LEVEL)?;
-            encoder.include_checksum(true)?;
-            // With one worker or many the library cuts the same jobs; with none it would not.
-            encoder.multithread(u32::try_from(jobs.clamp(1, 64)).unwrap_or(1))?;
-            copy_through(source, encoder, zstd::Encoder::finish)?
+            let zstd = || {
+                let mut encoder = zstd::Encoder::new(sink, ZSTD_LEVEL)?;
+                encoder.include_checksum(true)?;
+                // With one worker or many the library cuts the same jobs; with none it would not.
+                encoder.multithread(u32::try_from(jobs.clamp(1, 64)).unwrap_or(1))?;
+                copy_through(source, encoder, zstd::Encoder::finish)
+            };
+            zstd().map_err(known_by_its_kind)?
         }
     };
     Ok(Compressed {
         size_bytes: sink.bytes,
         sha256: sink.hasher.map(|hasher| hex(&hasher.finalize())),
     })
+}
+
+/// The library tells a want of memory by its words alone (zstd's `ZSTD_error_memory_allocation`).
+fn known_by_its_kind(error: io::Error) -> io::Error {
+    match error.kind() == io::ErrorKind::Other && error.to_string().contains("not enough memory") {
+        true => io::Error::new(io::ErrorKind::OutOfMemory, error),
+        false => error,
+    }
 }
 
 fn copy_through<W: Write, T>(
@@ -644,6 +655,15 @@ mod tests {
     use super::*;
     use crate::build::disk::DiskWriter;
     use rootfs::{FileTree, Folder, Limits, TreeLimits};
+
+    #[test]
+    fn a_compressor_without_memory_says_so_by_the_kind_of_its_error() {
+        let kind = |text: &str| known_by_its_kind(io::Error::other(text)).kind();
+        assert_eq!(kind("Allocation error : not enough memory"), io::ErrorKind::OutOfMemory);
+        assert_eq!(kind("Src size is incorrect"), io::ErrorKind::Other);
+        let full = known_by_its_kind(io::ErrorKind::StorageFull.into());
+        assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+    }
 
     struct Deaf;
 

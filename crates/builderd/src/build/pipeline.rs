@@ -308,34 +308,47 @@ fn describe(spec: &BuildSpec, image: &Image, written: &Written) -> ImageMetadata
 fn check_names(spec: &BuildSpec) -> Result<(), BuildError> {
     let names = [&spec.output, &spec.metadata_file, &sibling(&spec.output, ".sha256")];
     for (index, path) in names.into_iter().enumerate() {
-        let refused =
-            |problem, source| BuildError::OutputName { path: path.clone(), problem, source };
-        let wrong = |problem| refused(problem, None);
-        // A trailing slash or dot means a directory to everybody else.
-        let plain = path
-            .file_name()
-            .is_some_and(|name| path.as_os_str().as_bytes().ends_with(name.as_bytes()));
-        if !plain {
-            return Err(wrong("it does not name a file"));
-        }
-        match std::fs::metadata(path) {
-            Ok(there) if !there.is_file() => {
-                return Err(wrong("what has that name is not a regular file"));
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(refused("nothing can have that name", Some(error)));
-            }
-            _ => {}
-        }
-        // The only way to know; the file has no name and is gone at once.
-        Staged::create_in(directory_of(path))
-            .map_err(|error| refused("its directory takes no file", Some(error)))?;
+        check_name(path)?;
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         if names[..index].iter().any(|other| absolute(other) == absolute(path)) {
-            return Err(wrong("another file of this build has the same name"));
+            let problem = "another file of this build has the same name";
+            return Err(BuildError::OutputName { path: path.clone(), problem, source: None });
         }
     }
     Ok(())
+}
+
+/// Whether a file that is made elsewhere can be given the name `path` in the end.
+///
+/// # Errors
+/// [`BuildError::OutputName`]
+pub(crate) fn check_name(path: &Path) -> Result<(), BuildError> {
+    let refused =
+        |problem, source| BuildError::OutputName { path: path.to_owned(), problem, source };
+    let wrong = |problem| refused(problem, None);
+    // A trailing slash or dot means a directory to everybody else.
+    let plain =
+        path.file_name().is_some_and(|name| path.as_os_str().as_bytes().ends_with(name.as_bytes()));
+    if !plain {
+        return Err(wrong("it does not name a file"));
+    }
+    match std::fs::metadata(path) {
+        Ok(there) if !there.is_file() => {
+            return Err(wrong("what has that name is not a regular file"));
+        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(refused("nothing can have that name", Some(error)));
+        }
+        _ => {}
+    }
+    // /dev/stdout, where that is a file: not the file would be replaced, but the link.
+    if std::fs::read_link(path).is_ok_and(|target| target.starts_with("/proc")) {
+        return Err(wrong("it stands for an open file, whatever that is called"));
+    }
+    // The only way to know; the file has no name and is gone at once.
+    Staged::create_in(directory_of(path))
+        .map(drop)
+        .map_err(|error| refused("its directory takes no file", Some(error)))
 }
 
 /// Waits until no other build gives names to files of `directories`, and keeps others waiting:

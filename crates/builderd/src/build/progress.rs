@@ -7,6 +7,39 @@ use super::journal::Journal;
 use super::state::BuildState;
 use super::{BuildEvent as Event, LayerOrigin, Phase};
 
+/// What is being done, for people.
+pub(super) const RESOLVING: &str = "Resolving the image";
+const EXTRACTING: &str = "Extracting image layers";
+const COMMANDS: &str = "Running commands";
+const MERGING: &str = "Merging layers";
+const LAYING_OUT: &str = "Laying out the file system";
+const WRITING: &str = "Writing the file system";
+const COMPRESSING: &str = "Compressing the image";
+const PACKAGING: &str = "Packaging the image";
+pub(super) const STORING: &str = "Storing the artifact";
+pub(super) const TAKING: &str = "Taking the artifact that exists";
+
+/// The same for programs.
+const STEPS: [(&str, Phase); 10] = [
+    (RESOLVING, Phase::Resolve),
+    (EXTRACTING, Phase::Layers),
+    (COMMANDS, Phase::Commands),
+    (MERGING, Phase::Flatten),
+    (LAYING_OUT, Phase::Layout),
+    (WRITING, Phase::Write),
+    (COMPRESSING, Phase::Compress),
+    (PACKAGING, Phase::Publish),
+    (STORING, Phase::Publish),
+    (TAKING, Phase::Publish),
+];
+
+/// What the step of a [`Failure`](super::record::Failure) is called where this is what is said of
+/// the build: the phase's name, and `prepare` before there is one.
+pub(crate) fn step_name(said: &str) -> &'static str {
+    let step = STEPS.iter().find(|(known, _)| *known == said);
+    step.map_or("prepare", |(_, phase)| phase.as_str())
+}
+
 /// What the events of a build mean for its state, its progress and its log.
 pub(super) struct Progress {
     layers: Vec<(u64, u64)>,
@@ -22,23 +55,23 @@ impl Progress {
             Event::PhaseStarted { phase } => match phase {
                 Phase::Resolve => {}
                 Phase::Layers => {
-                    journal.enter(BuildState::Downloading, 5, "Extracting image layers").await;
+                    journal.enter(BuildState::Downloading, 5, EXTRACTING).await;
                 }
                 Phase::Commands => {
-                    journal.enter(BuildState::Building, 68, "Running commands").await;
+                    journal.enter(BuildState::Building, 68, COMMANDS).await;
                 }
-                Phase::Flatten => journal.enter(BuildState::Building, 70, "Merging layers").await,
+                Phase::Flatten => journal.enter(BuildState::Building, 70, MERGING).await,
                 Phase::Layout => {
-                    journal.enter(BuildState::Building, 73, "Laying out the file system").await;
+                    journal.enter(BuildState::Building, 73, LAYING_OUT).await;
                 }
                 Phase::Write => {
-                    journal.enter(BuildState::Building, 75, "Writing the file system").await;
+                    journal.enter(BuildState::Building, 75, WRITING).await;
                 }
                 Phase::Compress => {
-                    journal.enter(BuildState::Optimizing, 93, "Compressing the image").await;
+                    journal.enter(BuildState::Optimizing, 93, COMPRESSING).await;
                 }
                 Phase::Publish => {
-                    journal.enter(BuildState::Packaging, 97, "Packaging the image").await;
+                    journal.enter(BuildState::Packaging, 97, PACKAGING).await;
                 }
             },
             Event::PhaseFinished { phase, secs } => {
@@ -58,9 +91,7 @@ impl Progress {
             }
             Event::LayerProgress { layer, bytes } => {
                 self.layer(*layer, *bytes);
-                journal
-                    .enter(BuildState::Downloading, self.percent(), "Extracting image layers")
-                    .await;
+                journal.enter(BuildState::Downloading, self.percent(), EXTRACTING).await;
             }
             Event::LayerReady { layer, digest, origin } => {
                 self.layer(*layer, u64::MAX);
@@ -69,20 +100,18 @@ impl Progress {
                     LayerOrigin::Packed => "extracted",
                 };
                 journal.say("info", "extractor", format!("layer {digest}: {origin}"));
-                journal
-                    .enter(BuildState::Downloading, self.percent(), "Extracting image layers")
-                    .await;
+                journal.enter(BuildState::Downloading, self.percent(), EXTRACTING).await;
             }
             Event::CommandStarted { command, text } => {
                 let line = format!("command {}: {text}", command + 1);
                 journal.say("info", "commands", line);
-                journal.enter(BuildState::Building, 69, "Running commands").await;
+                journal.enter(BuildState::Building, 69, COMMANDS).await;
             }
             Event::CommandOutput { line, .. } => journal.say("info", "commands", line.clone()),
             Event::WriteProgress { bytes, total_bytes } => {
                 let part = 17 * bytes / (*total_bytes).max(1);
                 let percent = 75 + u32::try_from(part).unwrap_or(0);
-                journal.enter(BuildState::Building, percent, "Writing the file system").await;
+                journal.enter(BuildState::Building, percent, WRITING).await;
             }
             Event::Warning { message } => journal.say("warn", "builder", message.clone()),
         }
@@ -108,5 +137,20 @@ fn component(phase: Phase) -> &'static str {
         Phase::Commands => "commands",
         Phase::Flatten | Phase::Layout | Phase::Write => "builder",
         Phase::Compress | Phase::Publish => "packager",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_of_a_step_leads_back_to_its_phase() {
+        for (said, phase) in STEPS {
+            assert_eq!(step_name(said), phase.as_str());
+        }
+        assert_eq!(step_name("prepare"), "prepare");
+        assert_eq!(step_name(""), "prepare");
+        assert_eq!(step_name("what a newer version says"), "prepare");
     }
 }

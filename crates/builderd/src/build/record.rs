@@ -229,13 +229,14 @@ impl FailureCode {
 pub struct Failure {
     /// In one word.
     pub code: FailureCode,
-    /// The step in which it happened.
+    /// The step in which it happened: a [`Phase`](super::Phase) by its name, `prepare` before the
+    /// first, or `start` where the build's process is not there yet.
     pub step: String,
     /// What happened.
     pub cause: String,
     /// `yours`, `ours` or `upstream`.
     pub blame: String,
-    /// What to do; may be empty.
+    /// What to do.
     pub remedy: String,
 }
 
@@ -296,6 +297,19 @@ pub struct BuildMetrics {
     pub disk_bytes: u64,
     /// CPU time of the build's process, in milliseconds.
     pub cpu_ms: u64,
+    /// What it was shut in by; none if nothing ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<Isolation>,
+}
+
+/// What stood between the processes of a build and everybody else.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Isolation {
+    /// The name of its sandbox, that of its group of processes as well.
+    pub sandbox: String,
+    /// The walls that stood, by name.
+    pub walls: Vec<String>,
 }
 
 /// What a running build takes, as its worker saw it last.
@@ -321,7 +335,7 @@ pub struct LogLine {
     pub at: Micros,
     /// `debug`, `info`, `warn` or `error`.
     pub level: String,
-    /// Who said it: `queue`, `puller`, `extractor`, `builder`, `packager`.
+    /// Who said it: `queue`, `puller`, `extractor`, `commands`, `builder`, `packager`.
     pub component: String,
     /// What.
     pub message: String,

@@ -507,7 +507,7 @@ impl BuildService {
         Ok(Quotas { limits, usage, violations, reset_at })
     }
 
-    /// Figures over the builds accepted in `from..to`, and the newest builds.
+    /// Figures over the builds accepted in `from..to`, and the newest of these.
     ///
     /// # Errors
     /// [`ServiceError`]
@@ -521,8 +521,14 @@ impl BuildService {
         let permit = who.permit(Right::BuildRead)?;
         let store = self.store.tenant(&permit);
         let stats = store.stats(from, to).await?;
-        let recent = store.list(&Filter { limit: RECENT, ..Filter::default() }).await?;
-        Ok((stats, recent.builds))
+        let before = match to {
+            Some(to) => store.first_since(to).await?,
+            None => None,
+        };
+        let newest = Filter { limit: RECENT, before, ..Filter::default() };
+        let mut recent = store.list(&newest).await?.builds;
+        recent.retain(|build| from.is_none_or(|from| build.created_at >= from));
+        Ok((stats, recent))
     }
 
     /// The artifact of a completed build, open for reading.
@@ -591,8 +597,14 @@ impl BuildService {
     }
 }
 
-/// A text that cannot be a build's id is the id of no build.
+/// A text that cannot be a build's id is the id of no build; none at all was forgotten.
 fn known(id: &str) -> Result<BuildId, ServiceError> {
+    if id.is_empty() {
+        return Err(ServiceError::Invalid {
+            field: "build_id".into(),
+            problem: "is missing: name the build".into(),
+        });
+    }
     id.parse().map_err(|_| ServiceError::NotFound(id.chars().take(64).collect()))
 }
 

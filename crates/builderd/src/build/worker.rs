@@ -11,14 +11,18 @@
 //! | `running` | one try: what it does in order, and what makes it stop |
 //! | `source` | the image is looked for |
 //! | `engine` | the child process is started, and listened to |
+//! | `claims` | what it says is held against what can be |
 //! | `artifact` | the artifact is named, taken if it exists, stored if it was made |
 //! | `sum` | what was made is summed |
 
 mod artifact;
+mod claims;
 mod engine;
 mod running;
 mod source;
 mod sum;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 
 use std::collections::HashMap;
 use std::fs::Metadata;
@@ -33,11 +37,13 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument as _;
 
+use super::Blame;
 use super::admission::Admission;
 use super::child::RegistrySpec;
 use super::disk::lock;
 use super::host::Host;
 use super::kept::SealedPacks;
+use super::progress::STORING;
 use super::record::{Build, BuildResult, Failure, FailureCode, Micros};
 use super::shares::CpuShares;
 use super::state::BuildState;
@@ -217,7 +223,7 @@ impl Workers {
     /// Writes how a try ended; nothing if the lease was lost.
     async fn conclude(&self, lease: &Lease, build: &Build, started: Micros, end: End) {
         let now = self.clock.now();
-        let mut turn = None;
+        let (mut turn, mut wait_secs) = (None, 0);
         let (name, outcome) = match end {
             End::Lost => {
                 tracing::warn!("the lease was lost; another worker has the build");
@@ -225,7 +231,7 @@ impl Workers {
             }
             End::Made(name, result, of) => {
                 self.measure(&result);
-                turn = Some(of);
+                turn = of;
                 (Some(name), Outcome::Completed(result))
             }
             End::Cancelled => (None, Outcome::Cancelled),
@@ -234,6 +240,7 @@ impl Workers {
             End::Failed(failure) => {
                 match build.request.retry.delay_secs(failure.code, build.attempt) {
                     Some(wait) => {
+                        wait_secs = wait;
                         let run_at = now.plus_secs(wait);
                         (None, Outcome::Retry { failure: Some(failure), run_at })
                     }
@@ -243,12 +250,17 @@ impl Workers {
         };
         let micros = u64::try_from(now.0 - started.0).unwrap_or(0);
         let secs = Duration::from_micros(micros).as_secs_f64();
+        let failure = failure_of(&outcome).cloned();
         match self.finish(lease, name.as_ref(), outcome).await {
             Ok(Some(state)) if state.is_terminal() => {
-                tracing::info!(state = state.as_str(), secs, "the build has ended");
+                log_end(state, secs, failure.as_ref());
                 self.metrics.build_ended(build.tier, state, secs);
             }
-            Ok(Some(_)) => {}
+            Ok(Some(_)) => {
+                if let Some(failure) = &failure {
+                    log_try(secs, wait_secs, failure);
+                }
+            }
             Ok(None) => tracing::warn!("the lease was lost before the build could end"),
             Err(error) => tracing::error!(%error, "the end of the build could not be written"),
         }
@@ -293,8 +305,7 @@ impl Workers {
             };
             if matches!((&error, &outcome), (StoreError::Illegal(_), Outcome::Completed(_))) {
                 // The last step could not be written when it was entered.
-                let step = "Storing the artifact";
-                match store.progress(BuildState::Packaging, 99, step, now).await {
+                match store.progress(BuildState::Packaging, 99, STORING, now).await {
                     Ok(Fenced::Written) => {}
                     Ok(Fenced::Lost) => return Ok(None),
                     Err(error) if error.may_pass() => {}
@@ -346,6 +357,43 @@ impl Workers {
         let key = format!("{}/{}", name.domain, name.recipe);
         Arc::clone(flights.entry(key).or_insert_with(|| Arc::new(Semaphore::new(1))))
     }
+}
+
+fn failure_of(outcome: &Outcome) -> Option<&Failure> {
+    match outcome {
+        Outcome::Failed(failure) | Outcome::TimedOut(failure) => Some(failure),
+        Outcome::Retry { failure, .. } => failure.as_ref(),
+        Outcome::Completed(_) | Outcome::Cancelled => None,
+    }
+}
+
+/// Tells the operator how a build ended: what is ours to mend as a warning.
+fn log_end(state: BuildState, secs: f64, failure: Option<&Failure>) {
+    let state = state.as_str();
+    let Some(Failure { code, step, cause, blame, .. }) = failure else {
+        tracing::info!(state, secs, "the build has ended");
+        return;
+    };
+    let code = code.as_str();
+    match blame == Blame::Ours.as_str() {
+        true => tracing::warn!(state, secs, code, step, blame, cause, "the build has ended"),
+        false => tracing::info!(state, secs, code, step, blame, cause, "the build has ended"),
+    }
+}
+
+/// Tells of a try that failed, and when the next one may begin.
+fn log_try(secs: f64, wait_secs: u64, failure: &Failure) {
+    let Failure { code, step, cause, blame, .. } = failure;
+    let code = code.as_str();
+    tracing::info!(
+        secs,
+        code,
+        step,
+        blame,
+        cause,
+        again_in_secs = wait_secs,
+        "a try of the build has failed; it is tried again"
+    );
 }
 
 fn internal(cause: &str) -> Failure {

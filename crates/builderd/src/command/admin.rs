@@ -11,7 +11,7 @@ use crate::clock::{Clock as _, WallClock};
 use crate::config::{Config, DatabaseConfig};
 use crate::store::admin::{AdminError, backup, check, migrate_store, restore};
 use crate::store::audit::{Action, Author};
-use crate::store::{Store, StoreError};
+use crate::store::{DirectoryProblem, Store, StoreError, check_postgres_url};
 
 impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
@@ -146,8 +146,19 @@ async fn forget_key(config: &Config) -> Result<(), Failure> {
 }
 
 async fn migrate(from: &Path, to: &str) -> Result<(), Failure> {
+    check_postgres_url(to)
+        .map_err(|problem| Failure::usage(format!("--to: the URL cannot be used: {problem}")))?;
     // Not attached but opened: no server may write to it meanwhile.
-    let source = Store::reopen_sqlite(from).await?;
+    let source = Store::reopen_sqlite(from).await.map_err(|error| {
+        // No setting says where it is.
+        let elsewhere =
+            matches!(error, StoreError::DataDirectory { problem: DirectoryProblem::Other(_), .. });
+        let mut failure = Failure::from(error);
+        if elsewhere {
+            failure.hint = Some("--from is the server's DATABASE_DATA_DIR".to_owned());
+        }
+        failure
+    })?;
     let target = Store::attach_postgres(to).await?;
     let copied = migrate_store(&source, &target).await;
     let noted = match &copied {

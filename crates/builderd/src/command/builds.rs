@@ -247,7 +247,7 @@ pub(super) async fn log(
         if next > before {
             patience.renew();
         }
-        if !patience.wait(None).await {
+        if !patience.wait(error.wait()).await {
             return Err(error);
         }
     }
@@ -338,13 +338,21 @@ async fn list(
     format: &FormatArgs,
 ) -> Result<(), Failure> {
     let filter: Vec<&str> = states.iter().flat_map(|state| wire_states(*state)).copied().collect();
+    // To the server's states, who took too long has failed.
+    let timeouts = states.contains(&StateArg::Timeout) && !states.contains(&StateArg::Failed);
     let (mut builds, mut page) = (Vec::new(), String::new());
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     while builds.len() < limit {
-        let size = (limit - builds.len()).min(usize::try_from(PAGE).unwrap_or(1));
-        let request = json!({"stateFilter": filter, "pageSize": size, "pageToken": page});
+        let most = usize::try_from(PAGE).unwrap_or(1);
+        let size = if timeouts { most } else { (limit - builds.len()).min(most) };
+        let mut request = json!({"stateFilter": filter, "pageSize": size, "pageToken": page});
+        if states.iter().all(|state| *state == StateArg::Timeout) && timeouts {
+            // In the place of the filter; it is a word for one status alone.
+            request["status"] = "timeout".into();
+        }
         let mut answer = client.call("ListBuilds", &request).await?;
-        let Value::Array(more) = answer["builds"].take() else { break };
+        let Value::Array(mut more) = answer["builds"].take() else { break };
+        more.retain(|build| !timeouts || state(build) != "failed");
         builds.extend(more);
         match answer["nextPageToken"].as_str() {
             Some(token) if !token.is_empty() => page = token.to_owned(),
@@ -385,7 +393,7 @@ fn wire_states(state: StateArg) -> &'static [&'static str] {
             "BUILD_STATE_OPTIMIZING",
         ],
         StateArg::Completed => &["BUILD_STATE_COMPLETED"],
-        StateArg::Failed => &["BUILD_STATE_FAILED"],
+        StateArg::Failed | StateArg::Timeout => &["BUILD_STATE_FAILED"],
         StateArg::Cancelled => &["BUILD_STATE_CANCELLED"],
     }
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::service_args::ServerArgs;
 use super::{Failure, client_tls};
-use crate::config::{PREFIX, Settings};
+use crate::config::Settings;
 
 const SERVICE: &str = "builder.v1.BuilderService";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -38,9 +38,14 @@ pub(super) enum CallError {
     /// A stream ended before its end, or fell silent.
     #[error("the connection to {server} was cut")]
     Cut { server: String },
-    /// The server says no.
+    /// The server says no, or not now.
     #[error("{message}")]
-    Refused { code: String, message: String },
+    Refused {
+        code: String,
+        message: String,
+        /// How long it wants to be left alone before it is asked again.
+        wait: Option<Duration>,
+    },
     /// Who answers does not speak the protocol.
     #[error("{server} gives an answer that is none of builderd's: {problem}")]
     Foreign { server: String, problem: String },
@@ -51,8 +56,17 @@ impl CallError {
     pub(super) fn may_pass(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::Cut { .. } => true,
+            Self::Refused { wait: Some(_), .. } => true,
             Self::Refused { code, .. } => matches!(code.as_str(), "unavailable" | "aborted"),
             Self::Foreign { .. } => false,
+        }
+    }
+
+    /// How long the server wants to be left alone first, if it says so.
+    pub(super) fn wait(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { wait, .. } => *wait,
+            Self::Unreachable { .. } | Self::Cut { .. } | Self::Foreign { .. } => None,
         }
     }
 }
@@ -122,10 +136,14 @@ impl Client {
             true => address.trim_end_matches('/').to_owned(),
             false => format!("http://{}", address.trim_end_matches('/')),
         };
-        if reqwest::Url::parse(&base).is_err() {
-            let message =
-                format!("the server's address `{base}` is no URL ({PREFIX}SERVER_ADDRESS)");
-            return Err(Failure::usage(message));
+        let wrong = |problem: &str| {
+            let name = settings.written("SERVER_ADDRESS");
+            Failure::usage(format!("{name}: the server's address `{base}` {problem}"))
+        };
+        match reqwest::Url::parse(&base) {
+            Ok(url) if matches!(url.scheme(), "http" | "https") => {}
+            Ok(_) => return Err(wrong("begins with neither http:// nor https://")),
+            Err(_) => return Err(wrong("is no URL")),
         }
         let mut headers = HeaderMap::new();
         let token = settings.secret("TOKEN");
@@ -186,7 +204,7 @@ impl Client {
                     return serde_json::from_slice(&bytes)
                         .map_err(|error| self.foreign(error.to_string()));
                 }
-                Ok(response) => match retry_after(&response) {
+                Ok(response) => match retry_after(response.headers()) {
                     Some(wait) => (self.refusal(response).await, Some(wait)),
                     None => return Err(self.refusal(response).await),
                 },
@@ -199,7 +217,7 @@ impl Client {
 
     /// What an answer that is no success says, in the form of Connect or of the plain routes.
     async fn refusal(&self, mut response: Response) -> CallError {
-        let status = response.status();
+        let (status, wait) = (response.status(), retry_after(response.headers()));
         let mut bytes = Vec::new();
         while let Ok(Some(piece)) = response.chunk().await {
             if bytes.len() + piece.len() > ERROR_BYTES_MAX {
@@ -215,10 +233,10 @@ impl Client {
         };
         let message = said.1.and_then(Value::as_str).unwrap_or("the server gives no reason");
         match (said.0, message) {
-            (Some(code), message) => refused(code, message),
+            (Some(code), message) => refused(code, message, wait),
             // A proxy in front of the server.
-            (None, _) if matches!(status.as_u16(), 502..=504) => {
-                refused("unavailable", &format!("{} answers {status}", self.base))
+            (None, _) if matches!(status.as_u16(), 429 | 502..=504) => {
+                refused(code_of(status), &format!("{} answers {status}", self.base), wait)
             }
             (None, _) => self.foreign(format!("HTTP status {status}")),
         }
@@ -247,7 +265,8 @@ impl Client {
             }
             Ok(Ok(response)) => response,
         };
-        Ok(LogStream { client: self, response, buffer: BytesMut::new(), has_ended: false })
+        let wait = retry_after(response.headers());
+        Ok(LogStream { client: self, response, buffer: BytesMut::new(), wait, has_ended: false })
     }
 
     /// Asks for the artifact of a build from byte `from` on, if it is still the one with this
@@ -295,8 +314,8 @@ fn bearer(token: &SecretString) -> Result<HeaderValue, Failure> {
     Ok(value)
 }
 
-fn refused(code: &str, message: &str) -> CallError {
-    CallError::Refused { code: code.to_owned(), message: message.to_owned() }
+fn refused(code: &str, message: &str, wait: Option<Duration>) -> CallError {
+    CallError::Refused { code: code.to_owned(), message: message.to_owned(), wait }
 }
 
 /// The code that Connect has for an HTTP status.
@@ -315,9 +334,12 @@ fn code_of(status: StatusCode) -> &'static str {
 }
 
 /// How long the server wants to be left alone, if it says so and it is not long.
-fn retry_after(response: &Response) -> Option<Duration> {
-    let text = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
-    let wait = Duration::from_secs(text.parse().ok()?);
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    bearable(headers.get(RETRY_AFTER)?.to_str().ok()?)
+}
+
+fn bearable(secs: &str) -> Option<Duration> {
+    let wait = Duration::from_secs(secs.parse().ok()?);
     (wait <= WAIT_MAX).then_some(wait)
 }
 
@@ -343,6 +365,9 @@ pub(super) struct LogStream<'a> {
     client: &'a Client,
     response: Response,
     buffer: BytesMut,
+    /// What stands in the head of the answer: a stream that is refused says no elsewhere, in its
+    /// last message.
+    wait: Option<Duration>,
     has_ended: bool,
 }
 
@@ -367,10 +392,11 @@ impl LogStream<'_> {
         let error = &message["error"];
         match error["code"].as_str() {
             None => Ok(None),
-            Some(code) => Err(refused(
-                code,
-                error["message"].as_str().unwrap_or("the server gives no reason"),
-            )),
+            Some(code) => {
+                let reason = error["message"].as_str().unwrap_or("the server gives no reason");
+                let told = message["metadata"]["retry-after"][0].as_str().and_then(bearable);
+                Err(refused(code, reason, self.wait.or(told)))
+            }
         }
     }
 

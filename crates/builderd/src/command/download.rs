@@ -6,16 +6,18 @@
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::fs::OFlags;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::builds::{number, state};
 use super::client::{CallError, Client, Patience};
 use super::{Failure, text};
-use crate::build::hex;
+use crate::build::{BuildError, check_name, hex};
 
 /// Tries to take up a download that was cut, without a byte in between.
 const TRIES: u32 = 10;
@@ -25,6 +27,8 @@ const TRIES: u32 = 10;
 enum DownloadError {
     #[error("cannot write {path}")]
     File { path: PathBuf, source: io::Error },
+    #[error("{path} is in the way: it is not a regular file")]
+    Taken { path: PathBuf },
     #[error("another download to this file is running: {path} is locked")]
     Running { path: PathBuf },
     #[error("the artifact is damaged: its sha256 is {found}, expected {expected}")]
@@ -44,7 +48,9 @@ impl From<DownloadError> for Failure {
             {
                 (5, Some("make room and run the same command again: it goes on from there"))
             }
-            DownloadError::File { .. } | DownloadError::NoSum => (1, None),
+            DownloadError::File { .. } | DownloadError::Taken { .. } | DownloadError::NoSum => {
+                (1, None)
+            }
             DownloadError::Running { .. } => (1, Some("wait for it")),
             DownloadError::Damaged { .. } => (
                 4,
@@ -56,6 +62,7 @@ impl From<DownloadError> for Failure {
 }
 
 pub(super) async fn run(client: &Client, id: &str, output: &Path) -> Result<(), Failure> {
+    check_name(output).map_err(unnameable)?;
     let answer = client.call("GetBuild", &json!({"buildId": id})).await?;
     let build = &answer["build"];
     let word = state(build);
@@ -69,19 +76,45 @@ pub(super) async fn run(client: &Client, id: &str, output: &Path) -> Result<(), 
     }
     let sum = build["rootfsChecksum"].as_str().unwrap_or_default().to_ascii_lowercase();
     if sum.len() != 64 || !sum.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Err(DownloadError::NoSum.into());
+        return Err(why_no_sum(client, id).await);
     }
     let mut partial = Partial::open(output, &sum)?;
     if partial.length > 0 {
         tell!("going on behind the first {}", text::bytes(partial.length));
     }
     let bar = bar(number(&build["rootfsSizeBytes"]));
-    fetch(client, id, &mut partial, &bar).await?;
+    let fetched = fetch(client, id, &mut partial, &bar).await;
     bar.finish_and_clear();
+    if let Err(failure) = fetched {
+        partial.discard_if_empty();
+        return Err(failure);
+    }
     let bytes = partial.length;
     partial.publish(output)?;
     tell!("written     {} ({}, sha256 {sum})", output.display(), text::bytes(bytes));
     Ok(())
+}
+
+/// A name that no file can have, with what to do about it here.
+fn unnameable(error: BuildError) -> Failure {
+    let failure = Failure::from(error);
+    let hint = failure.hint.is_some();
+    let hint = hint.then(|| "make the directory first, or choose another place with -o".to_owned());
+    Failure { hint, ..failure }
+}
+
+/// A completed build has no sum once its artifact is gone: who hands artifacts out says why.
+async fn why_no_sum(client: &Client, id: &str) -> Failure {
+    let mut patience = Patience::new(TRIES);
+    loop {
+        let error = match client.artifact(id, 0, "").await {
+            Ok(_) => return DownloadError::NoSum.into(),
+            Err(error) => error,
+        };
+        if !error.may_pass() || !patience.wait(error.wait()).await {
+            return error.into();
+        }
+    }
 }
 
 fn bar(bytes: u64) -> ProgressBar {
@@ -112,7 +145,7 @@ async fn fetch(
         if partial.length > before {
             patience.renew();
         }
-        if !patience.wait(None).await {
+        if !patience.wait(error.wait()).await {
             return Err(error.into());
         }
     }
@@ -172,9 +205,16 @@ impl Partial {
         name.push(output.file_name().unwrap_or_default());
         name.push(format!(".{}.part", &sum[..16]));
         let path = output.with_file_name(name);
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false);
+        // Whatever has the name, opening it must not wait or lead elsewhere.
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
+        let file = options.custom_flags(flags.cast_signed()).open(&path);
         let failed = |source| DownloadError::File { path: path.clone(), source };
         let file = file.map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            return Err(DownloadError::Taken { path });
+        }
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(DownloadError::Running { path }),
@@ -215,6 +255,13 @@ impl Partial {
         self.hash.update(bytes);
         self.length += u64::try_from(bytes.len()).unwrap_or_default();
         Ok(())
+    }
+
+    /// Leaves nothing behind where nothing came. Its lock is held, so it is nobody else's.
+    fn discard_if_empty(self) {
+        if self.length == 0 {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 
     /// Gives the file its name if it is the artifact, else removes it.

@@ -10,5 +10,8 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
         flags.push(("--listen", "PORT", address.port().to_string()));
     }
     let config = super::config::load(&args.settings, flags)?;
-    crate::serve::run(config).map_err(Failure::ours)
+    crate::serve::run(config).map_err(|error| {
+        let hint = error.hint().map(str::to_owned);
+        Failure { hint, ..Failure::ours(error) }
+    })
 }

@@ -281,6 +281,8 @@ pub(super) enum StateArg {
     Completed,
     /// Failed, or took too long
     Failed,
+    /// Took too long
+    Timeout,
     /// Was cancelled
     Cancelled,
 }

@@ -19,20 +19,25 @@ use crate::build::record::Micros;
 use crate::clock::{Clock as _, WallClock};
 use crate::config::{Config, DatabaseConfig};
 use crate::store::audit::Author;
-use crate::store::{Listed, Store, StoreError, TenantRow, TokenRow, Unread};
+use crate::store::{DirectoryProblem, Listed, Store, StoreError, TenantRow, TokenRow, Unread};
 use crate::tenant::{Right, TenantId, TenantLimits, Tier};
 
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let (code, hint) = match &error {
             StoreError::Full(_) => (5, None),
-            StoreError::Unavailable(_) => {
+            StoreError::Unavailable(_) | StoreError::Unreachable { .. } if error.may_pass() => {
                 (4, Some("is it running? see `builderd config | grep DATABASE`".to_owned()))
+            }
+            StoreError::DataDirectory { problem: DirectoryProblem::InUse, .. } => {
+                (1, Some("stop the server first".to_owned()))
             }
             StoreError::DataDirectory { .. } => {
                 (1, Some("set UNKEY_BUILDERD_DATABASE_DATA_DIR, as for the server".to_owned()))
             }
-            StoreError::Corrupt(_)
+            StoreError::Unavailable(_)
+            | StoreError::Unreachable { .. }
+            | StoreError::Corrupt(_)
             | StoreError::Illegal(_)
             | StoreError::Database(_)
             | StoreError::Migrate(_) => {
@@ -200,14 +205,24 @@ fn list_tokens(tokens: &Listed<TokenRow>, format: &FormatArgs) {
         put!("{}", known.chain(unread_json("id", &tokens.unread)).collect::<Value>());
         return;
     }
-    put!("{:<22} {:<20} {:<8} {:<20} PERMISSIONS", "ID", "TENANT", "STATE", "CREATED");
+    put!(
+        "{:<22} {:<20} {:<12} {:<8} {:<20} {:<20} PERMISSIONS",
+        "ID",
+        "TENANT",
+        "CUSTOMER",
+        "STATE",
+        "CREATED",
+        "EXPIRES"
+    );
     for token in &tokens.rows {
         put!(
-            "{:<22} {:<20} {:<8} {:<20} {}{}",
+            "{:<22} {:<20} {:<12} {:<8} {:<20} {:<20} {}{}",
             token.id,
             token.tenant.as_str(),
+            token.customer.as_deref().map_or("-".into(), text::printable),
             token_state(token, now),
             moment(token.created_at),
+            token.expires_at.map_or("never".into(), moment),
             token.rights.join(","),
             match token.note.as_str() {
                 "" => String::new(),

@@ -5,6 +5,18 @@ use std::path::Path;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::{PREFIX, Settings};
+use crate::store::check_postgres_url;
+
+/// Where PostgreSQL is; nothing of it means anything to SQLite. That one takes the number of
+/// connections as it comes: many templates say it for both.
+const OF_POSTGRES: [&str; 6] = [
+    "DATABASE_HOST",
+    "DATABASE_PORT",
+    "DATABASE_NAME",
+    "DATABASE_USERNAME",
+    "DATABASE_PASSWORD",
+    "DATABASE_SSL_MODE",
+];
 
 /// What outlives the process.
 #[derive(Debug)]
@@ -50,9 +62,19 @@ pub(super) fn database(
                 own.display()
             ));
         }
+        settings.refuse_unused(&OF_POSTGRES, "DATABASE_TYPE", problems);
         return DatabaseConfig::Sqlite;
     }
     let from_parts = postgres_url(settings);
+    let (checked, names) = match &url {
+        Some(url) => (url, "DATABASE_URL"),
+        None => (&from_parts, "DATABASE_HOST"),
+    };
+    if (url.is_none() || names_postgres)
+        && let Err(problem) = check_postgres_url(checked.expose_secret())
+    {
+        problems.push(format!("{} cannot be used: {problem}", settings.written(names)));
+    }
     match (url, names_postgres) {
         (Some(url), true) => DatabaseConfig::Postgres { url, max_connections },
         (Some(_), false) => {

@@ -77,6 +77,9 @@ at once, by name, with what is expected. Where a setting has two names both work
 they must agree. Durations are Go's (`15s`, `1h30m`, `1.5h`). Sizes are bytes, or have a unit
 (`512MB`, `100GB`; powers of 1024).
 
+What only a store, a database or a mode of TLS reads that is not chosen (`S3_BUCKET` beside local storage,
+`DATABASE_HOST` beside SQLite) stops the start as well, unless it says what stands there anyway.
+
 \"From\" says whose setting it is: of the README or the configuration guide (`guide`) of the service
 whose API this one has, of its program (`code`), or `ours`.
 ";

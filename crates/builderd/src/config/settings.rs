@@ -153,6 +153,38 @@ impl Settings {
         self.chosen.get(name).is_some_and(|chosen| chosen.origin != Origin::Default)
     }
 
+    /// Refuses those of `names` that somebody set to something else than what stands there anyway:
+    /// what `choice` says leaves nobody to read them.
+    pub(super) fn refuse_unused(
+        &self,
+        names: &[&'static str],
+        choice: &'static str,
+        problems: &mut Vec<String>,
+    ) {
+        let chosen = self.chosen.get(choice).map(|chosen| chosen.value.to_string());
+        for &name in names {
+            if !self.is_changed(name) {
+                continue;
+            }
+            problems.push(format!(
+                "{} is set, but {PREFIX}{choice} is `{}`, which has no use for it: set the one that \
+                 has, or leave it out",
+                self.written(name),
+                chosen.as_deref().unwrap_or_default()
+            ));
+        }
+    }
+
+    /// Whether it was set to something else than its default.
+    fn is_changed(&self, name: &'static str) -> bool {
+        let Some(setting) = table::find(name) else { return false };
+        let default = match setting.default {
+            "" => None,
+            text => setting.kind.read(setting.name, text).ok(),
+        };
+        self.is_set(name) && self.chosen.get(name).map(|chosen| &chosen.value) != default.as_ref()
+    }
+
     /// How the user wrote the name of a setting, for errors.
     pub(crate) fn written(&self, name: &'static str) -> String {
         match self.chosen.get(name).map(|chosen| &chosen.origin) {

@@ -6,6 +6,18 @@ use secrecy::SecretString;
 
 use super::{PREFIX, Settings};
 
+/// What one of the stores alone is told.
+const OF_S3: [&str; 6] = [
+    "S3_BUCKET",
+    "S3_REGION",
+    "S3_ENDPOINT",
+    "S3_ACCESS_KEY_ID",
+    "S3_SECRET_ACCESS_KEY",
+    "S3_ALLOW_HTTP",
+];
+const OF_GCS: [&str; 2] = ["GCS_BUCKET", "GCS_CREDENTIALS_FILE"];
+const OF_BUCKETS: [&str; 1] = ["STORAGE_PREFIX"];
+
 /// Where artifacts and layers are kept, and how much of them.
 #[derive(Debug)]
 pub(crate) struct StorageConfig {
@@ -60,6 +72,14 @@ pub(crate) enum StorageBackend {
 
 pub(super) fn storage(settings: &Settings, problems: &mut Vec<String>) -> StorageConfig {
     let workspace = settings.path("WORKSPACE_DIR").unwrap_or_default();
+    let unused: &[&[&'static str]] = match settings.text("STORAGE_BACKEND").as_deref() {
+        Some("s3" | "minio") => &[&OF_GCS],
+        Some("gcs") => &[&OF_S3],
+        _ => &[&OF_S3, &OF_GCS, &OF_BUCKETS],
+    };
+    for names in unused {
+        settings.refuse_unused(names, "STORAGE_BACKEND", problems);
+    }
     StorageConfig {
         backend: match settings.text("STORAGE_BACKEND").as_deref() {
             Some("s3" | "minio") => s3(settings, problems),

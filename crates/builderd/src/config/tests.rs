@@ -196,6 +196,79 @@ fn object_stores_say_what_they_need() {
 }
 
 #[test]
+fn what_another_store_or_database_is_told_is_refused_by_name() {
+    let (s3, gcs) = (("STORAGE_BACKEND", "s3"), ("STORAGE_BACKEND", "gcs"));
+    let (bucket_s3, bucket_gcs) = (("S3_BUCKET", "b"), ("GCS_BUCKET", "b"));
+    let keys = [("S3_ACCESS_KEY_ID", "k"), ("S3_SECRET_ACCESS_KEY", "canary")];
+    let others =
+        [("S3_REGION", "eu-west-1"), ("S3_ENDPOINT", "https://h"), ("S3_ALLOW_HTTP", "true")];
+    for one in others.into_iter().chain(keys).chain([bucket_s3]) {
+        refused(&[one], one.0);
+        refused(&[("STORAGE_BACKEND", "local"), one], one.0);
+        refused(&[gcs, bucket_gcs, one], one.0);
+    }
+    for one in [bucket_gcs, ("GCS_CREDENTIALS_FILE", "/key")] {
+        refused(&[one], one.0);
+        refused(&[s3, bucket_s3, one], one.0);
+    }
+    let prefix = ("STORAGE_PREFIX", "some/where");
+    refused(&[prefix], "STORAGE_PREFIX");
+    assert!(read(&[s3, bucket_s3, prefix]).is_ok() && read(&[gcs, bucket_gcs, prefix]).is_ok());
+    let secret = ("DATABASE_PASSWORD", "canary");
+    for one in [
+        ("DATABASE_HOST", "db"),
+        ("DATABASE_PORT", "5433"),
+        ("DATABASE_NAME", "builds"),
+        ("DATABASE_USERNAME", "me"),
+        secret,
+        ("DATABASE_SSL_MODE", "require"),
+    ] {
+        refused(&[one], one.0);
+        refused(&[("DATABASE_TYPE", "sqlite"), one], one.0);
+        assert!(read(&[("DATABASE_TYPE", "postgres"), one]).is_ok(), "{}", one.0);
+    }
+    let problems = read(&[keys[1], secret]).unwrap_err().join("");
+    assert!(problems.contains("DATABASE_TYPE is `sqlite`"), "{problems}");
+    assert!(!problems.contains("canary"), "{problems}");
+    // By the name that was written.
+    refused(&[("MINIO_BUCKET", "b")], "MINIO_BUCKET");
+}
+
+#[test]
+fn what_stands_there_anyway_may_be_said_of_a_store_or_database_that_is_not_used() {
+    let config = read(&[
+        ("S3_REGION", "us-east-1"),
+        ("S3_ALLOW_HTTP", "false"),
+        ("S3_BUCKET", ""),
+        ("DATABASE_HOST", "localhost"),
+        ("DATABASE_PORT", "5432"),
+        ("DATABASE_NAME", "builderd"),
+        ("DATABASE_SSL_MODE", "disable"),
+        ("DATABASE_MAX_CONNECTIONS", "7"),
+    ])
+    .unwrap();
+    assert!(matches!(config.database, DatabaseConfig::Sqlite));
+    assert!(matches!(config.storage.backend, StorageBackend::Local));
+}
+
+#[test]
+fn an_address_of_postgresql_that_is_none_is_refused_with_its_setting() {
+    for (url, word) in [
+        ("postgres://me:canary@h:99999/n", "invalid port number"),
+        ("postgres://me:canary@/n", "host"),
+        ("postgres://me:canary@h/n?sslmode=maybe", "maybe"),
+        ("postgresql://me:canary/1@h/n", "port"),
+    ] {
+        let problems = read(&[("DATABASE_URL", url)]).unwrap_err().join("");
+        assert!(problems.contains("UNKEY_BUILDERD_DATABASE_URL"), "{url}: {problems}");
+        assert!(problems.contains(word), "{url}: {problems}");
+        assert!(!problems.contains("canary"), "{url}: {problems}");
+    }
+    refused(&[("DATABASE_TYPE", "postgres"), ("DATABASE_HOST", "a b")], "DATABASE_HOST");
+    refused(&[("DATABASE_TYPE", "postgres"), ("DATABASE_HOST", "db:5433")], "DATABASE_HOST");
+}
+
+#[test]
 fn the_database_is_one_url_or_its_parts() {
     let url = |variables: &[(&str, &str)]| match read(variables).unwrap().database {
         DatabaseConfig::Postgres { url, .. } => url.expose_secret().to_owned(),

@@ -12,6 +12,7 @@ use super::engine::{Query, Row, Tx, Value, sql};
 use super::open::{DATABASE_FILE, NEWEST_MIGRATION, lock, sqlite_options};
 use super::{Store, StoreError};
 use crate::build::state::{BuildState, Happening};
+use crate::private;
 
 /// Rows read at once while a table is copied.
 const BATCH: usize = 500;
@@ -667,7 +668,7 @@ pub async fn backup(data_dir: &Path, file: &Path) -> Result<(), AdminError> {
 /// # Errors
 /// [`AdminError::File`] if there is a database or what is left of one, or the backup is damaged.
 pub async fn restore(file: &Path, data_dir: &Path) -> Result<(), AdminError> {
-    fs::create_dir_all(data_dir).map_err(|error| file_error(data_dir, error))?;
+    private::make_directory(data_dir).map_err(|error| file_error(data_dir, error))?;
     let _lock = lock(data_dir).await?;
     let target = data_dir.join(DATABASE_FILE);
     refuse_existing(&target)?;

@@ -11,6 +11,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Decode, PgPool, Postgres, Row as _, Sqlite, SqlitePool, Type};
 
 use super::StoreError;
+use super::readers::Readers;
 use crate::build::record::Micros;
 
 /// A database.
@@ -20,8 +21,10 @@ pub(super) enum Engine {
     Sqlite {
         /// The one that writes.
         write: SqlitePool,
-        /// Those that read.
-        read: SqlitePool,
+        /// Those that read in one statement.
+        read: Box<Readers>,
+        /// Those that read in several, of one view.
+        view: SqlitePool,
     },
     /// A server.
     Postgres(PgPool),
@@ -96,7 +99,9 @@ impl Query {
         self.value(Value::Bytes(value))
     }
 
-    fn sqlite(self) -> sqlx::query::Query<'static, Sqlite, <Sqlite as sqlx::Database>::Arguments> {
+    pub(super) fn sqlite(
+        self,
+    ) -> sqlx::query::Query<'static, Sqlite, <Sqlite as sqlx::Database>::Arguments> {
         let text = match self.text {
             Cow::Borrowed(text) => Cow::Borrowed(without_locks(text)),
             Cow::Owned(text) => Cow::Owned(text),
@@ -152,7 +157,7 @@ impl Engine {
     pub(super) async fn snapshot(&self) -> Result<Tx, StoreError> {
         const VIEW: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY";
         Ok(match self {
-            Self::Sqlite { read, .. } => Tx::Sqlite(read.begin().await?),
+            Self::Sqlite { view, .. } => Tx::Sqlite(view.begin().await?),
             Self::Postgres(pool) => Tx::Postgres(pool.begin_with(VIEW).await?),
         })
     }
@@ -161,7 +166,7 @@ impl Engine {
     pub(super) async fn all(&self, query: Query) -> Result<Vec<Row>, StoreError> {
         Ok(match self {
             Self::Sqlite { read, .. } => {
-                query.sqlite().fetch_all(read).await?.into_iter().map(Row::Sqlite).collect()
+                read.all(query).await?.into_iter().map(Row::Sqlite).collect()
             }
             Self::Postgres(pool) => {
                 query.postgres().fetch_all(pool).await?.into_iter().map(Row::Postgres).collect()
@@ -172,9 +177,7 @@ impl Engine {
     /// One statement that reads at most one row.
     pub(super) async fn optional(&self, query: Query) -> Result<Option<Row>, StoreError> {
         Ok(match self {
-            Self::Sqlite { read, .. } => {
-                query.sqlite().fetch_optional(read).await?.map(Row::Sqlite)
-            }
+            Self::Sqlite { read, .. } => read.optional(query).await?.map(Row::Sqlite),
             Self::Postgres(pool) => query.postgres().fetch_optional(pool).await?.map(Row::Postgres),
         })
     }
@@ -190,8 +193,9 @@ impl Engine {
     /// Waits until every connection is closed.
     pub(super) async fn close(&self) {
         match self {
-            Self::Sqlite { write, read } => {
+            Self::Sqlite { write, read, view } => {
                 read.close().await;
+                view.close().await;
                 write.close().await;
             }
             Self::Postgres(pool) => pool.close().await,

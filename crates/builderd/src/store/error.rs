@@ -29,17 +29,44 @@ pub enum StoreError {
         /// Where it is.
         path: PathBuf,
         /// What is wrong, and what to do.
-        problem: String,
+        problem: DirectoryProblem,
+    },
+    /// A database that is elsewhere lets nobody in.
+    #[error("the database at {address} cannot be used")]
+    Unreachable {
+        /// Host and port, or socket.
+        address: String,
+        /// Why.
+        source: Box<StoreError>,
     },
     /// A migration failed.
     #[error("the database's schema could not be brought up to date")]
     Migrate(#[from] sqlx::migrate::MigrateError),
 }
 
+/// Why a data directory cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DirectoryProblem {
+    /// There is one server at a time.
+    #[error("a server uses it")]
+    InUse,
+    /// Anything else, and what to do.
+    #[error("{0}")]
+    Other(String),
+}
+
 impl StoreError {
     /// Whether the same may work a moment later.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Unavailable(_) | Self::Full(_))
+        match self {
+            Self::Unavailable(_) | Self::Full(_) => true,
+            Self::Unreachable { source, .. } => source.may_pass(),
+            Self::Corrupt(_)
+            | Self::Illegal(_)
+            | Self::Database(_)
+            | Self::DataDirectory { .. }
+            | Self::Migrate(_) => false,
+        }
     }
 
     /// Whether the row that was worked on is to blame: the others can be worked on all the same.
@@ -50,6 +77,7 @@ impl StoreError {
             Self::Unavailable(_)
             | Self::Full(_)
             | Self::DataDirectory { .. }
+            | Self::Unreachable { .. }
             | Self::Migrate(_) => false,
         }
     }
@@ -59,6 +87,7 @@ impl StoreError {
         match self {
             Self::Unavailable(error) if engine::is_read_only(error) => "database_read_only",
             Self::Unavailable(_) => "database_unavailable",
+            Self::Unreachable { source, .. } => source.class(),
             Self::Full(_) => "database_full",
             Self::Corrupt(_)
             | Self::Illegal(_)

@@ -18,6 +18,7 @@ mod error;
 mod keys;
 mod lease;
 mod open;
+mod readers;
 mod sql;
 mod system;
 mod tenant;
@@ -33,10 +34,11 @@ pub use data::{
     Heartbeat, KnownArtifact, Lease, Leases, Listed, NewBuild, NewFile, Outcome, Page,
     QuotaExceeded, Removal, Reserved, Revision, Seen, TenantLoad, TenantRow, TokenRow, Unread,
 };
-pub use error::StoreError;
+pub use error::{DirectoryProblem, StoreError};
 pub(crate) use keys::SEALED;
 pub use keys::{Destroyed, TenantKeyRow};
 pub use lease::LeaseStore;
+pub(crate) use open::check_postgres_url;
 pub(crate) use sql::Rows;
 pub use system::SystemStore;
 pub use tenant::TenantStore;

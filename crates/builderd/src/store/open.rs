@@ -1,6 +1,7 @@
 //! How a database is found, locked, opened and brought up to date.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,11 +9,15 @@ use std::time::Duration;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{AssertSqlSafe, Connection as _, PgPool, SqlSafeStr as _, SqlitePool};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, Connection as _, PgPool, SqlSafeStr as _, SqlitePool,
+};
 
 use super::changes::Announcer;
 use super::engine::Engine;
-use super::{Rows, Store, StoreError};
+use super::readers::Readers;
+use super::{DirectoryProblem, Rows, Store, StoreError};
+use crate::private;
 
 /// The database's file in the data directory.
 pub(super) const DATABASE_FILE: &str = "builderd.db";
@@ -23,7 +28,10 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a caller waits for a connection: SQLite's writers queue up for one.
 const SQLITE_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
 const POSTGRES_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-const READERS: u32 = 4;
+/// How long the reason is asked for when they have waited in vain.
+const POSTGRES_ONCE_MORE: Duration = Duration::from_secs(2);
+/// Who reads in several statements, at once.
+const VIEWERS: u32 = 4;
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
@@ -86,7 +94,9 @@ impl Store {
     /// system.
     pub async fn open_sqlite(data_dir: &Path) -> Result<Self, StoreError> {
         make_directory(data_dir)?;
-        Self::sqlite(data_dir, Some(lock(data_dir).await?)).await
+        let lock = lock(data_dir).await?;
+        shut_others_out(data_dir);
+        Self::sqlite(data_dir, Some(lock)).await
     }
 
     /// Opens the database in `data_dir`, which must be there, as [`open`](Self::open_sqlite) does.
@@ -122,7 +132,10 @@ impl Store {
     }
 
     async fn sqlite(data_dir: &Path, lock: Option<DirectoryLock>) -> Result<Self, StoreError> {
-        let options = sqlite_options(&data_dir.join(DATABASE_FILE));
+        let file = data_dir.join(DATABASE_FILE);
+        // SQLite would let others read it, and gives the files beside it the same mode.
+        private::make_file(&file).map_err(|error| directory_error(&file, error))?;
+        let options = sqlite_options(&file);
         let pool = || {
             SqlitePoolOptions::new()
                 .acquire_timeout(SQLITE_ACQUIRE_TIMEOUT)
@@ -140,11 +153,10 @@ impl Store {
         let write: SqlitePool =
             pool().max_connections(1).connect_with(options.clone().create_if_missing(true)).await?;
         migrator(Dialect::Sqlite).run(&write).await?;
-        let read = pool()
-            .max_connections(READERS)
-            .connect_with(options.read_only(true).create_if_missing(false))
-            .await?;
-        let engine = Engine::Sqlite { write, read };
+        let options = options.read_only(true).create_if_missing(false);
+        let read = Box::new(Readers::new(options.clone()));
+        let view = pool().max_connections(VIEWERS).connect_with(options).await?;
+        let engine = Engine::Sqlite { write, read, view };
         Ok(Self { rows: Arc::new(Rows::new(engine, Announcer::alone(), lock)) })
     }
 
@@ -178,6 +190,19 @@ impl Store {
     }
 }
 
+/// Whether a URL can be one of PostgreSQL; else what is wrong with it, without its password.
+///
+/// # Errors
+/// What is wrong.
+pub(crate) fn check_postgres_url(url: &str) -> Result<(), String> {
+    match url.parse::<PgConnectOptions>() {
+        Ok(_) => Ok(()),
+        // Ours to say what it is about.
+        Err(sqlx::Error::Configuration(problem)) => Err(problem.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 fn postgres_options(url: &str) -> Result<PgConnectOptions, StoreError> {
     let options: PgConnectOptions = url.parse()?;
     Ok(options
@@ -194,10 +219,34 @@ async fn postgres_pool(
     let pool = PgPoolOptions::new()
         .max_connections(max_connections.max(1))
         .acquire_timeout(POSTGRES_ACQUIRE_TIMEOUT)
-        .connect_with(options)
-        .await?;
+        .connect_with(options.clone())
+        .await;
+    let pool = match pool {
+        Ok(pool) => pool,
+        Err(error) => return Err(unreachable(&options, error).await),
+    };
     migrator(Dialect::Postgres).run(&pool).await?;
     Ok(pool)
+}
+
+/// Where nobody is let in, and why: a pool that has waited in vain does not know.
+async fn unreachable(options: &PgConnectOptions, error: sqlx::Error) -> StoreError {
+    let address = match options.get_socket() {
+        Some(socket) => socket.display().to_string(),
+        None => format!("{}:{}", options.get_host(), options.get_port()),
+    };
+    let mut why = error;
+    if matches!(why, sqlx::Error::PoolTimedOut) {
+        let asked = tokio::time::timeout(POSTGRES_ONCE_MORE, options.connect()).await;
+        why = asked.map_or_else(|_| Some(silent()), Result::err).unwrap_or(why);
+    }
+    StoreError::Unreachable { address, source: Box::new(why.into()) }
+}
+
+fn silent() -> sqlx::Error {
+    let secs = POSTGRES_ACQUIRE_TIMEOUT.as_secs();
+    let problem = format!("no answer within {secs} s");
+    sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, problem))
 }
 
 pub(super) fn sqlite_options(file: &Path) -> SqliteConnectOptions {
@@ -232,7 +281,8 @@ pub(super) fn migrator(dialect: Dialect) -> Migrator {
 }
 
 fn directory_error(path: &Path, problem: impl ToString) -> StoreError {
-    StoreError::DataDirectory { path: path.to_owned(), problem: problem.to_string() }
+    let problem = DirectoryProblem::Other(problem.to_string());
+    StoreError::DataDirectory { path: path.to_owned(), problem }
 }
 
 fn expect_database(data_dir: &Path) -> Result<(), StoreError> {
@@ -246,8 +296,29 @@ fn expect_database(data_dir: &Path) -> Result<(), StoreError> {
     }
 }
 
+/// What lies here from before may be open to every user of the machine. A file that cannot be
+/// closed, another user's, is named, and used as ever.
+fn shut_others_out(data_dir: &Path) {
+    let database = ["", "-wal", "-shm", "-journal"].map(|end| format!("{DATABASE_FILE}{end}"));
+    for name in database.iter().map(String::as_str).chain([LOCK_FILE]) {
+        let path = data_dir.join(name);
+        match private::close(&path) {
+            Ok(false) => {}
+            Ok(true) => tracing::warn!(
+                path = %path.display(),
+                "a file of the database let other users read it, and does not any more"
+            ),
+            Err(error) => tracing::warn!(
+                path = %path.display(),
+                error = %error,
+                "a file of the database may let other users read it: that cannot be changed"
+            ),
+        }
+    }
+}
+
 fn make_directory(data_dir: &Path) -> Result<(), StoreError> {
-    fs::create_dir_all(data_dir).map_err(|error| directory_error(data_dir, error))?;
+    private::make_directory(data_dir).map_err(|error| directory_error(data_dir, error))?;
     match network_file_system(data_dir)? {
         None => Ok(()),
         Some(name) => Err(directory_error(
@@ -282,15 +353,13 @@ pub(super) async fn lock(data_dir: &Path) -> Result<DirectoryLock, StoreError> {
         }
         tokio::time::sleep(LOCK_PAUSE).await;
     }
-    let problem = "a server uses it: stop that one, or use another directory \
-                   (UNKEY_BUILDERD_DATABASE_DATA_DIR)";
-    Err(directory_error(data_dir, problem))
+    Err(StoreError::DataDirectory { path: data_dir.to_owned(), problem: DirectoryProblem::InUse })
 }
 
 /// The lock of a data directory; none if somebody has it.
 pub(super) fn try_lock(data_dir: &Path) -> Result<Option<DirectoryLock>, StoreError> {
     let path: PathBuf = data_dir.join(LOCK_FILE);
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = private::file_options().open(&path);
     let file = file.map_err(|error| directory_error(&path, error))?;
     match file.try_lock() {
         Ok(()) => Ok(Some(DirectoryLock { _file: file })),
@@ -301,8 +370,6 @@ pub(super) fn try_lock(data_dir: &Path) -> Result<Option<DirectoryLock>, StoreEr
 
 #[cfg(test)]
 mod tests {
-    use sqlx::ConnectOptions as _;
-
     use super::*;
 
     /// Each of its allocations would take a lock for them (`.cargo/config.toml`).
@@ -317,7 +384,7 @@ mod tests {
     #[test]
     fn every_migration_of_the_folder_is_run() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations");
-        let mut names: Vec<String> = fs::read_dir(folder)
+        let mut names: Vec<String> = std::fs::read_dir(folder)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();

@@ -70,6 +70,16 @@ impl SystemStore<'_> {
         self.rows.artifact_is_referenced(key).await
     }
 
+    /// Keys of stored files that lost their last build, or whose removal was not ended in time;
+    /// at most `limit`, oldest first. Some may be wanted again: [`begin_removal`](Self::begin_removal)
+    /// knows.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn dropped(&self, limit: u32, now: Micros) -> Result<Vec<String>, StoreError> {
+        self.rows.dropped(limit, now).await
+    }
+
     /// Leave to remove a stored file; none if a build has it or is about to, or if somebody else
     /// removes it.
     ///

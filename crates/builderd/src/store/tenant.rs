@@ -119,6 +119,14 @@ impl TenantStore<'_> {
         self.rows.usage(self.tenant(), now).await
     }
 
+    /// The first build that was accepted then or later.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn first_since(&self, at: Micros) -> Result<Option<BuildId>, StoreError> {
+        self.rows.first_since(self.tenant(), at).await
+    }
+
     /// Figures over the builds accepted in `from..to`.
     ///
     /// # Errors

@@ -112,6 +112,9 @@ where
 
     let traces = tracing_opentelemetry::layer()
         .with_tracer(tracer.tracer("builderd"))
+        // Who is asked often would pay for it with each turn of each request.
+        .with_tracked_inactivity(false)
+        .with_threads(false)
         .with_filter(EnvFilter::new(format!("info,{NOT_TRACED}")));
     let filter = EnvFilter::new(format!("{},{QUIET}", log.level));
     let subscriber = Registry::default().with(traces);

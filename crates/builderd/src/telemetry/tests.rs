@@ -70,6 +70,12 @@ pub(crate) fn readable(high_cardinality: bool) -> Telemetry {
     prepared(&TelemetryConfig { high_cardinality, ..config(None) }).0
 }
 
+/// What takes lines of the log, and what it has taken, for tests of those who say them.
+pub(crate) fn logged() -> (Dispatch, impl Fn() -> Vec<serde_json::Value>) {
+    let (_telemetry, dispatch, log) = prepared(&config(None));
+    (dispatch, move || log.lines())
+}
+
 fn everything(metrics: &Metrics) {
     let tenant: TenantId = "tenant-123".parse().unwrap();
     metrics.build_created(&tenant, Tier::Pro);

@@ -417,6 +417,116 @@ fn a_server_that_asks_for_patience_gets_it() {
     assert_eq!(fake.asked("GetBuild").len(), 2);
 }
 
+/// What a rate limit says of a stream, which is no error to HTTP: in its head, or in its end.
+fn refused_stream(in_head: bool) -> Reply {
+    let mut last = json!({"error": {"code": "resource_exhausted", "message": "too many"}});
+    let mut headers = Vec::new();
+    match in_head {
+        true => headers.push(("retry-after", "1".to_owned())),
+        false => last["metadata"] = json!({"retry-after": ["1"]}),
+    }
+    Reply { headers, ..messages(&[message(2, &last)], false) }
+}
+
+#[test]
+fn logs_and_downloads_wait_as_long_as_the_server_asks_for() {
+    let bytes = noise(8, 50_000);
+    let (sum, artifact) = (sha256(&bytes), bytes.clone());
+    let limited = || Reply {
+        headers: vec![("retry-after", "1".into())],
+        ..refusal(429, "resource_exhausted", "rate limit exceeded")
+    };
+    let fake = Fake::new(move |asked| match (asked.method.as_str(), asked.before) {
+        ("StreamBuildLogs" | "GetBuildArtifact", 0) => limited(),
+        ("StreamBuildLogs", 1) => refused_stream(true),
+        // It is cut, and taken up too often.
+        ("StreamBuildLogs", 2) => messages(&[message(0, &line(0))], true),
+        ("StreamBuildLogs", 3) => refused_stream(false),
+        ("StreamBuildLogs", _) => messages(&[message(0, &line(1)), end()], false),
+        ("GetBuild", _) => {
+            let mut answer = build("COMPLETED");
+            answer["build"]["rootfsChecksum"] = sum.as_str().into();
+            json_reply(&answer)
+        }
+        _ => Reply { status: 200, headers: vec![], pieces: vec![artifact.clone()], is_cut: false },
+    });
+    let workshop = Workshop::new();
+    let before = Instant::now();
+    let output = fake.run(&workshop, &["builds", "logs", "-f", ID]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(stdout(&output).lines().count(), 2);
+    assert!(before.elapsed() >= Duration::from_secs(3), "three times a second");
+    let before = Instant::now();
+    let output = fake.run(&workshop, &["builds", "download", ID, "-o", "out"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(before.elapsed() >= Duration::from_secs(1));
+    assert!(workshop.read("out") == bytes);
+}
+
+#[test]
+fn a_limit_that_names_no_time_or_a_long_one_ends_logs_and_downloads() {
+    let workshop = Workshop::new();
+    for wait in ["", "3600"] {
+        let fake = Fake::new(move |asked| match asked.method.as_str() {
+            "GetBuild" => {
+                let mut answer = build("COMPLETED");
+                answer["build"]["rootfsChecksum"] = sha256(b"x").into();
+                json_reply(&answer)
+            }
+            _ => Reply {
+                headers: vec![("retry-after", wait.to_owned())],
+                ..refusal(429, "resource_exhausted", "rate limit exceeded")
+            },
+        });
+        for arguments in [&["logs", "-f", ID][..], &["download", ID, "-o", "out"]] {
+            let output = fake.run(&workshop, &[&["builds"], arguments].concat());
+            assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+            assert!(stderr(&output).contains("rate limit exceeded"));
+        }
+        assert_eq!(fake.asked("StreamBuildLogs").len() + fake.asked("GetBuildArtifact").len(), 2);
+    }
+}
+
+#[test]
+fn builds_that_took_too_long_are_listed_alone_or_with_others() {
+    let fake = Fake::new(|asked| {
+        let one = |state: &str, status: &str| {
+            let mut one = build(state)["build"].take();
+            one["status"] = format!("BUILD_STATUS_{status}").into();
+            one
+        };
+        let all =
+            [one("FAILED", "TIMEOUT"), one("FAILED", "FAILED"), one("CANCELLED", "CANCELLED")];
+        // A server that is told one status gives no other.
+        let wanted = if asked.json()["status"] == "timeout" { &all[..1] } else { &all[..] };
+        json_reply(&json!({"builds": wanted}))
+    });
+    let workshop = Workshop::new();
+    let states = |arguments: &[&str]| -> Vec<String> {
+        let output = fake.run(&workshop, &[&["builds", "list"], arguments].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let lines = stdout(&output);
+        lines.lines().skip(1).map(|line| line.split_whitespace().nth(1).unwrap().into()).collect()
+    };
+    assert_eq!(states(&["--state", "timeout"]), ["timeout"]);
+    assert_eq!(states(&["--state", "timeout", "--state", "cancelled"]), ["timeout", "cancelled"]);
+    let failed = ["--state", "timeout", "--state", "failed"];
+    assert_eq!(states(&failed), ["timeout", "failed", "cancelled"], "as the server sends them");
+    let asked: Vec<Value> = fake.asked("ListBuilds").iter().map(Asked::json).collect();
+    assert_eq!(asked[1]["stateFilter"], json!(["BUILD_STATE_FAILED", "BUILD_STATE_CANCELLED"]));
+    assert!(asked[1]["status"].is_null() && asked[2]["status"].is_null());
+}
+
+#[test]
+fn a_server_of_another_protocol_is_a_wrong_argument() {
+    let workshop = Workshop::new();
+    for server in ["ftp://x", "unix:///run/x", "http://[x", "https://a b"] {
+        let output = workshop.run(&["quotas", "--server", server]);
+        assert_eq!(output.status.code(), Some(2), "{server}: {}", stderr(&output));
+        assert!(stderr(&output).contains("--server"), "{server}: {}", stderr(&output));
+    }
+}
+
 #[test]
 fn a_list_is_read_page_by_page() {
     let fake = Fake::new(|asked| {
@@ -533,6 +643,97 @@ fn a_damaged_artifact_gets_no_name() {
     let output = fake.run(&workshop, &["builds", "download", ID, "-o", "out"]);
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(workshop.read("out") == bytes);
+}
+
+#[test]
+fn a_download_takes_the_place_of_regular_files_alone() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let bytes = noise(6, 50_000);
+    let fake = artifact_server(bytes.clone(), sha256(&bytes), &[]);
+    let workshop = Workshop::new();
+    let mode = Mode::from_raw_mode(0o600);
+    mknodat(CWD, workshop.path("fifo"), FileType::Fifo, mode, 0).unwrap();
+    std::os::unix::fs::symlink("fifo", workshop.path("link")).unwrap();
+    std::fs::create_dir(workshop.path("directory")).unwrap();
+    let mut places =
+        vec![".", "..", "fifo", "link", "directory", "directory/", "fifo/", "none/out"];
+    // A node of our own that is what /dev/null is.
+    let null = rustix::fs::makedev(1, 3);
+    match mknodat(CWD, workshop.path("null"), FileType::CharacterDevice, mode, null) {
+        Ok(()) => places.push("null"),
+        Err(error) => println!("skipped: a device, which takes root: {error}"),
+    }
+    let names = workshop.names(".");
+    for place in places {
+        let output = fake.run(&workshop, &["builds", "download", ID, "-o", place]);
+        assert_eq!(output.status.code(), Some(3), "{place}: {}", stderr(&output));
+        assert!(stderr(&output).contains("cannot be written"), "{place}: {}", stderr(&output));
+        assert_eq!(workshop.names("."), names, "{place}");
+        assert!(workshop.names("directory").is_empty(), "{place}");
+        assert!(!workshop.path(place).is_file(), "{place}");
+    }
+    // As /dev/stdout is one: a regular file, but by a link that is everybody's.
+    std::fs::write(workshop.path("input"), b"kept").unwrap();
+    std::os::unix::fs::symlink("/proc/self/fd/0", workshop.path("open")).unwrap();
+    let mut command = fake.command(&workshop, &["builds", "download", ID, "-o", "open"]);
+    let input = std::fs::File::open(workshop.path("input")).unwrap();
+    let output = command.stdin(input).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(workshop.path("open").is_symlink());
+    assert!(fake.asked("GetBuild").is_empty(), "nothing is asked for a name that cannot be");
+
+    // As `builderd build` has it: the link goes, what it names stays.
+    std::fs::write(workshop.path("kept"), b"kept").unwrap();
+    std::os::unix::fs::symlink("kept", workshop.path("out")).unwrap();
+    let output = fake.run(&workshop, &["builds", "download", ID, "-o", "out"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(workshop.read("out") == bytes && workshop.read("kept") == b"kept");
+}
+
+#[test]
+fn what_has_the_name_of_a_part_is_neither_waited_for_nor_written_through() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let bytes = noise(7, 50_000);
+    let sum = sha256(&bytes);
+    let fake = artifact_server(bytes, sum.clone(), &[]);
+    let workshop = Workshop::new();
+    let partial = workshop.path(&format!(".out.{}.part", &sum[..16]));
+    std::fs::write(workshop.path("kept"), b"kept").unwrap();
+    std::os::unix::fs::symlink("kept", &partial).unwrap();
+    let output = fake.run(&workshop, &["builds", "download", ID, "-o", "out"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert_eq!(workshop.read("kept"), b"kept");
+    std::fs::remove_file(&partial).unwrap();
+    mknodat(CWD, &partial, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    let output = fake.run(&workshop, &["builds", "download", ID, "-o", "out"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("is in the way"), "{}", stderr(&output));
+}
+
+#[test]
+fn why_an_artifact_is_gone_is_told_and_nothing_is_left_of_the_download() {
+    const WHY: &str = "the artifact was removed by the retention rules: build it again";
+    let gone = || Reply {
+        status: 404,
+        ..json_reply(&json!({"error": {"code": "NOT_FOUND", "message": WHY}}))
+    };
+    let workshop = Workshop::new();
+    // A build whose artifact has been gone for long, and one whose goes this moment.
+    for sum in ["", &sha256(b"gone")] {
+        let sum = sum.to_owned();
+        let fake = Fake::new(move |asked| {
+            if asked.method != "GetBuild" {
+                return gone();
+            }
+            let mut answer = build("COMPLETED");
+            answer["build"]["rootfsChecksum"] = sum.as_str().into();
+            json_reply(&answer)
+        });
+        let output = fake.run(&workshop, &["builds", "download", ID, "-o", "out"]);
+        assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+        assert!(stderr(&output).contains(WHY), "{}", stderr(&output));
+        assert!(workshop.names(".").is_empty(), "{:?}", workshop.names("."));
+    }
 }
 
 #[test]

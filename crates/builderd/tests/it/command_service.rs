@@ -351,3 +351,74 @@ fn a_command_that_looks_at_a_database_makes_none() {
     assert_eq!(row.find("pro"), head.find("TIER"), "columns stand below each other: {first}");
     assert!(stdout(&run(&["admin", "check"])).contains("every rule holds"));
 }
+
+#[test]
+fn a_list_of_tokens_tells_whose_they_are_and_until_when() {
+    let workshop = Workshop::new();
+    let run = |arguments: &[&str]| {
+        let mut command = workshop.command(arguments);
+        settings(&mut command, &workshop);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output)
+    };
+    run(&["token", "create", "--tenant", "acme", "--customer", "team-1", "--expires", "90d"]);
+    run(&["token", "create", "--tenant", "beta"]);
+    let all: Value = serde_json::from_str(&run(&["token", "list", "-o", "json"])).unwrap();
+    let expiry = |tenant: &str| {
+        let row = all.as_array().unwrap().iter().find(|row| row["tenant"] == tenant).unwrap();
+        row["expiresAt"].as_str().unwrap_or("never").to_owned()
+    };
+    let lines = run(&["token", "list"]);
+    let head = lines.lines().next().unwrap();
+    for (tenant, customer) in [("acme", "team-1"), ("beta", "-")] {
+        let row = lines.lines().find(|line| line.contains(tenant)).unwrap();
+        for (column, value) in [("CUSTOMER", customer), ("EXPIRES", &expiry(tenant))] {
+            let place = row.find(&format!(" {value} "));
+            assert!(place.is_some() && place == head.find(&format!(" {column} ")), "{lines}");
+        }
+    }
+}
+
+#[test]
+fn a_database_that_lets_nobody_in_is_named_with_the_cause_and_without_the_password() {
+    let workshop = Workshop::new();
+    let list = |url: &str| {
+        let mut command = workshop.command(&["token", "list"]);
+        settings(&mut command, &workshop);
+        command.env("UNKEY_BUILDERD_DATABASE_URL", url).output().unwrap()
+    };
+    let refused = list("postgres://me:canary@127.0.0.1:1/none");
+    let said = stderr(&refused);
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(said.contains("127.0.0.1:1") && said.contains("Connection refused"), "{said}");
+    assert!(!said.contains("canary") && !said.contains("pool"), "{said}");
+    let wrong = list("postgres://me:canary@127.0.0.1:99999/none");
+    let said = stderr(&wrong);
+    assert_eq!(wrong.status.code(), Some(2), "{said}");
+    assert!(said.contains("UNKEY_BUILDERD_DATABASE_URL") && said.contains("port"), "{said}");
+    assert!(!said.contains("canary"), "{said}");
+    let mut command = workshop.command(&["tenant", "set", "acme", "--tier", "pro"]);
+    settings(&mut command, &workshop);
+    assert!(command.output().unwrap().status.success());
+    let from = workshop.path("data").display().to_string();
+    let to = "postgres://me:canary@127.0.0.1:99999/none";
+    let wrong = workshop.run(&["admin", "migrate-store", "--from", &from, "--to", to]);
+    let said = stderr(&wrong);
+    assert_eq!(wrong.status.code(), Some(2), "{said}");
+    assert!(said.contains("URL") && said.contains("port") && !said.contains("canary"), "{said}");
+}
+
+#[test]
+fn a_directory_that_cannot_be_made_is_told_with_the_setting_that_names_it() {
+    let workshop = Workshop::new();
+    for name in ["DATABASE_DATA_DIR", "ROOTFS_OUTPUT_DIR", "CACHE_DIR", "WORKSPACE_DIR"] {
+        let mut command = workshop.command(&["serve", "--listen", "127.0.0.1:0", "--dev"]);
+        settings(&mut command, &workshop);
+        command.env_remove("UNKEY_BUILDERD_CACHE_DIR");
+        let output = command.env(format!("UNKEY_BUILDERD_{name}"), "/proc/x").output().unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{name}: {said}");
+        assert!(said.contains("/proc/x") && said.contains(name), "{name}: {said}");
+    }
+}

@@ -140,7 +140,8 @@ fn a_service_moves_from_sqlite_to_postgresql() {
         sqlite(&["admin", "migrate-store", "--from", &from, "--to", to])
     };
     let busy = migrate(&url);
-    assert!(stderr(&busy).contains("a server uses it"), "{}", stderr(&busy));
+    let told = stderr(&busy);
+    assert!(told.contains("a server uses it") && told.contains("hint: stop the server"), "{told}");
     node.stop();
     let copied = said(&migrate(&url));
     assert!(copied.contains("1 rows of build\n") && copied.contains("1 rows of api_token"));
@@ -194,7 +195,9 @@ fn a_lost_key_is_replaced_on_purpose_alone() {
     std::fs::write(&key, &bytes).unwrap();
     let node = Node::start(&workshop, "home", &[]).unwrap();
     let forget = || operate(&workshop, "home", &[], &["admin", "forget-key"]);
-    assert!(stderr(&forget()).contains("a server uses it"));
+    let refused = stderr(&forget());
+    assert!(refused.contains("a server uses it"), "{refused}");
+    assert!(refused.contains("stop the server") && !refused.contains("set UNKEY"), "{refused}");
     node.stop();
     std::fs::remove_file(&key).unwrap();
     Node::start(&workshop, "home", &[]).map(|_| ()).unwrap_err();

@@ -10,6 +10,7 @@ mod config;
 mod failures;
 mod fleet;
 mod layers;
+mod private;
 mod registry;
 mod service;
 mod store;

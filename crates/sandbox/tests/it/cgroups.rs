@@ -1,5 +1,7 @@
 //! Groups that the kernel holds to their limits.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -63,7 +65,7 @@ fn a_fork_storm_is_bounded_and_ends_with_its_group() {
         assert!(Instant::now() < deadline, "nothing was refused");
         std::thread::yield_now();
     }
-    let directories: Vec<_> = group.directories().map(std::path::Path::to_owned).collect();
+    let directories: Vec<_> = group.directories().map(Path::to_owned).collect();
     let started = Instant::now();
     drop(group);
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
@@ -93,12 +95,12 @@ fn what_a_dead_service_left_is_swept_and_nothing_else() {
 #[test]
 fn places_that_nobody_uses_are_cleared_and_made_again_when_they_are_needed() {
     let (Some(old), Some(new)) = (root("idle"), root("fresh")) else { return };
-    let is_there = |root: &CgroupRoot| root.places().all(std::path::Path::is_dir);
+    let is_there = |root: &CgroupRoot| root.places().all(Path::is_dir);
     assert!(!is_there(&old) && is_there(&new), "opening the second clears the first away");
     let group = old.create("late", &CgroupLimits::default()).unwrap();
-    assert!(group.directories().all(std::path::Path::is_dir));
+    assert!(group.directories().all(Path::is_dir));
     let third = root("third").unwrap();
-    assert!(group.directories().all(std::path::Path::is_dir), "one in use stays");
+    assert!(group.directories().all(Path::is_dir), "one in use stays");
     drop(group);
     for root in [old, new, third] {
         root.remove();
@@ -127,8 +129,8 @@ fn a_group_takes_no_more_of_the_cpus_than_its_limit_and_ends_at_once_all_the_sam
     group.kill();
     child.wait().unwrap();
     let limit = group.directories().find_map(|directory| {
-        let v1 = std::fs::read_to_string(directory.join("cpu.cfs_quota_us"));
-        v1.or_else(|_| std::fs::read_to_string(directory.join("cpu.max"))).ok()
+        let v1 = fs::read_to_string(directory.join("cpu.cfs_quota_us"));
+        v1.or_else(|_| fs::read_to_string(directory.join("cpu.max"))).ok()
     });
     let limit = limit.unwrap();
     assert!(limit.starts_with("-1") || limit.starts_with("max"), "{limit}");
@@ -169,7 +171,7 @@ fn weight(group: &sandbox::Cgroup) -> u64 {
     let files = ["cpu.weight", "cpu.shares"];
     let mut files = group.directories().flat_map(|place| files.map(|file| place.join(file)));
     let file = files.find(|file| file.exists()).unwrap();
-    std::fs::read_to_string(file).unwrap().trim().parse().unwrap()
+    fs::read_to_string(file).unwrap().trim().parse().unwrap()
 }
 
 #[test]
@@ -205,5 +207,74 @@ fn a_group_whose_name_was_used_before_begins_anew() {
     assert_eq!(new.usage().pids_refused, 0);
     assert!(weight(&new) < hurried, "{}", weight(&new));
     drop(new);
+    root.remove();
+}
+
+/// The group of this process where version 1 has a freezer: who is frozen there cannot be ended.
+fn freezer() -> Option<PathBuf> {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = groups.lines().find_map(|line| line.split_once(":freezer:/")).map(|(_, path)| path);
+    let place = path.map(|path| Path::new("/sys/fs/cgroup/freezer").join(path));
+    let place = place.filter(|place| place.join("cgroup.procs").exists());
+    if place.is_none() {
+        println!("skipped: this host has no freezer of version 1");
+    }
+    place
+}
+
+fn freeze(ice: &Path, child: &Child) {
+    fs::create_dir_all(ice).unwrap();
+    fs::write(ice.join("cgroup.procs"), child.id().to_string()).unwrap();
+    fs::write(ice.join("freezer.state"), "FROZEN").unwrap();
+    while fs::read_to_string(ice.join("freezer.state")).unwrap().trim() != "FROZEN" {
+        std::thread::yield_now();
+    }
+}
+
+/// Removes a directory once nobody is in it.
+fn remove(ice: &Path) {
+    let patience = Instant::now() + Duration::from_secs(20);
+    while fs::remove_dir(ice).is_err() {
+        assert!(Instant::now() < patience, "{}", ice.display());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_group_of_which_somebody_lives_on_is_not_taken_for_ended() {
+    let (Some(root), Some(freezer)) = (root("stuck"), freezer()) else { return };
+    let group = root.create("stuck", &CgroupLimits::default()).unwrap();
+    let mut child = shell("sleep 60");
+    group.add(child.id()).unwrap();
+    let ice = freezer.join(format!("builderd-test-ice-{}", std::process::id()));
+    freeze(&ice, &child);
+    let started = Instant::now();
+    let error = group.end().unwrap_err();
+    assert!(error.to_string().starts_with("cannot end the processes of the cgroup"), "{error}");
+    // Nor does the next one of the name begin among its processes.
+    let error = root.create("stuck", &CgroupLimits::default()).unwrap_err();
+    assert_eq!(error.source.kind(), std::io::ErrorKind::TimedOut);
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    fs::write(ice.join("freezer.state"), "THAWED").unwrap();
+    assert!(!child.wait().unwrap().success());
+    root.create("stuck", &CgroupLimits::default()).unwrap().end().unwrap();
+    assert!(root.sweep().is_empty());
+    remove(&ice);
+    root.remove();
+}
+
+#[test]
+fn who_was_left_frozen_by_a_runtime_is_ended_with_the_group() {
+    let (Some(root), Some(freezer)) = (root("frozen"), freezer()) else { return };
+    let group = root.create("frozen", &CgroupLimits::default()).unwrap();
+    let mut child = shell("sleep 60");
+    group.add(child.id()).unwrap();
+    // Where a runtime makes the group as well.
+    let place = freezer.join(root.places().next().unwrap().file_name().unwrap());
+    freeze(&place.join("frozen"), &child);
+    group.end().unwrap();
+    assert!(!child.wait().unwrap().success());
+    assert!(!place.join("frozen").exists());
+    remove(&place);
     root.remove();
 }

@@ -22,6 +22,10 @@ const PAGE_DEFAULT: u32 = 50;
 /// Builds on a page at most.
 const PAGE_MAX: u32 = 1000;
 const RETRIES_MAX: i32 = 10;
+/// The longest wait for another try that may be asked for.
+const DELAY_SECS_MAX: u64 = 24 * 3600;
+/// What the smallest image takes to be built: with less no process of it starts.
+const MEMORY_BYTES_MIN: u64 = 32 << 20;
 
 /// Where a config names the key.
 const KEY_FIELD: &str = "config.idempotency_key";
@@ -236,9 +240,17 @@ fn lower_limits(limits: &v1::TenantResourceLimits) -> Result<LowerLimits, Servic
     };
     let minutes = small("max_build_time_minutes", limits.max_build_time_minutes)?;
     let timeout = small("timeout_seconds", limits.timeout_seconds)?;
+    let memory_bytes = count(&field("max_memory_bytes"), limits.max_memory_bytes)?;
+    if (1..MEMORY_BYTES_MIN).contains(&memory_bytes) {
+        let problem = format!(
+            "{memory_bytes} bytes are too little for any build: at least {MEMORY_BYTES_MIN} are \
+             needed, or 0 for the tenant's own limit"
+        );
+        return Err(invalid(&field("max_memory_bytes"), problem));
+    }
     let both = [timeout, minutes.saturating_mul(60)].into_iter().filter(|secs| *secs > 0);
     Ok(LowerLimits {
-        memory_bytes: count(&field("max_memory_bytes"), limits.max_memory_bytes)?,
+        memory_bytes,
         cpu_cores: small("max_cpu_cores", limits.max_cpu_cores)?,
         disk_bytes: count(&field("max_disk_bytes"), limits.max_disk_bytes)?,
         timeout_secs: both.min().unwrap_or(0),
@@ -275,9 +287,14 @@ fn retry_policy(config: &v1::BuildConfig) -> Result<RetryPolicy, ServiceError> {
     };
     let delay = |name: &str, text: &str, default: u64| match text {
         "" => Ok(default),
-        text => parse_duration(text)
-            .map(|delay| delay.as_secs())
-            .map_err(|_| invalid(&field(name), format!("{text:?} is no duration: write \"30s\""))),
+        text => match parse_duration(text).map(|delay| delay.as_secs()) {
+            Ok(secs @ ..=DELAY_SECS_MAX) => Ok(secs),
+            Ok(_) => {
+                let hours = DELAY_SECS_MAX / 3600;
+                Err(invalid(&field(name), format!("{text:?} is too long: at most {hours}h")))
+            }
+            Err(_) => Err(invalid(&field(name), format!("{text:?} is no duration: write \"30s\""))),
+        },
     };
     let base_delay_secs = delay("base_delay", &asked.base_delay, default.base_delay_secs)?;
     let max_delay_secs = delay("max_delay", &asked.max_delay, default.max_delay_secs)?;
@@ -580,13 +597,21 @@ mod tests {
     fn limits_are_lowered_and_negative_ones_refused() {
         let limits = |limits: Value| ordered(whole(|config| config["limits"] = limits));
         let lower = limits(json!({
-            "max_memory_bytes": "1024",
+            "max_memory_bytes": MEMORY_BYTES_MIN.to_string(),
             "timeout_seconds": 600,
             "max_build_time_minutes": 5,
         }));
         let expected =
-            LowerLimits { memory_bytes: 1024, timeout_secs: 300, ..LowerLimits::default() };
+            LowerLimits { memory_bytes: 32 << 20, timeout_secs: 300, ..LowerLimits::default() };
         assert_eq!(lower.unwrap().lower, expected);
+        let few = limits(json!({"max_memory_bytes": MEMORY_BYTES_MIN - 1})).unwrap_err();
+        let few = few.to_string();
+        assert!(
+            few.contains("config.limits.max_memory_bytes") && few.contains("33554432"),
+            "{few}"
+        );
+        assert!(limits(json!({"max_memory_bytes": -1})).is_err());
+        assert_eq!(limits(json!({"max_memory_bytes": 0})).unwrap().lower.memory_bytes, 0);
         assert!(limits(json!({"max_cpu_cores": -1})).is_err());
         assert!(limits(json!({"max_disk_bytes": -1})).is_err());
     }
@@ -617,6 +642,8 @@ mod tests {
             json!({"max_retries": 11}),
             json!({"max_retries": -1}),
             json!({"base_delay": "soon"}),
+            json!({"base_delay": "2562047h"}),
+            json!({"max_delay": "24h1s"}),
             json!({"max_delay": "5 minutes"}),
             json!({"retry_on": ["INTERNAL"]}),
         ] {

@@ -83,6 +83,7 @@ pub(in super::super) fn job(
         rootfs_checksum: result.map_or_else(String::new, |result| result.sha256.clone()),
         image_metadata: result.map(|result| image_metadata(&result.metadata)).into(),
         metrics: metrics(build).into(),
+        isolation: isolation(build).into(),
         error_message: failure.map_or_else(String::new, |failure| failure.cause.clone()),
         build_logs: log,
         progress_percent: small(build.progress_percent.into()),
@@ -184,6 +185,19 @@ fn metrics(build: &Build) -> Option<v1::BuildMetrics> {
         (None, Some(usage)) => Some(cost(&usage.so_far)),
         (None, None) => None,
     }
+}
+
+/// What stood around the processes of a build; the host's own names for it are told nobody.
+fn isolation(build: &Build) -> Option<v1::BuildIsolation> {
+    let isolation = match (&build.result, &build.usage) {
+        (Some(result), _) => result.metrics.isolation.as_ref(),
+        (None, usage) => usage.as_ref().and_then(|usage| usage.so_far.isolation.as_ref()),
+    };
+    isolation.map(|isolation| v1::BuildIsolation {
+        sandbox_id: isolation.sandbox.clone(),
+        security_contexts: isolation.walls.clone(),
+        ..Default::default()
+    })
 }
 
 fn sizes(result: &BuildResult, cost: v1::BuildMetrics) -> v1::BuildMetrics {

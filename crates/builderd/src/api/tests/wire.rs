@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Server, create_body, send};
 use crate::api::Mode;
-use crate::build::record::{BuildMetrics, Failure, FailureCode, LiveUsage};
+use crate::build::record::{BuildMetrics, Failure, FailureCode, Isolation, LiveUsage};
 use crate::clock::{Clock as _, WallClock};
 use crate::store::Outcome;
 use crate::tenant::{Right, Tier};
@@ -66,6 +66,10 @@ async fn a_running_build_shows_what_it_takes_and_a_failed_one_what_it_took() {
         memory_peak_bytes: 80 << 20,
         disk_bytes: 3 << 20,
         cpu_ms: 2500,
+        isolation: Some(Isolation {
+            sandbox: "build_1-1".into(),
+            walls: vec!["cgroup".into(), "seccomp".into()],
+        }),
         ..BuildMetrics::default()
     };
     let usage = LiveUsage { memory_bytes: 64 << 20, cpu_percent: 175, disk_bytes: 2 << 20, so_far };
@@ -77,6 +81,9 @@ async fn a_running_build_shows_what_it_takes_and_a_failed_one_what_it_took() {
     assert_eq!(taken["disk_used_bytes"], 2 << 20);
     assert_eq!(taken["downloaded_bytes"], 5000);
     assert_eq!(running["resourceUsage"]["downloadedBytes"], "5000");
+    assert_eq!(begun["isolation"], json!(null));
+    assert_eq!(running["isolation"]["sandbox_id"], "build_1-1");
+    assert_eq!(running["isolation"]["security_contexts"], json!(["cgroup", "seccomp"]));
     let metrics = &running["metrics"];
     assert_eq!(
         (&metrics["pull_duration_ms"], &metrics["total_duration_ms"]),
@@ -404,5 +411,51 @@ async fn a_queued_build_is_cancelled_and_a_running_one_is_told() {
     let delete = server.rpc("DeleteBuild", &json!({ "build_id": running }));
     let refused = send(delete.header("x-tenant-id", "t")).await;
     assert_eq!(refused.json()["code"], "failed_precondition");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_would_be_missed_if_it_were_passed_over_is_refused() {
+    let server = Server::start(Mode::Development).await;
+    server.create("t").await;
+    let named = |request: reqwest::RequestBuilder| request.header("x-tenant-id", "t");
+    for name in ["x-tenant-id", "x-customer-id", "authorization"] {
+        let request = server.plain("ListBuilds").header(name, "t").header(name, "other");
+        let reply = send(request).await;
+        assert_eq!(reply.status, StatusCode::BAD_REQUEST, "{name}");
+        let message = reply.json()["error"]["message"].to_string();
+        assert!(message.contains(name) && message.contains("more than once"), "{message}");
+    }
+    for query in ["page_token=build_x", "state_filter=BUILD_STATE_FAILED"] {
+        let reply = send(named(server.plain(&format!("ListBuilds?{query}")))).await;
+        assert_eq!(reply.status, StatusCode::BAD_REQUEST, "{query}");
+    }
+    let page = send(named(server.plain("ListBuilds?page_size=1"))).await.well();
+    assert_eq!(page["builds"].as_array().unwrap().len(), 1);
+    for (method, body, word) in
+        [("GetBuild", json!({}), "build_id"), ("CancelBuild", json!({"build_id": ""}), "build_id")]
+    {
+        let reply = send(named(server.rpc(method, &body))).await;
+        assert_eq!(reply.status, StatusCode::BAD_REQUEST, "{method}");
+        assert!(reply.json()["message"].to_string().contains(word), "{}", reply.json());
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_newest_builds_of_a_stretch_of_time_are_of_that_time() {
+    let server = Server::start(Mode::Development).await;
+    server.create("t").await;
+    let recent = async |body: Value| {
+        let request = server.rpc("GetBuildStats", &body).header("x-tenant-id", "t");
+        let stats = send(request).await.well();
+        assert_eq!(stats["total_builds"], stats["recent_builds"].as_array().unwrap().len());
+        stats["total_builds"].as_u64().unwrap()
+    };
+    assert_eq!(recent(json!({})).await, 1);
+    assert_eq!(recent(json!({"start_time": "2020-01-01T00:00:00Z"})).await, 1);
+    assert_eq!(recent(json!({"end_time": "2999-01-01T00:00:00Z"})).await, 1);
+    assert_eq!(recent(json!({"start_time": "2999-01-01T00:00:00Z"})).await, 0);
+    assert_eq!(recent(json!({"end_time": "2020-01-01T00:00:00Z"})).await, 0);
     server.stop().await;
 }

@@ -9,7 +9,7 @@ use crate::build::{BuildEvent, Observer, Phase, output};
 
 /// Beyond every sum of bytes, milliseconds or inodes that a build can come to, and still to be
 /// multiplied.
-const NUMBER_MAX: u64 = 1 << 48;
+pub(in crate::build) const NUMBER_MAX: u64 = 1 << 48;
 /// The phases of an image, in their order.
 const PHASES: [Phase; 4] = [Phase::Flatten, Phase::Layout, Phase::Write, Phase::Compress];
 /// Warnings of one worker, and letters of each.

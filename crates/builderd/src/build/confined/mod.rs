@@ -12,6 +12,8 @@
 
 mod claims;
 mod inside;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 mod told;
 mod worker;
 
@@ -30,6 +32,7 @@ use super::{BuildError, BuildEvent, Compression, ImageOptions, Observer, Phase};
 use claims::{Events, Wanted};
 use worker::{Handed, Said, Worker, listen};
 
+pub(super) use claims::NUMBER_MAX;
 pub(crate) use inside::main;
 pub use told::ToldError;
 pub(super) use worker::{Program, read_only};
@@ -221,9 +224,8 @@ pub(super) fn pack_by(
     tally: &Tally,
     disk: &Disk,
 ) -> Result<PackMade, BuildError> {
-    let (layer, digest, limits) = (task.layer, task.digest, task.limits.clone());
-    let refused = |source| BuildError::Pack { layer, digest, source };
-    let mut counted = task.counted;
+    let (layer, digest) = (task.layer, task.digest);
+    let mut packing = Packing::of(&task, tally, disk);
     let task = Task::Pack(Box::new(task));
     let files: Vec<Handed<'_>> = files.iter().map(|file| Handed::ToWrite(file)).collect();
     let mut worker = Worker::start(program, task, &files, Phase::Layers)?;
@@ -231,29 +233,55 @@ pub(super) fn pack_by(
     let (heard, fed) = std::thread::scope(|scope| {
         let sandbox = &worker.sandbox;
         let feeding = scope.spawn(move || feed(chunks, stdin, sandbox));
-        let heard = listen(&mut worker.lines, sandbox, walls, |line| match line {
-            Line::Tally { blob_bytes, tar_bytes, data_bytes } => {
-                let [blob, tar, data] = grown(&mut counted, [blob_bytes, tar_bytes, data_bytes]);
-                tally.add(blob, tar, data, &limits).map_err(refused).map(|()| Said::More)
-            }
-            Line::Packed { summary, is_placed, writes, taken } => {
-                disk.learn(&writes);
-                Ok(Said::Last(PackMade { summary, is_placed, taken: taken.bounded() }))
-            }
-            Line::Failed(told) => Err(BuildError::Told(told.checked())),
-            Line::Walls(_) => Ok(Said::More),
-            Line::Event(_) | Line::Made { .. } => Ok(Said::Nonsense),
-        });
+        let heard = listen(&mut worker.lines, sandbox, walls, |line| packing.take(line));
         (heard, feeding.join())
     });
     let packed = worker.end(heard);
     match fed {
         Ok(Err((blob_bytes, source))) if packed.is_err() => {
             // That it was ended for want of its blob is no word of its own.
-            Err(refused(PackError::Blob { blob_bytes, source }))
+            let source = PackError::Blob { blob_bytes, source };
+            Err(BuildError::Pack { layer, digest, source })
         }
         Ok(_) => packed,
         Err(_) => Err(BuildError::WorkerLost { phase: Phase::Layers }),
+    }
+}
+
+/// What lines mean of a worker that packs a layer.
+struct Packing<'a> {
+    layer: usize,
+    digest: oci::Digest,
+    limits: Limits,
+    counted: [u64; 3],
+    tally: &'a Tally,
+    disk: &'a Disk,
+}
+
+impl<'a> Packing<'a> {
+    fn of(task: &PackTask, tally: &'a Tally, disk: &'a Disk) -> Self {
+        let (layer, digest, limits) = (task.layer, task.digest, task.limits.clone());
+        Self { layer, digest, limits, counted: task.counted, tally, disk }
+    }
+
+    fn take(&mut self, line: Line) -> Result<Said<PackMade>, BuildError> {
+        match line {
+            Line::Tally { blob_bytes, tar_bytes, data_bytes } => {
+                let now = [blob_bytes, tar_bytes, data_bytes];
+                let [blob, tar, data] = grown(&mut self.counted, now);
+                let (layer, digest) = (self.layer, self.digest);
+                let refused = |source| BuildError::Pack { layer, digest, source };
+                let added = self.tally.add(blob, tar, data, &self.limits);
+                added.map_err(refused).map(|()| Said::More)
+            }
+            Line::Packed { summary, is_placed, writes, taken } => {
+                self.disk.learn(&writes);
+                Ok(Said::Last(PackMade { summary, is_placed, taken: taken.bounded() }))
+            }
+            Line::Failed(told) => Err(BuildError::Told(told.checked())),
+            Line::Walls(_) => Ok(Said::More),
+            Line::Event(_) | Line::Made { .. } => Ok(Said::Nonsense),
+        }
     }
 }
 
@@ -332,16 +360,8 @@ fn image_by(
     let mut events = Events::new(observer);
     let mut worker = Worker::start(program, task, &handed, events.phase())?;
     drop(worker.stdin.take());
-    let heard = listen(&mut worker.lines, &worker.sandbox, walls, |line| match line {
-        Line::Event(event) => match events.pass_on(event) {
-            true => Ok(Said::More),
-            false => Ok(Said::Nonsense),
-        },
-        Line::Made { made, taken } => Ok(Said::Last((*made, taken.bounded()))),
-        Line::Failed(told) => Err(BuildError::Told(told.checked())),
-        Line::Walls(_) => Ok(Said::More),
-        Line::Tally { .. } | Line::Packed { .. } => Ok(Said::Nonsense),
-    });
+    let heard =
+        listen(&mut worker.lines, &worker.sandbox, walls, |line| image_line(&mut events, line));
     let phase = events.phase();
     worker.phase = phase;
     let (made, taken) = worker.end(heard)?;
@@ -359,6 +379,20 @@ fn image_by(
         })?;
     }
     Ok((made, taken))
+}
+
+/// What a line means of a worker that makes an image.
+fn image_line(events: &mut Events<'_>, line: Line) -> Result<Said<(ImageMade, Taken)>, BuildError> {
+    match line {
+        Line::Event(event) => match events.pass_on(event) {
+            true => Ok(Said::More),
+            false => Ok(Said::Nonsense),
+        },
+        Line::Made { made, taken } => Ok(Said::Last((*made, taken.bounded()))),
+        Line::Failed(told) => Err(BuildError::Told(told.checked())),
+        Line::Walls(_) => Ok(Said::More),
+        Line::Tally { .. } | Line::Packed { .. } => Ok(Said::Nonsense),
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
+use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -230,7 +230,7 @@ pub(super) fn listen<T>(
     walls: &[Wall],
     take: impl FnMut(Line) -> Result<Said<T>, BuildError>,
 ) -> Result<Heard<T>, BuildError> {
-    let heard = hear(lines, sandbox, walls, take);
+    let heard = hear(lines, sandbox.walls(), walls, take);
     if matches!(heard, Ok(Heard::Ended)) {
         if sandbox.ends_within(END_MAX) {
             return heard;
@@ -242,9 +242,11 @@ pub(super) fn listen<T>(
     heard
 }
 
-fn hear<T>(
-    lines: &mut BufReader<PipeReader>,
-    sandbox: &Sandbox,
+/// Takes the lines of a worker behind the walls that were `given` to it, which must come to all of
+/// `walls`.
+pub(super) fn hear<T>(
+    lines: &mut impl BufRead,
+    given: &[Wall],
     walls: &[Wall],
     mut take: impl FnMut(Line) -> Result<Said<T>, BuildError>,
 ) -> Result<Heard<T>, BuildError> {
@@ -253,14 +255,14 @@ fn hear<T>(
     let mut line = Vec::new();
     for _ in 0..LINES_MAX {
         line.clear();
-        let count = lines.take(LINE_BYTES_MAX).read_until(b'\n', &mut line).unwrap_or(0);
+        let count = lines.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line).unwrap_or(0);
         // Who is ended in the middle of a line has ended.
         if line.last() != Some(&b'\n') && (count as u64) < LINE_BYTES_MAX {
             return Ok(Heard::Ended);
         }
         let Ok(line) = serde_json::from_slice(&line) else { return Ok(Heard::Stopped(NONSENSE)) };
         if let Line::Walls(stand) = &line {
-            let stands = |wall: &Wall| stand.contains(wall) || sandbox.walls().contains(wall);
+            let stands = |wall: &Wall| stand.contains(wall) || given.contains(wall);
             let missing: Vec<Wall> = walls.iter().copied().filter(|wall| !stands(wall)).collect();
             if !missing.is_empty() {
                 return Err(BuildError::Walls { missing });

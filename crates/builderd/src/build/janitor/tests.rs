@@ -296,3 +296,49 @@ async fn a_file_that_cannot_be_removed_keeps_nothing_else_from_being_cleared_awa
     }
     assert!(Path::new(&files.path("public/directory")).is_dir());
 }
+
+#[tokio::test]
+async fn what_was_deleted_is_removed_without_a_sweep() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(WallClock.now()));
+    let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
+    let build = queue_build(&store, "app", clock.now()).await;
+    let claimed = store.system().claim("worker", 3600, clock.now()).await.unwrap().unwrap();
+    let staged = files.staging().join("made");
+    std::fs::write(&staged, CONTENT).unwrap();
+    let worker = Worker {
+        store: store.clone(),
+        clock: Arc::clone(&clock),
+        files: Arc::clone(&files),
+        claimed,
+        staged,
+    };
+    assert_eq!(worker.publish().await, ControlFlow::Break(()));
+    let is_stuck = Arc::new(Mutex::new(true));
+    let on_remove: OnRemove = {
+        let is_stuck = Arc::clone(&is_stuck);
+        Box::new(move |_| {
+            let result =
+                if *is_stuck.lock().unwrap() { Err(io::ErrorKind::TimedOut) } else { Ok(()) };
+            Box::pin(async move { Ok(result?) })
+        })
+    };
+    let remover = Remover {
+        store: store.clone(),
+        artifacts: Arc::new(Watched { files: Arc::clone(&files), on_remove }),
+        clock: Arc::clone(&clock),
+    };
+    remover.remove_dropped().await.unwrap();
+    assert!(files.open(KEY).await.unwrap().is_some(), "a build has it");
+
+    assert_eq!(store.system().expire(clock.now().plus_secs(1)).await.unwrap(), 1, "{}", build.id);
+    assert_eq!(remover.remove_dropped().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    *is_stuck.lock().unwrap() = false;
+    remover.remove_dropped().await.unwrap();
+    assert!(files.open(KEY).await.unwrap().is_some(), "the removal that was begun is not over");
+    let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(clock.now().plus_secs(3600)));
+    let remover = Remover { clock, ..remover };
+    remover.remove_dropped().await.unwrap();
+    assert!(files.open(KEY).await.unwrap().is_none());
+}

@@ -64,3 +64,65 @@ async fn lines_that_were_said_while_the_database_hung_are_written_once() {
     journal.flush().await;
     assert_eq!(messages(&store, &claimed.build).await.len(), 3);
 }
+
+#[tokio::test]
+async fn who_says_more_lines_than_may_wait_is_held_back_and_loses_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, claimed) = claimed(&directory).await;
+    let journal = Journal::new(&store, &claimed.lease, &WallClock);
+    let said: Vec<String> =
+        (0..2 * LINES_WAITING_MAX).map(|number| format!("line {number}")).collect();
+    for line in &said {
+        journal.say("info", "commands", line.clone());
+        journal.room().await;
+    }
+    journal.flush().await;
+    assert_eq!(messages(&store, &claimed.build).await, said);
+    // Few lines that are long fill the memory as well.
+    for _ in 0..3 {
+        journal.say("info", "commands", "x".repeat(BYTES_HELD));
+        journal.room().await;
+        assert_eq!(lock(&journal.book).bytes, 0);
+    }
+}
+
+#[tokio::test]
+async fn what_is_left_out_is_counted_and_is_no_warning_and_no_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, claimed) = claimed(&directory).await;
+    let journal = Journal::new(&store, &claimed.lease, &WallClock);
+    for number in 0..LINES_WAITING_MAX + 900 {
+        journal.say("info", "commands", format!("line {number}"));
+    }
+    journal.say("warn", "builder", "a mark".into());
+    journal.say("error", "builder", "it failed".into());
+    journal.flush().await;
+    let kept = messages(&store, &claimed.build).await;
+    let end = ["a mark", "it failed", "900 lines were left out: the log came too fast"];
+    assert_eq!(kept.len(), LINES_WAITING_MAX + end.len());
+    assert_eq!(kept[LINES_WAITING_MAX..], end);
+}
+
+#[tokio::test]
+async fn a_store_that_takes_nothing_is_waited_for_only_so_long() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, claimed) = claimed(&directory).await;
+    let journal = Journal::new(&store, &claimed.lease, &WallClock);
+    let hung = hang(&store).await;
+    for number in 0..LINES_HELD {
+        journal.say("info", "commands", format!("line {number}"));
+    }
+    tokio::time::pause();
+    let since = Instant::now();
+    journal.room().await;
+    let waited = since.elapsed();
+    assert!((HELD_MAX..HELD_MAX + Duration::from_secs(1)).contains(&waited), "{waited:?}");
+    journal.say("info", "commands", "one more".into());
+    journal.room().await;
+    assert!(since.elapsed() < HELD_MAX + Duration::from_secs(2), "each line waits anew");
+    tokio::time::resume();
+    drop(hung);
+    journal.flush().await;
+    assert_eq!(messages(&store, &claimed.build).await.len(), LINES_HELD + 1);
+    assert_eq!(lock(&journal.book).held_since, None, "it is waited for again");
+}

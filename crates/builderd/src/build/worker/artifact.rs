@@ -9,9 +9,11 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
 use super::running::{Running, millis};
+use super::sum::Summed;
 use super::{HEARTBEAT, MADE, internal, is_own_file, sum};
 use crate::artifact::sealed_name;
 use crate::build::child::ChildReport;
+use crate::build::progress::STORING;
 use crate::build::record::{BuildMetrics, BuildResult, Failure, FailureCode};
 use crate::build::state::BuildState;
 use crate::build::{DEFAULT_FREE_SPACE_BYTES, ENGINE, Phase, hex};
@@ -151,6 +153,12 @@ impl Running<'_> {
         }
     }
 
+    /// Says how long something took that is no phase of the build's process.
+    fn took(&self, what: &str, since: Instant) {
+        let secs = since.elapsed().as_secs_f64();
+        self.journal.say("debug", "packager", format!("{what} took {secs:.3} s"));
+    }
+
     pub(super) async fn publish(
         &self,
         name: &ArtifactName,
@@ -159,17 +167,20 @@ impl Running<'_> {
         pull_ms: u64,
         started: Instant,
     ) -> Result<BuildResult, Failure> {
-        self.journal.enter(BuildState::Packaging, 98, "Storing the artifact").await;
+        self.journal.enter(BuildState::Packaging, 98, STORING).await;
         self.meter.publishing();
         let usage = self.meter.sample().await;
         let request = &self.build().request;
         let staged = self.staging().join(MADE);
         must_be_a_file(&staged, report.artifact_bytes).await?;
         // All processes of the build have ended: nobody writes to it any more.
-        let sha256 = self.sum(report.artifact_bytes).await.map_err(unread)?;
+        let since = Instant::now();
+        let Summed { sha256, cpu_ms } = self.sum(report.artifact_bytes).await.map_err(unread)?;
+        self.took("the artifact's sum", since);
         let artifact_key = self.artifact_key(name, &sha256).await?;
         let (key, size_bytes) = (artifact_key.as_str(), report.artifact_bytes);
         self.reserve(&NewFile { key, size_bytes, sha256: &sha256 }).await?;
+        let since = Instant::now();
         self.workers.artifacts.publish(&staged, &artifact_key).await.map_err(|error| {
             let full = error.kind() == io::ErrorKind::StorageFull;
             Failure {
@@ -183,6 +194,7 @@ impl Running<'_> {
                 remedy: "try again later".into(),
             }
         })?;
+        self.took("storing the artifact", since);
         let secs = |wanted: &[Phase]| {
             let all = report.phase_secs.iter().filter(|(phase, _)| wanted.contains(phase));
             rounded_ms(all.map(|(_, secs)| secs).sum())
@@ -200,7 +212,8 @@ impl Running<'_> {
             fetched_bytes: report.fetched_bytes,
             memory_peak_bytes: report.memory_peak_bytes,
             disk_bytes: usage.so_far.disk_bytes,
-            cpu_ms: report.cpu_ms,
+            cpu_ms: report.cpu_ms.saturating_add(cpu_ms),
+            isolation: usage.so_far.isolation,
         };
         Ok(BuildResult {
             artifact_key,

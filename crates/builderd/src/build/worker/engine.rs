@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use oci::Image;
@@ -11,8 +12,9 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use super::claims::Claims;
 use super::running::Running;
-use super::sum::{SumOrder, is_sum};
+use super::sum::{SumOrder, Summed};
 use super::{MADE, internal, try_name};
 use crate::build::child::{
     ChildLine, ChildReport, ChildSpec, LINE_BYTES_MAX, PackSpec, RegistrySpec,
@@ -30,6 +32,32 @@ use crate::telemetry::Steps;
 const COMMAND_PIDS_MAX: u32 = 512;
 /// How often it is looked at who has taken how much of the CPUs.
 const CPU_BEAT: Duration = Duration::from_millis(250);
+
+/// Ends the processes of a group, where there is one.
+async fn end(group: Option<Group>) -> io::Result<()> {
+    match group {
+        Some(group) => group.end().await,
+        None => Ok(()),
+    }
+}
+
+/// The most memory of a build's processes, by two counts that are both too high, if anything: that of
+/// the processes one by one, to which what they share belongs more than once, and that of their group,
+/// to which what they have read and written belongs as well.
+pub(super) fn memory_peak_bytes(one_by_one: u64, of_group: Option<u64>) -> u64 {
+    of_group.filter(|bytes| *bytes > 0).map_or(one_by_one, |bytes| bytes.min(one_by_one))
+}
+
+fn still_there(error: io::Error) -> Failure {
+    tracing::error!(error = chain(&error), "what the build has made may still be written to");
+    Failure {
+        code: FailureCode::TemporaryResourceError,
+        step: Phase::Publish.as_str().into(),
+        cause: "the build's processes could not be ended in time".into(),
+        blame: "ours".into(),
+        remedy: "try again later".into(),
+    }
+}
 
 impl Running<'_> {
     fn child_spec(
@@ -135,7 +163,7 @@ impl Running<'_> {
             remedy: "try again later".into(),
         };
         tokio::fs::create_dir_all(self.staging()).await.map_err(failed)?;
-        let group = self.group().map_err(failed)?;
+        let group = self.group().await.map_err(failed)?;
         let text = serde_json::to_vec(&spec).map_err(|error| failed(error.into()))?;
         let child = self.spawn("build-child", &text, group.as_ref());
         let mut child = child.await.map_err(failed)?;
@@ -164,14 +192,16 @@ impl Running<'_> {
             tracing::warn!(complaint, "the build's process complained");
         }
         let usage = group.as_ref().map(Group::usage).unwrap_or_default();
-        if let Some(group) = group {
-            // What it has made is looked at next: nobody may change it then.
-            group.end().await;
-        }
+        let ended = end(group).await;
         match last {
             Some(ChildLine::Done(mut report)) => {
-                // The kernel counts all processes together.
-                report.memory_peak_bytes = report.memory_peak_bytes.max(usage.memory_peak_bytes);
+                // What it has made is looked at next: nobody may change it then.
+                ended.map_err(still_there)?;
+                let told = report.memory_peak_bytes.max(self.meter.memory_peak_bytes());
+                // The commands of a build have groups of their own.
+                let is_alone = self.build().request.commands.is_empty();
+                let counted = Some(usage.memory_peak_bytes).filter(|_| is_alone);
+                report.memory_peak_bytes = memory_peak_bytes(told, counted);
                 Ok(*report)
             }
             Some(ChildLine::Failed(failure)) => {
@@ -179,7 +209,7 @@ impl Running<'_> {
             }
             Some(ChildLine::Event(_)) | None => {
                 let limits = &self.build().limits;
-                let failure = error::died(status, limits.disk_bytes, self.journal.step());
+                let failure = error::died(status, limits, self.journal.step(), &complaint);
                 Err(error::explained(failure, &usage, limits.memory_bytes))
             }
         }
@@ -230,32 +260,35 @@ impl Running<'_> {
     }
 
     /// The group of this try's processes. The next try has another: this one may still be ending.
-    fn group(&self) -> io::Result<Option<Group>> {
-        let (name, limits) = (try_name(&self.claimed.lease), &self.build().limits);
-        let host = &self.workers.rules.host;
-        let group = host.group(&name, limits.memory_bytes, self.cpu_millis());
+    async fn group(&self) -> io::Result<Option<Group>> {
+        let (name, memory_bytes) =
+            (try_name(&self.claimed.lease), self.build().limits.memory_bytes);
+        let (host, cpu_millis) = (Arc::clone(&self.workers.rules.host), self.cpu_millis());
+        // One of that name that is there still is ended first, which may take its time.
+        let group = move || host.group(&name, memory_bytes, cpu_millis);
+        let group = tokio::task::spawn_blocking(group).await.map_err(io::Error::other)?;
         group.map_err(io::Error::other)
     }
 
-    /// SHA-256, in hex, of so many bytes of what the build has made. Its processes have ended; this
-    /// one is held to its limits, and its part of the CPUs, as they were.
-    pub(super) async fn sum(&self, size_bytes: u64) -> io::Result<String> {
-        let group = self.group()?;
+    /// The sum of so many bytes of what the build has made. Its processes have ended; this one is
+    /// held to its limits, and its part of the CPUs, as they were.
+    pub(super) async fn sum(&self, size_bytes: u64) -> io::Result<Summed> {
+        let group = self.group().await?;
         let order = serde_json::to_vec(&SumOrder { file: MADE.into(), size_bytes })?;
         let child = self.spawn("build-sum", &order, group.as_ref()).await?;
         let output = tokio::select! {
             output = child.wait_with_output() => output?,
             never = self.share_cpus(group.as_ref()) => match never {},
         };
-        if let Some(group) = group {
-            group.end().await;
+        if let Err(error) = end(group).await {
+            // It only reads.
+            tracing::warn!(%error, "the process that computed a sum is still there");
         }
-        let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        let sum = said(&output.stdout);
-        match output.status.success() && is_sum(&sum) {
-            true => Ok(sum),
-            false => Err(io::Error::other(format!("{}: {}", output.status, said(&output.stderr)))),
-        }
+        let summed = Summed::said(&output.stdout).filter(|_| output.status.success());
+        summed.ok_or_else(|| {
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            io::Error::other(format!("{}: {}", output.status, complaint.trim()))
+        })
     }
 
     /// Starts this program once more as `role`, in the build's own directory. The process is in its
@@ -284,6 +317,7 @@ impl Running<'_> {
     /// Takes the child's lines; returns the last word.
     async fn listen(&self, stdout: ChildStdout, image: &Image) -> Option<ChildLine> {
         let (mut progress, mut steps) = (Progress::new(image), Steps::default());
+        let mut claims = Claims::new();
         let mut lines = BufReader::new(stdout);
         loop {
             let mut line = Vec::new();
@@ -292,8 +326,9 @@ impl Running<'_> {
             if count == 0 {
                 return None;
             }
-            match serde_json::from_slice(&line) {
-                Ok(ChildLine::Event(event)) => {
+            match claims.read(&line) {
+                Ok(None) => {}
+                Ok(Some(ChildLine::Event(event))) => {
                     self.meter.apply(&event);
                     steps.apply(&event);
                     if matches!(event, BuildEvent::PhaseStarted { phase: Phase::Publish }) {
@@ -301,10 +336,12 @@ impl Running<'_> {
                         self.meter.sample().await;
                     }
                     progress.apply(&event, &self.journal).await;
+                    // Until then the pipe holds the build back.
+                    self.journal.room().await;
                 }
-                Ok(last) => return Some(last),
-                Err(error) => {
-                    tracing::error!(%error, "the build's process does not make sense");
+                Ok(last) => return last,
+                Err(problem) => {
+                    tracing::error!(problem, "the build's process does not make sense");
                     return None;
                 }
             }

@@ -16,11 +16,13 @@ use tracing::Instrument as _;
 
 use super::artifact::set_name;
 use super::{HEARTBEAT, LEASE_SECS, SILENCE_MAX, Workers, internal, try_name};
+use crate::build::Blame;
 use crate::build::admission::Needs;
 use crate::build::journal::Journal;
 use crate::build::kept::OwnPacks;
 use crate::build::meter::Meter;
-use crate::build::record::{Build, BuildMetrics, BuildResult, Failure, FailureCode};
+use crate::build::progress::{RESOLVING, TAKING};
+use crate::build::record::{Build, BuildMetrics, BuildResult, Failure, FailureCode, Isolation};
 use crate::build::state::BuildState;
 use crate::store::{ArtifactName, Claimed, Heartbeat, StoreError};
 use crate::telemetry;
@@ -28,10 +30,18 @@ use crate::telemetry;
 /// How long the last lines of a log may take.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
 
+/// A build waits this part of its time for another one of the same image, and no longer: that may be a
+/// stranger's, made to be slow.
+const TURN_PART: u32 = 10;
+
+/// A registry that has sent nothing for so long, of what it was asked for, is what used up the time;
+/// in a build of a short time, half of it.
+const SILENCE_OF_UPSTREAM: Duration = Duration::from_secs(10);
+
 /// How a try ends.
 pub(super) enum End {
     /// Who waits for the turn finds the artifact only when this end is written.
-    Made(ArtifactName, Box<BuildResult>, OwnedSemaphorePermit),
+    Made(ArtifactName, Box<BuildResult>, Option<OwnedSemaphorePermit>),
     Failed(Failure),
     Cancelled,
     TimedOut(Failure),
@@ -151,14 +161,30 @@ impl<'a> Running<'a> {
         lease.heartbeat(LEASE_SECS, Some(&usage), self.workers.clock.now()).await
     }
 
-    fn too_late(&self) -> Failure {
+    pub(super) fn too_late(&self) -> Failure {
         let secs = self.build().limits.build_secs();
+        let cause = format!("the build took longer than {secs} seconds");
+        let (cause, blame, remedy) = match self.meter.upstream_silence() {
+            Some(silence) if silence >= SILENCE_OF_UPSTREAM.min(Duration::from_secs(secs) / 2) => (
+                format!(
+                    "{cause}, and nothing came from the registry in the last {} \
+                     seconds",
+                    silence.as_secs()
+                ),
+                Blame::Upstream,
+                "try again later; if that fails in the same way, ask whoever runs the registry, or \
+                 take the image from another one",
+            ),
+            _ => {
+                (cause, Blame::Yours, "use a smaller image, or a tier whose builds may take longer")
+            }
+        };
         Failure {
             code: FailureCode::BuildTimeout,
             step: self.journal.step(),
-            cause: format!("the build took longer than {secs} seconds"),
-            blame: "yours".into(),
-            remedy: "use a smaller image, or a tier whose builds may take longer".into(),
+            cause,
+            blame: blame.as_str().to_owned(),
+            remedy: remedy.to_owned(),
         }
     }
 
@@ -204,7 +230,8 @@ impl<'a> Running<'a> {
                 tracing::warn!(%error, "a directory of the build could not be removed");
             }
         }
-        commands::clear_leftovers();
+        // What is not cleared away now is at the next sweep.
+        let _ = tokio::task::spawn_blocking(commands::clear_leftovers).await;
     }
 
     /// Opens the encrypted packs of the image's layers that there are.
@@ -246,10 +273,10 @@ impl<'a> Running<'a> {
     async fn try_to_make(
         &self,
         started: Instant,
-    ) -> Result<(ArtifactName, BuildResult, OwnedSemaphorePermit), Failure> {
+    ) -> Result<(ArtifactName, BuildResult, Option<OwnedSemaphorePermit>), Failure> {
         let request = &self.build().request;
         self.journal.say("info", "puller", format!("resolving {}", request.image));
-        self.journal.enter(BuildState::Preparing, 1, "Resolving the image").await;
+        self.journal.enter(BuildState::Preparing, 1, RESOLVING).await;
         let registry = self.registry()?;
         let resolve = self.resolve(registry).instrument(telemetry::step_span("resolve"));
         let (image, registry) = resolve.await?;
@@ -259,7 +286,7 @@ impl<'a> Running<'a> {
         let name = self.artifact_name(&image);
         let turn = self.turn(&name).await?;
         if let Some(mut result) = self.known(&name).await {
-            self.journal.enter(BuildState::Packaging, 99, "Taking the artifact that exists").await;
+            self.journal.enter(BuildState::Packaging, 99, TAKING).await;
             self.journal.say("info", "packager", "the same image was built before".into());
             set_name(&mut result.metadata, &request.image);
             result.from_cache = true;
@@ -279,6 +306,10 @@ impl<'a> Running<'a> {
             self.journal.say("info", "queue", line.into());
         };
         let _share = self.workers.admission.admit(needs, waiting).await?;
+        self.meter.shut_in(Isolation {
+            sandbox: try_name(&self.claimed.lease),
+            walls: self.workers.rules.host.stand().iter().map(ToString::to_string).collect(),
+        });
         let running = telemetry::step_span("run");
         let own = self.restore_packs(&image).await;
         let run = self.run_child(&image, registry, own.as_ref());
@@ -291,14 +322,26 @@ impl<'a> Running<'a> {
         Ok((name, result, turn))
     }
 
-    /// Waits until nobody else makes the artifact on this node.
-    async fn turn(&self, name: &ArtifactName) -> Result<OwnedSemaphorePermit, Failure> {
+    /// Waits until nobody else makes the artifact on this node; none if that takes too long, and
+    /// then both make it.
+    pub(super) async fn turn(
+        &self,
+        name: &ArtifactName,
+    ) -> Result<Option<OwnedSemaphorePermit>, Failure> {
         let flight = self.workers.flight(name);
         if let Ok(turn) = Arc::clone(&flight).try_acquire_owned() {
-            return Ok(turn);
+            return Ok(Some(turn));
         }
         self.journal.say("info", "queue", "waiting for another build of the same image".into());
-        flight.acquire_owned().await.map_err(|_| internal("the service is stopping"))
+        let patience = Duration::from_secs(self.build().limits.build_secs()) / TURN_PART;
+        match tokio::time::timeout(patience, flight.acquire_owned()).await {
+            Ok(turn) => turn.map(Some).map_err(|_| internal("the service is stopping")),
+            Err(_) => {
+                let line = "the other build takes long: it is not waited for any more";
+                self.journal.say("info", "queue", line.into());
+                Ok(None)
+            }
+        }
     }
 }
 

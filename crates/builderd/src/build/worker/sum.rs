@@ -11,6 +11,7 @@ use rustix::fs::SeekFrom;
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
+use crate::build::child::cpu_ms;
 use crate::build::disk::{AlignedBuffer, Disk, Liking};
 use crate::build::output::ImageSum;
 
@@ -18,17 +19,32 @@ const PIECE_BYTES: usize = 2 << 20;
 /// Read while others are hashed.
 const PIECES: usize = 3;
 
-/// What such a process is told on its standard input. Its answer is the sum, in hex, on a line.
+/// What such a process is told on its standard input.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SumOrder {
     pub(super) file: PathBuf,
     pub(super) size_bytes: u64,
 }
 
-/// Whether it is a SHA-256 in hex.
-pub(super) fn is_sum(text: &str) -> bool {
-    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    text.len() == 64 && text.bytes().all(is_digit)
+/// Its answer: a line of two words.
+#[derive(Debug)]
+pub(super) struct Summed {
+    /// In hex.
+    pub(super) sha256: String,
+    /// The CPU time that it took, in milliseconds.
+    pub(super) cpu_ms: u64,
+}
+
+impl Summed {
+    /// What a process said that has computed a sum; none if it has not.
+    pub(super) fn said(output: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(output).ok()?;
+        let (sha256, cpu_ms) = text.strip_suffix('\n')?.split_once(' ')?;
+        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        let is_sum = sha256.len() == 64 && sha256.bytes().all(is_digit);
+        let cpu_ms = cpu_ms.parse().ok()?;
+        is_sum.then(|| Self { sha256: sha256.to_owned(), cpu_ms })
+    }
 }
 
 /// `builderd build-sum`.
@@ -39,7 +55,8 @@ pub(crate) fn main() -> io::Result<()> {
     // Whoever started us may be killed at any moment; then nobody would want the result.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     let order: SumOrder = serde_json::from_reader(io::stdin().lock())?;
-    writeln!(io::stdout().lock(), "{}", of_file(&order.file, order.size_bytes)?)
+    let sum = of_file(&order.file, order.size_bytes)?;
+    writeln!(io::stdout().lock(), "{sum} {}", cpu_ms())
 }
 
 /// SHA-256 of the first `size_bytes` of the file at `path`, in hex.

@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use oci::Platform;
 use oci::testing::TestRegistry;
+use tracing::instrument::WithSubscriber as _;
 
 use super::*;
 use crate::artifact::LocalArtifacts;
 use crate::clock::WallClock;
 use crate::store::ArtifactDomain;
-use crate::store::tests::{hang, queue_build, result, stored};
+use crate::store::tests::{hang, messages, queue_build, result, stored};
 
 /// Workers on `store` that run `program` for each build, and reach the registry at `host` without
 /// TLS.
@@ -142,6 +143,27 @@ impl Clock for Mischief {
     }
 }
 
+#[tokio::test]
+async fn another_build_of_the_same_image_is_not_waited_for_to_the_end_of_ones_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let mut workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/false", "");
+    workers.rules.cache_enabled = true;
+    queue_build(&store, "app", WallClock.now()).await;
+    let mut claimed = workers.claim().await.expect("a build waits");
+    claimed.build.limits.timeout_secs = 10;
+    let (_hurry, give_up) = watch::channel(false);
+    let running = Running::new(&workers, &claimed, give_up);
+    let name = ArtifactName { domain: ArtifactDomain::Public, recipe: "the same".into() };
+    let others = workers.flight(&name).try_acquire_owned().unwrap();
+    let begun = std::time::Instant::now();
+    assert!(running.turn(&name).await.unwrap().is_none());
+    let waited = begun.elapsed();
+    assert!(waited >= Duration::from_secs(1) && waited < Duration::from_secs(5), "{waited:?}");
+    let (turn, ()) = tokio::join!(running.turn(&name), async { drop(others) });
+    assert!(turn.unwrap().is_some(), "who ends in time is waited for");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_that_comes_while_the_queue_is_looked_at_does_not_wait_for_the_next_look() {
     let directory = tempfile::tempdir().unwrap();
@@ -231,21 +253,33 @@ async fn a_database_that_hangs_stops_the_child_within_the_limit() {
 /// What comes of a build whose process does this and says that it has made five bytes with that
 /// sum, and under which names something is stored then.
 async fn made_by(script: &str, sha256: &str) -> (End, Vec<String>) {
-    let sum = "cat > /dev/null; set -- $(sha256sum rootfs.ext4); echo $1";
+    let sum = "cat > /dev/null; set -- $(sha256sum rootfs.ext4); echo $1 7";
     made_and_summed_by(script, sum, sha256).await
 }
 
 /// The same where the sum is computed by that, in the build's group if there are groups.
 async fn made_and_summed_by(script: &str, sum: &str, sha256: &str) -> (End, Vec<String>) {
     let directory = tempfile::tempdir_in(".").unwrap();
-    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let (_hurry, give_up) = watch::channel(false);
+    made_in(directory.path(), script, sum, sha256, give_up).await
+}
+
+/// The same in that directory, until it is to be given up.
+async fn made_in(
+    directory: &Path,
+    script: &str,
+    sum: &str,
+    sha256: &str,
+    give_up: watch::Receiver<bool>,
+) -> (End, Vec<String>) {
+    let store = Store::open_sqlite(directory).await.unwrap();
     let registry = TestRegistry::start().unwrap();
     let here = Platform::of_this_machine();
     registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
     let host = registry.host();
     queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
-    let mut workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
-    workers.rules.host = Arc::new(Host::open(directory.path()));
+    let mut workers = workers(&store, directory, Arc::new(WallClock), "/bin/sh", &host);
+    workers.rules.host = Arc::new(Host::open(directory));
     let claimed = workers.claim().await.expect("a build waits");
     let staging = workers.staging(&claimed.lease);
     std::fs::create_dir_all(&staging).unwrap();
@@ -259,15 +293,14 @@ async fn made_and_summed_by(script: &str, sum: &str, sha256: &str) -> (End, Vec<
         "layers_cached": 0,
         "phase_secs": [],
         "memory_peak_bytes": 0,
-        "cpu_ms": 0,
+        "cpu_ms": 5,
     }});
-    std::fs::write(directory.path().join("secret"), "12345").unwrap();
+    std::fs::write(directory.join("secret"), "12345").unwrap();
     std::fs::write(
         staging.join("build-child"),
         format!("cat > /dev/null; {script}; echo '{report}'"),
     )
     .unwrap();
-    let (_hurry, give_up) = watch::channel(false);
     let end = Running::new(&workers, &claimed, give_up).run_to_the_end().await;
     assert_eq!(std::fs::read_dir(workers.artifacts.staging()).unwrap().count(), 0);
     let stored = workers.artifacts.list().await.unwrap();
@@ -286,7 +319,23 @@ async fn an_artifact_is_filed_under_the_sum_of_its_bytes_whatever_the_process_th
         assert_eq!(stored, [format!("public/{SUM}.ext4")], "{lie}");
         assert_eq!((result.artifact_key, result.sha256), (stored[0].clone(), SUM.to_owned()));
         assert_eq!(result.metadata["artifact"]["sha256"], SUM, "{lie}");
+        assert_eq!(result.metrics.cpu_ms, 5 + 7, "what both of its processes took");
     }
+}
+
+#[tokio::test]
+async fn a_process_that_was_taken_over_does_not_end_its_worker_by_what_it_says() {
+    // Times and bytes that cannot be added up.
+    let finished =
+        serde_json::json!({"event": "phase_finished", "phase": "layers", "secs": 1.8e19});
+    let progress =
+        serde_json::json!({"event": "write_progress", "bytes": u64::MAX, "total_bytes": u64::MAX});
+    let said: Vec<String> = [&finished, &finished, &progress]
+        .map(|event| format!("echo '{}'", serde_json::json!({ "event": event })))
+        .into();
+    let script = format!("{}; printf 12345 > rootfs.ext4", said.join("; "));
+    let (end, _) = made_by(&script, SUM).await;
+    let End::Made(..) = end else { panic!("no success") };
 }
 
 #[tokio::test]
@@ -312,7 +361,7 @@ async fn the_sum_is_computed_within_the_limits_of_the_build() {
     let groups = place.path().join("groups");
     // It knows what to do once it is in its group.
     let file = groups.display();
-    let sum = format!("cat > /dev/null; cat /proc/self/cgroup > '{file}'; echo {SUM}");
+    let sum = format!("cat > /dev/null; cat /proc/self/cgroup > '{file}'; echo {SUM} 7");
     let (end, _) = made_and_summed_by("printf 12345 > rootfs.ext4", &sum, SUM).await;
     let End::Made(..) = end else { panic!("no success") };
     let groups = std::fs::read_to_string(groups).unwrap();
@@ -334,7 +383,7 @@ async fn what_a_build_has_started_has_ended_before_its_artifact_is_summed() {
                   printf 12345 > rootfs.ext4";
     let lives = place.path().join("lives");
     let sum =
-        format!("cat > /dev/null; pgrep -f '^sleep 4713' > '{}'; echo {SUM}", lives.display());
+        format!("cat > /dev/null; pgrep -f '^sleep 4713' > '{}'; echo {SUM} 7", lives.display());
     let (end, _) = made_and_summed_by(script, &sum, SUM).await;
     let End::Made(..) = end else { panic!("no success") };
     assert_eq!(std::fs::read_to_string(lives).unwrap(), "");
@@ -342,11 +391,67 @@ async fn what_a_build_has_started_has_ended_before_its_artifact_is_summed() {
 
 #[tokio::test]
 async fn without_a_sum_nothing_is_filed() {
-    for sum in ["exit 1", "echo", "echo ../../x", "printf %s a; exit 0", "kill -9 $$"] {
+    let failed = format!("echo {SUM} 7; exit 1");
+    let endless = format!("printf %s '{SUM} 7'");
+    for sum in ["exit 1", "echo", "echo ../../x 7", "kill -9 $$", &failed, &endless] {
         let (end, stored) = made_and_summed_by("printf 12345 > rootfs.ext4", sum, SUM).await;
         let End::Failed(failure) = end else { panic!("{sum} is no failure") };
         assert_eq!(failure.code, FailureCode::TemporaryResourceError, "{failure:?}");
         assert_eq!(stored, Vec::<String>::new(), "{sum}");
+    }
+}
+
+#[tokio::test]
+async fn while_a_process_of_the_build_lives_on_nothing_that_it_has_made_is_filed() {
+    // Who is frozen by version 1 of cgroups cannot be ended, like one that waits for a disk.
+    let freezer = Path::new("/sys/fs/cgroup/freezer");
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let host = Host::open(directory.path());
+    if host.places().is_empty() || !freezer.join("cgroup.procs").exists() {
+        println!("skipped: no cgroups for this user, or no freezer of version 1");
+        return;
+    }
+    let ice = freezer.join(format!("builderd-test-worker-{}", std::process::id()));
+    std::fs::create_dir(&ice).unwrap();
+    // Nothing of its own that the build waits for may freeze with it.
+    let script = format!(
+        "setsid sh -c 'exec > /dev/null 2>&1; : > ready; exec sleep 4714' & \
+         while [ ! -e ready ]; do :; done; rm ready; echo $! > {0}/cgroup.procs; \
+         echo FROZEN > {0}/freezer.state; printf 12345 > rootfs.ext4",
+        ice.display()
+    );
+    let sum = format!("cat > /dev/null; echo {SUM} 7");
+    let (_hurry, give_up) = watch::channel(false);
+    let (end, stored) = made_in(directory.path(), &script, &sum, SUM, give_up).await;
+    std::fs::write(ice.join("freezer.state"), "THAWED").unwrap();
+    host.sweep();
+    host.close();
+    std::fs::remove_dir(ice).unwrap();
+    let End::Failed(failure) = end else { panic!("no failure") };
+    assert_eq!(failure.code, FailureCode::TemporaryResourceError, "{failure:?}");
+    assert_eq!(failure.cause, "the build's processes could not be ended in time");
+    assert_eq!(stored, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_build_that_is_given_up_while_its_artifact_is_summed_leaves_nothing() {
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let pid_file = directory.path().join("pid");
+    let pid_file = std::path::absolute(pid_file).unwrap();
+    let sum = format!("echo $$ > '{}'; exec sleep 1000", pid_file.display());
+    let (hurry, give_up) = watch::channel(false);
+    let made = made_in(directory.path(), "printf 12345 > rootfs.ext4", &sum, SUM, give_up);
+    let gives_up = async {
+        let pid = pid_in(&pid_file).await;
+        hurry.send_replace(true);
+        (pid, std::time::Instant::now())
+    };
+    let ((end, stored), (pid, since)) = tokio::join!(made, gives_up);
+    assert!(matches!(end, End::Released), "it was not given back");
+    assert_eq!(stored, Vec::<String>::new());
+    while lives(pid) {
+        assert!(since.elapsed() < Duration::from_secs(1), "process {pid} lives on");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -403,6 +508,135 @@ async fn a_build_that_runs_is_weighed_beside_the_others() {
     let (weight, unweighed) = found.expect("it has a group");
     assert!(weight > unweighed, "who has taken nothing goes first: {weight}");
     workers.rules.host.close();
+}
+
+/// Said in a moment: twice as many as may wait for the store.
+const LINES: usize = 8000;
+
+#[tokio::test]
+async fn what_a_command_says_last_is_in_the_log_and_behind_it_why_the_build_failed() {
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let registry = TestRegistry::start().unwrap();
+    let here = Platform::of_this_machine();
+    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
+    let host = registry.host();
+    queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
+    let workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
+    let claimed = workers.claim().await.expect("a build waits");
+    let staging = workers.staging(&claimed.lease);
+    std::fs::create_dir_all(&staging).unwrap();
+    let said = |line: &str| {
+        let event = serde_json::json!({"event": "command_output", "command": 0, "line": line});
+        serde_json::json!({ "event": event }).to_string()
+    };
+    let failed = serde_json::json!({"failed": {
+        "code": "INVALID_SOURCE", "step": "commands", "cause": "command 1 ended with exit code 7",
+        "blame": "yours", "remedy": "see the log",
+    }});
+    let line = said("line N").replace('N', "'$n'");
+    let script = format!(
+        "cat > /dev/null; n=0; while [ $n -lt {LINES} ]; do echo '{line}'; n=$((n+1)); done; \
+         echo '{}'; echo '{failed}'",
+        said("FATAL: no space left"),
+    );
+    std::fs::write(staging.join("build-child"), script).unwrap();
+    let (_hurry, give_up) = watch::channel(false);
+    let end = Running::new(&workers, &claimed, give_up).run_to_the_end().await;
+    let End::Failed(failure) = end else { panic!("no failure") };
+    assert_eq!(failure.step, "commands");
+    let log = messages(&store, &claimed.build).await;
+    let first = log.iter().position(|line| line == "line 0").expect("it has said something");
+    let said = log[first..].iter().zip(0..LINES);
+    let whole = said.take_while(|(line, number)| **line == format!("line {number}")).count();
+    assert_eq!(whole, LINES, "{:?}", &log[log.len() - 3..]);
+    let end =
+        ["FATAL: no space left", "commands failed: command 1 ended with exit code 7 (see the log)"];
+    assert_eq!(log[first + LINES..], end);
+}
+
+#[tokio::test]
+async fn the_memory_of_a_build_is_that_of_its_processes_and_not_of_what_they_wrote() {
+    let place = tempfile::tempdir().unwrap();
+    if Host::open(place.path()).places().is_empty() {
+        println!("skipped: no cgroups for this user");
+        return;
+    }
+    let script = "dd if=/dev/zero of=big bs=1M count=96 2> /dev/null; rm big; \
+                  printf 12345 > rootfs.ext4";
+    let (end, _) = made_by(script, SUM).await;
+    let End::Made(_, result, _) = end else { panic!("no success") };
+    let most = result.metrics.memory_peak_bytes;
+    assert!(most < 48 << 20, "{most} bytes: what the page cache holds is no memory of the build");
+}
+
+#[test]
+fn the_memory_of_a_build_is_the_smaller_of_two_counts_and_one_where_there_are_no_groups() {
+    assert_eq!(engine::memory_peak_bytes(90, Some(600)), 90, "the rest is files");
+    assert_eq!(engine::memory_peak_bytes(90, Some(70)), 70, "the rest is counted twice");
+    assert_eq!(engine::memory_peak_bytes(90, Some(0)), 90, "the kernel does not count");
+    assert_eq!(engine::memory_peak_bytes(90, None), 90);
+}
+
+#[tokio::test]
+async fn a_build_whose_registry_fell_silent_is_late_for_the_registry() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    queue_build(&store, "127.0.0.1:1/app", WallClock.now()).await;
+    let clock = Arc::new(WallClock);
+    let workers = workers(&store, directory.path(), clock, "/bin/false", "127.0.0.1:1");
+    let claimed = workers.claim().await.expect("a build waits");
+    let (_hurry, give_up) = watch::channel(false);
+    let running = Running::new(&workers, &claimed, give_up);
+    tokio::time::pause();
+    let early = running.too_late();
+    assert_eq!((early.code, &*early.blame), (FailureCode::BuildTimeout, "yours"));
+    tokio::time::advance(Duration::from_secs(60)).await;
+    let late = running.too_late();
+    assert_eq!((late.code, &*late.blame), (FailureCode::BuildTimeout, "upstream"));
+    assert!(late.cause.contains("60 seconds") && late.remedy.contains("registry"), "{late:?}");
+}
+
+#[tokio::test]
+async fn the_log_of_the_server_says_why_a_try_failed_and_when_there_is_another() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock = Arc::new(WallClock);
+    let workers = workers(&store, directory.path(), clock, "/bin/false", "127.0.0.1:1");
+    let failure = |code: FailureCode, blame: &str| Failure {
+        code,
+        step: "layers".into(),
+        cause: "a reason".into(),
+        blame: blame.into(),
+        remedy: "do something".into(),
+    };
+    let mut lines = Vec::new();
+    for failure in [
+        failure(FailureCode::NetworkError, "upstream"),
+        failure(FailureCode::InvalidSource, "yours"),
+        failure(FailureCode::Internal, "ours"),
+    ] {
+        queue_build(&store, "127.0.0.1:1/app", WallClock.now()).await;
+        let Claimed { lease, build, .. } = workers.claim().await.expect("a build waits");
+        let (dispatch, logged) = telemetry::tests::logged();
+        let end = End::Failed(failure);
+        workers.conclude(&lease, &build, WallClock.now(), end).with_subscriber(dispatch).await;
+        let mut said = logged();
+        said.retain(|line| line["target"].as_str().is_some_and(|from| from.ends_with("worker")));
+        assert_eq!(said.len(), 1, "{said:?}");
+        lines.append(&mut said);
+    }
+    for line in &lines {
+        assert_eq!((&line["step"], &line["cause"]), (&"layers".into(), &"a reason".into()));
+    }
+    let told = |line: &serde_json::Value| {
+        ["level", "code", "blame"].map(|name| line[name].as_str().unwrap_or_default().to_owned())
+    };
+    assert_eq!(told(&lines[0]), ["info", "NETWORK_ERROR", "upstream"]);
+    assert_eq!(lines[0]["again_in_secs"], 30);
+    assert_eq!(told(&lines[1]), ["info", "INVALID_SOURCE", "yours"]);
+    assert_eq!(told(&lines[2]), ["warn", "INTERNAL", "ours"]);
+    assert_eq!((&lines[1]["state"], &lines[2]["state"]), (&"failed".into(), &"failed".into()));
 }
 
 #[tokio::test]

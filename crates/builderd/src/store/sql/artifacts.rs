@@ -10,6 +10,7 @@ use crate::store::engine::{Tx, signed, sql, to_json};
 use crate::store::{ArtifactName, KnownArtifact, Lease, StoreError};
 use crate::tenant::TenantId;
 
+use super::removals::note_dropped;
 use super::{Held, Rows, named, passed_over, was_held};
 
 /// Rows looked at in one go.
@@ -83,7 +84,7 @@ pub(super) async fn drop_claim(tx: &mut Tx, held: &Held) -> Result<i64, StoreErr
     Ok(size_bytes)
 }
 
-/// Removes an artifact that no build has. Returns whether it is gone.
+/// Removes an artifact that no build has; its file is soon removed as well. Returns whether it is gone.
 pub(super) async fn remove_if_unused(tx: &mut Tx, key: &str) -> Result<bool, StoreError> {
     // Held first: whoever wants it at this moment is seen by the next statement, or waits.
     let query = sql("SELECT artifact_key FROM artifact WHERE artifact_key = $1 FOR UPDATE");
@@ -96,6 +97,7 @@ pub(super) async fn remove_if_unused(tx: &mut Tx, key: &str) -> Result<bool, Sto
     }
     tx.execute(sql("DELETE FROM artifact_name WHERE artifact_key = $1").text(key)).await?;
     tx.execute(sql("DELETE FROM artifact WHERE artifact_key = $1").text(key)).await?;
+    note_dropped(tx, key).await?;
     Ok(true)
 }
 

@@ -1,6 +1,6 @@
 //! A try ends: with an artifact, without one, or back in the queue. Cancel and delete.
 
-use crate::build::record::{Attempt, BuildId, BuildResult, Failure, FailureCode, Micros};
+use crate::build::record::{Attempt, BuildId, BuildResult, Failure, FailureCode, LogLine, Micros};
 use crate::build::state::{BuildState, Happening};
 use crate::store::audit::{Action, AuditEntry, Author};
 use crate::store::engine::{Tx, sql, to_json};
@@ -9,6 +9,7 @@ use crate::tenant::{TenantId, TenantLimits};
 
 use super::artifacts::{drop_claim, keep, remove_if_unused};
 use super::audit::append;
+use super::queue::add_to_log;
 use super::reading::Gaps;
 use super::{Held, Rows, Tally, arrears, was_held};
 
@@ -224,7 +225,8 @@ impl Rows {
         self.change(|| async {
             let mut tx = self.engine.begin().await?;
             // Whoever wants to be rid of a build need not be able to read all of it.
-            let held = Held::hold_as_it_is(&mut tx, tenant, id, &mut Gaps::default()).await?;
+            let mut gaps = Gaps::default();
+            let held = Held::hold_as_it_is(&mut tx, tenant, id, &mut gaps).await?;
             let Some(held) = held else { return Ok(None) };
             if held.state.is_terminal() {
                 return Ok(Some(Cancel::Ended(held.state)));
@@ -240,6 +242,10 @@ impl Rows {
             let done = match held.state.is_running() {
                 true => Cancel::Requested,
                 false => {
+                    // Nobody works on it who could say so.
+                    if gaps.none_in(()).is_ok() {
+                        add_to_log(&mut tx, &held, &[cancelled(author, reason, now)]).await?;
+                    }
                     Ending::by("tenant", Happening::Cancelled).apply(&mut tx, &held, now).await?;
                     Cancel::Done
                 }
@@ -287,6 +293,22 @@ impl Rows {
             Ok(Some(Delete::Done))
         })
         .await
+    }
+}
+
+/// What the log says of a build that is cancelled in the queue.
+fn cancelled(author: &Author, reason: &str, now: Micros) -> LogLine {
+    let by = match author.subject.as_str() {
+        "" => String::new(),
+        subject => format!(" by {subject}"),
+    };
+    let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+    LogLine {
+        offset: 0,
+        at: now,
+        level: "warn".into(),
+        component: "queue".into(),
+        message: format!("cancelled{by} while it waited{why}"),
     }
 }
 

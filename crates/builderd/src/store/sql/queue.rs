@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 
 use crate::build::record::{Build, BuildId, Failure, FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::{BuildState, Happening};
+use crate::build::step_name;
 use crate::causes::chain;
 use crate::store::engine::{Query, Row, Tx, signed, sql, to_json};
 use crate::store::{Claimed, Fenced, Heartbeat, Lease, Leases, StoreError};
@@ -227,16 +228,7 @@ impl Rows {
         self.change(|| async {
             let mut tx = self.engine.begin().await?;
             let Some(held) = Held::by_lease(&mut tx, lease).await? else { return Ok(Fenced::Lost) };
-            let addition = Addition::to(&held, lines);
-            addition.insert(&mut tx, &held).await?;
-            let query = sql("UPDATE build SET log_lines = $4, log_bytes = $5, log_is_cut = $6 \
-                 WHERE tenant_id = $1 AND id = $2 AND state = $3");
-            let query = held
-                .key(query)
-                .count(addition.log_lines)
-                .count(addition.log_bytes)
-                .int(i64::from(addition.log_is_cut));
-            was_held(tx.execute(query).await?)?;
+            add_to_log(&mut tx, &held, lines).await?;
             tx.commit().await?;
             Ok(Fenced::Written)
         })
@@ -386,13 +378,9 @@ fn rest_secs(attempt: u32) -> u64 {
 }
 
 fn worker_lost(held: &Held) -> Failure {
-    let step = match held.step.is_empty() {
-        true => held.state.as_str(),
-        false => &held.step,
-    };
     Failure {
         code: FailureCode::TemporaryResourceError,
-        step: step.to_owned(),
+        step: step_name(&held.step).to_owned(),
         cause: "the worker stopped answering".into(),
         blame: "ours".into(),
         remedy: "build it again; if that fails in the same way, tell the operator the build's id"
@@ -403,12 +391,30 @@ fn worker_lost(held: &Held) -> Failure {
 fn unread(held: &Held) -> Failure {
     Failure {
         code: FailureCode::Internal,
-        step: held.state.as_str().to_owned(),
+        step: step_name(&held.step).to_owned(),
         cause: "what is stored of this build cannot be read".into(),
         blame: "ours".into(),
         remedy: "build it again; if that fails in the same way, tell the operator the build's id"
             .into(),
     }
+}
+
+/// Adds lines to the log of a build that is held in its state.
+pub(super) async fn add_to_log(
+    tx: &mut Tx,
+    held: &Held,
+    lines: &[LogLine],
+) -> Result<(), StoreError> {
+    let addition = Addition::to(held, lines);
+    addition.insert(tx, held).await?;
+    let query = sql("UPDATE build SET log_lines = $4, log_bytes = $5, log_is_cut = $6 \
+         WHERE tenant_id = $1 AND id = $2 AND state = $3");
+    let query = held
+        .key(query)
+        .count(addition.log_lines)
+        .count(addition.log_bytes)
+        .int(i64::from(addition.log_is_cut));
+    was_held(tx.execute(query).await?)
 }
 
 /// Lines that go to a log, within its bounds.

@@ -255,6 +255,19 @@ impl Rows {
         })
     }
 
+    /// Ids are in the order of time, so that those before it are of earlier.
+    pub(crate) async fn first_since(
+        &self,
+        tenant: &TenantId,
+        at: Micros,
+    ) -> Result<Option<BuildId>, StoreError> {
+        let query = sql("SELECT id FROM build WHERE tenant_id = $1 AND created_at >= $2 \
+             ORDER BY created_at, id LIMIT 1");
+        let query = query.text(tenant.as_str()).at(at);
+        let row = self.again(|| self.engine.optional(query.clone())).await?;
+        row.map(|row| row.parsed("id")).transpose()
+    }
+
     pub(crate) async fn stats(
         &self,
         tenant: &TenantId,

@@ -1,10 +1,11 @@
 //! A stored file is either being taken by a build or being removed, never both.
 //!
 //! Both sides write the same row of `artifact_removal` first, so that one waits for the other
-//! and then sees what it did. Knows no file.
+//! and then sees what it did. A file that nothing names any more has a row there at once, that of a
+//! removal which is over, so that it is found without looking at all files. Knows no file.
 
 use super::artifacts::remove_if_unused;
-use super::{Held, Rows, was_held};
+use super::{Held, Rows, rows, was_held};
 use crate::build::record::Micros;
 use crate::store::engine::{Tx, sql};
 use crate::store::{Lease, NewFile, Removal, Reserved, StoreError};
@@ -26,7 +27,23 @@ async fn hold_key(
     Ok(tx.execute(query.text(key).at(expires_at)).await? == 1)
 }
 
+/// Leaves word that a stored file has nobody any more.
+pub(super) async fn note_dropped(tx: &mut Tx, key: &str) -> Result<(), StoreError> {
+    let query = sql("INSERT INTO artifact_removal (artifact_key, expires_at) VALUES ($1, 0) \
+         ON CONFLICT (artifact_key) DO NOTHING");
+    tx.execute(query.text(key)).await?;
+    Ok(())
+}
+
 impl Rows {
+    pub(crate) async fn dropped(&self, limit: u32, now: Micros) -> Result<Vec<String>, StoreError> {
+        let query = sql("SELECT artifact_key FROM artifact_removal WHERE expires_at <= $1 \
+             ORDER BY expires_at, artifact_key LIMIT $2");
+        let query = query.at(now).int(rows(limit, 0));
+        let found = self.again(|| self.engine.all(query.clone())).await?;
+        found.iter().map(|row| row.text("artifact_key")).collect()
+    }
+
     pub(crate) async fn reserve(
         &self,
         lease: &Lease,
@@ -79,11 +96,13 @@ impl Rows {
                 return Ok(None);
             }
             let query = sql("SELECT artifact_key FROM artifact WHERE artifact_key = $1");
-            if tx.optional(query.text(key)).await?.is_some() {
-                return Ok(None);
+            let is_wanted = tx.optional(query.text(key)).await?.is_some();
+            if is_wanted {
+                let query = sql("DELETE FROM artifact_removal WHERE artifact_key = $1");
+                tx.execute(query.text(key)).await?;
             }
             tx.commit().await?;
-            Ok(Some(Removal { key: key.to_owned(), expires_at }))
+            Ok((!is_wanted).then(|| Removal { key: key.to_owned(), expires_at }))
         })
         .await
     }

@@ -180,6 +180,24 @@ pub(super) async fn filters_find_rare_states(t: &TestStore) {
     assert_eq!(list(t, &with(&[BuildState::Queued])).await.total, 2);
 }
 
+pub(super) async fn the_first_build_since_a_time_is_found(t: &TestStore) {
+    let first = |at| async move { t.rows().first_since(&tenant("acme"), at).await.unwrap() };
+    assert_eq!(first(Micros(0)).await, None);
+    let begun = t.now();
+    let mut created = Vec::new();
+    for _ in 0..3 {
+        created.push((t.now(), t.create("a").await.id));
+        t.advance_secs(1);
+    }
+    for (at, id) in &created {
+        assert_eq!(first(*at).await.as_ref(), Some(id));
+        assert_eq!(first(Micros(at.0 - 1)).await.as_ref(), Some(id));
+    }
+    assert_eq!(first(Micros(0)).await.as_ref(), Some(&created[0].1));
+    assert_eq!(first(t.now()).await, None);
+    assert_eq!(t.rows().first_since(&tenant("b"), begun).await.unwrap(), None);
+}
+
 pub(super) async fn figures_cover_a_stretch_of_time(t: &TestStore) {
     let from = t.now();
     t.create("a").await;

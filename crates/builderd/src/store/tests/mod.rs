@@ -390,6 +390,7 @@ stories! {
         a_state_of_another_version_hides_no_build,
         a_page_ends_early_where_its_builds_are_large,
         filters_find_rare_states,
+        the_first_build_since_a_time_is_found,
         figures_cover_a_stretch_of_time;
     logs:
         lines_are_numbered_from_zero,
@@ -406,6 +407,7 @@ stories! {
         the_oldest_artifacts_make_room;
     removals:
         a_file_is_taken_or_removed_never_both,
+        a_file_that_lost_its_last_build_is_found_at_once,
         a_removal_whose_janitor_died_is_over_some_day,
         takers_and_removers_never_meet,
         the_first_key_is_the_key;

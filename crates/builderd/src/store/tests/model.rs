@@ -393,6 +393,8 @@ impl Model {
         build.cancel |= !build.state.is_terminal();
         if build.state == BuildState::Queued {
             build.state = BuildState::Cancelled;
+            // It says who cancelled it.
+            build.lines += 1;
         }
         Ok(())
     }

@@ -212,7 +212,7 @@ pub(super) async fn a_lease_that_runs_out_puts_the_build_back(t: &TestStore) {
     assert_eq!((back.state, back.attempt, back.attempts.len()), (BuildState::Queued, 1, 1));
     let attempt = &back.attempts[0];
     assert_eq!(attempt.failure.code, FailureCode::TemporaryResourceError);
-    assert_eq!(attempt.failure.step, "preparing");
+    assert_eq!(attempt.failure.step, "prepare");
     assert_eq!(attempt.failure.cause, "the worker stopped answering");
     assert_eq!(attempt.attempt, 1);
     // Nobody worked on it after its lease; a server's leases live by its own clock.
@@ -526,6 +526,11 @@ pub(super) async fn a_queued_build_is_cancelled_at_once(t: &TestStore) {
     assert_eq!((cancelled.ended_at, cancelled.started_at), (Some(t.now()), None));
     assert!(t.try_claim(LONG).await.is_none());
     assert_eq!(cancel().await.unwrap(), Some(Cancel::Ended(BuildState::Cancelled)));
+    let log = t.rows().log(&build.tenant, &build.id, 0, 10).await.unwrap();
+    assert_eq!(log.len(), 1, "no worker says it: {log:?}");
+    assert_eq!((&*log[0].level, &*log[0].component), ("warn", "queue"));
+    let said = &log[0].message;
+    assert!(said.starts_with("cancelled") && said.ends_with(": mistake"), "{said}");
 }
 
 pub(super) async fn a_cancelled_build_never_completes(t: &TestStore) {

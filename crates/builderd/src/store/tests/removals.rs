@@ -53,6 +53,42 @@ pub(super) async fn a_file_is_taken_or_removed_never_both(t: &TestStore) {
     assert!(!is_free(t, KEY).await);
 }
 
+async fn dropped(t: &TestStore) -> Vec<String> {
+    t.rows().dropped(10, t.now()).await.unwrap()
+}
+
+pub(super) async fn a_file_that_lost_its_last_build_is_found_at_once(t: &TestStore) {
+    for name in ["a", "b"] {
+        t.create(name).await;
+    }
+    let claims = [t.claim().await, t.claim().await];
+    for claimed in &claims {
+        assert_eq!(reserve(t, claimed, KEY).await, Reserved::Yes);
+        t.pack(claimed).await;
+        t.finish(claimed, Outcome::Completed(Box::new(result(KEY, 10)))).await;
+    }
+    let [one, other] = claims.map(|claimed| claimed.lease);
+    t.rows().delete(&one.tenant, &one.build).await.unwrap();
+    assert!(dropped(t).await.is_empty(), "the other has it");
+    t.rows().delete(&other.tenant, &other.build).await.unwrap();
+    assert_eq!(dropped(t).await, [KEY]);
+    // Who is removing it is not disturbed, and who is done leaves nothing.
+    let removal = begin(t, KEY).await.expect("nobody has it");
+    assert!(dropped(t).await.is_empty());
+    t.rows().end_removal(&removal).await.unwrap();
+    assert!(dropped(t).await.is_empty());
+    // Who wants it again, before it is removed, has it.
+    t.create("c").await;
+    let again = t.claim().await;
+    assert_eq!(reserve(t, &again, KEY).await, Reserved::Yes);
+    assert_eq!(reserve(t, &again, "public/two").await, Reserved::Yes);
+    assert_eq!(dropped(t).await, [KEY]);
+    assert_eq!(reserve(t, &again, KEY).await, Reserved::Yes);
+    assert_eq!(dropped(t).await, ["public/two"]);
+    assert_eq!(begin(t, KEY).await, None);
+    t.check().await;
+}
+
 pub(super) async fn a_removal_whose_janitor_died_is_over_some_day(t: &TestStore) {
     t.create("a").await;
     let claimed = t.claim().await;

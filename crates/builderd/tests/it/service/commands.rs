@@ -61,6 +61,8 @@ fn what_commands_change_is_in_the_image_and_in_no_other_build() {
     assert!(!stage.workshop.run(&["inspect", "image", "--cat", "/etc/conf"]).status.success());
     let log = server.log("t1", id);
     assert!(log.contains("command 2: rm /etc/conf") && log.contains("done"), "{log}");
+    let took = ["the artifact's sum took", "storing the artifact took"];
+    assert!(took.iter().all(|what| log.contains(what)), "what is no phase is named, too: {log}");
 
     let sum = |build: &Value| build["rootfs_checksum"].as_str().unwrap().to_owned();
     let path = |build: &Value| build["rootfs_path"].as_str().unwrap().to_owned();
@@ -92,6 +94,35 @@ fn a_command_that_fails_fails_the_build_by_its_name() {
     );
     let log = server.log("t1", build["build_id"].as_str().unwrap());
     assert!(log.contains("fine") && log.contains("broken"), "{log}");
+}
+
+#[test]
+fn what_a_command_says_last_is_in_the_log_however_much_it_said() {
+    let Some(stage) = stage() else { return };
+    let server = serve(&stage);
+    let flood =
+        "n=0; while [ $n -lt 30000 ]; do echo line $n; n=$((n+1)); done; echo FATAL; exit 7";
+    let build = built(&server, &stage, "t1", &[flood]);
+    assert_eq!(build["failure"]["step"], "commands", "{build:#}");
+    let id = build["build_id"].as_str().unwrap();
+    let (mut log, mut next) = (Vec::new(), 0);
+    loop {
+        let page = server.log("t1", &format!("{id}?offset={next}&limit=1000"));
+        let page: Value = serde_json::from_str(&page).unwrap();
+        let lines = page["logs"].as_array().unwrap();
+        log.extend(lines.iter().map(|line| line["message"].as_str().unwrap().to_owned()));
+        next = page["next_offset"].as_u64().unwrap();
+        if page["is_end"] == true {
+            break;
+        }
+    }
+    let said = log.iter().filter(|line| line.starts_with("line ")).count();
+    let left_out = log.iter().find_map(|line| line.split_once(" lines of the output of command 1"));
+    let left_out: usize = left_out.expect("it says how many are missing").0.parse().unwrap();
+    assert_eq!(said + left_out, 30_000);
+    let end = &log[log.len() - 3..];
+    assert_eq!((&*end[0], &*end[1]), ("line 29999", "FATAL"), "{end:?}");
+    assert!(end[2].starts_with("commands failed: command 1 ("), "{end:?}");
 }
 
 #[test]
