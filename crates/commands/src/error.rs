@@ -3,6 +3,7 @@
 use std::io;
 
 use sandbox::SandboxError;
+use serde::{Deserialize, Serialize};
 
 /// What a host lacks for commands.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +45,7 @@ pub enum Unable {
 }
 
 /// How a command ended that did not end well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommandEnd {
     /// With this exit code.
     Exited(i32),
