@@ -1,5 +1,6 @@
 //! Why commands were not run, or failed.
 
+use std::borrow::Cow;
 use std::io;
 
 use sandbox::SandboxError;
@@ -98,7 +99,7 @@ pub enum CommandsError {
     #[error("cannot {action}")]
     Io {
         /// What was tried.
-        action: &'static str,
+        action: Cow<'static, str>,
         /// Why.
         source: io::Error,
     },
@@ -137,6 +138,11 @@ pub enum CommandsError {
 }
 
 impl CommandsError {
+    /// A file of this side failed.
+    pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action: action.into(), source }
+    }
+
     /// Whether who ordered the commands can mend it.
     #[must_use]
     pub fn is_theirs(&self) -> bool {

@@ -37,8 +37,28 @@ pub(crate) enum Verdict {
     Failed { index: usize, end: CommandEnd },
     Refused { text: String },
     Broken { text: String },
-    NoLimits { action: String, cause: String },
-    NoProcess { action: String, cause: String },
+    Io { action: String, cause: Cause },
+    NoLimits { action: String, cause: Cause },
+    NoProcess { action: String, cause: Cause },
+}
+
+/// What the system says: whose fault it is follows from its kind, a full disk's above all.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Cause {
+    code: Option<i32>,
+    text: String,
+}
+
+impl From<io::Error> for Cause {
+    fn from(error: io::Error) -> Self {
+        Self { code: error.raw_os_error(), text: error.to_string() }
+    }
+}
+
+impl From<Cause> for io::Error {
+    fn from(Cause { code, text }: Cause) -> Self {
+        code.map_or_else(|| Self::other(text), Self::from_raw_os_error)
+    }
 }
 
 impl Verdict {
@@ -49,13 +69,13 @@ impl Verdict {
             Err(CommandsError::Refused(text)) => Self::Refused { text },
             Err(CommandsError::Broken(text)) => Self::Broken { text },
             Err(CommandsError::Unable(Unable::NoLimits(error))) => {
-                Self::NoLimits { action: error.action, cause: error.source.to_string() }
+                Self::NoLimits { action: error.action, cause: error.source.into() }
             }
             Err(CommandsError::Sandbox(error)) => {
-                Self::NoProcess { action: error.action, cause: error.source.to_string() }
+                Self::NoProcess { action: error.action, cause: error.source.into() }
             }
             Err(CommandsError::Io { action, source }) => {
-                Self::Broken { text: format!("cannot {action}: {source}") }
+                Self::Io { action: action.into_owned(), cause: source.into() }
             }
             // Neither is found out by who runs commands.
             Err(error @ (CommandsError::Unable(_) | CommandsError::Denied { .. })) => {
@@ -88,7 +108,7 @@ impl Overseer {
     /// # Errors
     /// [`CommandsError`] when the process cannot be started.
     pub fn start(order: &Order) -> Result<Self, CommandsError> {
-        let io = |action| move |source| CommandsError::Io { action, source };
+        let io = CommandsError::io;
         let (files, theirs) = handing::pair().map_err(io("make a pair of sockets"))?;
         let program = File::open("/proc/self/exe").map_err(io("open this program"))?;
         let arguments = [c"builderd", c"commands-process", c"overseer"];
@@ -139,8 +159,7 @@ impl Overseer {
     ) -> Result<(), CommandsError> {
         if let Some(serve) = serve {
             let action = "take the way out of the commands";
-            let door = handing::take(&self.files, 1);
-            let door = door.map_err(|source| CommandsError::Io { action, source })?.pop();
+            let door = handing::take(&self.files, 1).map_err(CommandsError::io(action))?.pop();
             // Without one it is said why.
             door.into_iter().for_each(|door| serve(door.into()));
         }
@@ -163,8 +182,7 @@ impl Overseer {
     }
 
     fn ended(&self, verdict: Verdict) -> Result<(), CommandsError> {
-        let error =
-            |action, cause: String| SandboxError { action, source: io::Error::other(cause) };
+        let error = |action, cause: Cause| SandboxError { action, source: cause.into() };
         Err(match verdict {
             Verdict::Done => return Ok(()),
             Verdict::Failed { index, end } => {
@@ -173,6 +191,9 @@ impl Overseer {
             }
             Verdict::Refused { text } => CommandsError::Refused(text),
             Verdict::Broken { text } => CommandsError::Broken(text),
+            Verdict::Io { action, cause } => {
+                CommandsError::Io { action: action.into(), source: cause.into() }
+            }
             Verdict::NoLimits { action, cause } => Unable::NoLimits(error(action, cause)).into(),
             Verdict::NoProcess { action, cause } => CommandsError::Sandbox(error(action, cause)),
         })
@@ -203,8 +224,8 @@ mod tests {
             files: handing::pair().unwrap().0,
             _process: process,
         };
-        let sandbox =
-            || SandboxError { action: "fly".into(), source: io::Error::other("no wings") };
+        let full = || io::Error::from_raw_os_error(28);
+        let sandbox = || SandboxError { action: "fly".into(), source: full() };
         let failed = |end| CommandsError::Failed { index: 1, command: "false".into(), end };
         for error in [
             failed(CommandEnd::Exited(3)),
@@ -215,18 +236,26 @@ mod tests {
             failed(CommandEnd::TooManyProcesses),
             CommandsError::Refused("a link".into()),
             CommandsError::Broken("the disk".into()),
+            CommandsError::io("make the disk of the commands")(full()),
+            CommandsError::io("read")(io::ErrorKind::UnexpectedEof.into()),
             CommandsError::Unable(Unable::NoLimits(sandbox())),
             CommandsError::Sandbox(sandbox()),
         ] {
-            let before = format!("{error:?}").replace("Custom { kind: Other, error: ", "");
+            let before = (error.to_string(), kind(&error));
             let text = serde_json::to_string(&Told::Ended(Verdict::of(Err(error)))).unwrap();
             let Told::Ended(verdict) = serde_json::from_str(&text).unwrap() else {
                 panic!("{text}");
             };
-            let after = format!("{:?}", overseer.ended(verdict).unwrap_err());
-            assert_eq!(after.replace("Custom { kind: Other, error: ", ""), before);
+            let after = overseer.ended(verdict).unwrap_err();
+            assert_eq!((after.to_string(), kind(&after)), before, "{text}");
         }
-        let Told::Ended(done) = Told::Ended(Verdict::of(Ok(()))) else { return };
-        overseer.ended(done).unwrap();
+        overseer.ended(Verdict::of(Ok(()))).unwrap();
+    }
+
+    /// Which error it is, and whether it is one of a full disk.
+    fn kind(error: &CommandsError) -> String {
+        let text = format!("{error:?}");
+        let is_full = text.contains("StorageFull");
+        format!("{} {is_full}", text.split([' ', '(']).next().unwrap())
     }
 }

@@ -54,7 +54,7 @@ fn take_on(
     outside: File,
     observe: &mut dyn FnMut(Event),
 ) -> Result<(), CommandsError> {
-    let io = |action| move |source| CommandsError::Io { action, source };
+    let io = CommandsError::io;
     let count = judge::files(&order, &base)?;
     let packs = handing::take(&outside, count).map_err(io("take the layers of the image"))?;
     judge::packs(&base, &packs)?;
@@ -77,7 +77,7 @@ fn run(
 ) -> Result<(), CommandsError> {
     let groups = CgroupRoot::open(PLACE).map_err(Unable::NoLimits)?;
     clear_leftovers();
-    let io = |action| move |source| CommandsError::Io { action, source };
+    let io = CommandsError::io;
     let (scratch, watched) = scratch(&order).map_err(io("make the disk of the commands"))?;
     let program = File::open("/proc/self/exe").map_err(io("open this program"))?;
     let arguments = [c"builderd", c"commands-process", c"keeper"];

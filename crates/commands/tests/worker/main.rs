@@ -49,7 +49,7 @@ fn commanded(
     directory: &Path,
     observe: &mut dyn FnMut(Event),
 ) -> Result<(), CommandsError> {
-    let io = |source| CommandsError::Io { action: "do what a test needs", source };
+    let io = |source| CommandsError::Io { action: "do what a test needs".into(), source };
     let mut options = OpenOptions::new();
     options.read(true).write(directory.join("writable").exists());
     let names = (0..).map(|at: usize| directory.join(at.to_string()));
