@@ -7,7 +7,7 @@ use rustix::process::Resource;
 use sandbox::Users;
 use serde_json::{Value, json};
 
-use crate::order::{Order, Scratch};
+use crate::order::{Base, Order, Scratch};
 use crate::syscalls::{ALLOWED, CLONE_NEW, PERSONALITIES, RLIMIT_CORE, SOCKETS};
 
 const DONE: u32 = 0;
@@ -63,6 +63,7 @@ const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 /// `group`. Its only way out of the network is `door`.
 pub(crate) fn config(
     order: &Order,
+    base: &Base,
     command: &str,
     root: &Path,
     users: Users,
@@ -78,7 +79,7 @@ pub(crate) fn config(
     });
     json!({
         "ociVersion": "1.0.2",
-        "process": process(order, command, door),
+        "process": process(order, base, command, door),
         "root": { "path": root, "readonly": false },
         "hostname": "build",
         "mounts": mounts(),
@@ -96,8 +97,8 @@ pub(crate) fn config(
     })
 }
 
-fn process(order: &Order, command: &str, door: Option<SocketAddr>) -> Value {
-    let directory = match order.working_directory.as_str() {
+fn process(order: &Order, base: &Base, command: &str, door: Option<SocketAddr>) -> Value {
+    let directory = match base.working_directory.as_str() {
         absolute if absolute.starts_with('/') => absolute.to_owned(),
         relative => format!("/{relative}"),
     };
@@ -109,7 +110,7 @@ fn process(order: &Order, command: &str, door: Option<SocketAddr>) -> Value {
         "terminal": false,
         "user": { "uid": 0, "gid": 0 },
         "args": ["/bin/sh", "-c", command],
-        "env": environment(order, door),
+        "env": environment(base, door),
         "cwd": directory,
         "capabilities": sets,
         "noNewPrivileges": true,
@@ -118,13 +119,13 @@ fn process(order: &Order, command: &str, door: Option<SocketAddr>) -> Value {
     })
 }
 
-fn environment(order: &Order, door: Option<SocketAddr>) -> Vec<String> {
+fn environment(base: &Base, door: Option<SocketAddr>) -> Vec<String> {
     // What is no variable in an image's config is nobody's.
     let is_variable = |entry: &&String| {
         !entry.contains('\0') && entry.split_once('=').is_some_and(|(name, _)| !name.is_empty())
     };
     let mut environment: Vec<String> =
-        order.environment.iter().filter(is_variable).cloned().collect();
+        base.environment.iter().filter(is_variable).cloned().collect();
     if let Some(door) = door {
         // A proxy that the image names is not to be reached.
         let is_ours =

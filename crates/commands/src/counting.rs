@@ -45,9 +45,9 @@ impl<'a> Counting<'a> {
         disk_bytes: u64,
     ) -> Result<Self, CommandsError> {
         let action = "make the directory of the commands";
-        let tree = watched.tree(users).map_err(|source| CommandsError::Io { action, source })?;
+        let tree = watched.tree(users).map_err(CommandsError::io(action))?;
         let word = std::ffi::CString::new(measure::ROLE)
-            .map_err(|source| CommandsError::Io { action, source: source.into() })?;
+            .map_err(|source| CommandsError::io(action)(source.into()))?;
         let arguments = [c"builderd", c"commands-process", &*word];
         let (sandbox, mut pipes) = Sandbox::spawn_as(users, program, &arguments, &[tree.as_fd()])?;
         let order = MeasureOrder { bytes_max: disk_bytes, files_max: disk_bytes / BYTES_PER_FILE };

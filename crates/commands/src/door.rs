@@ -2,16 +2,14 @@
 //! network namespace, which has no other address. The keeper makes it and hands its descriptor
 //! out; who serves it decides what is let through. This side knows no rules.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
-};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use crate::handing;
 
 /// rtnetlink(7), linux/rtnetlink.h and linux/netlink.h.
 const RTM_NEWLINK: u16 = 16;
@@ -22,47 +20,13 @@ const IFF_UP: u32 = 1;
 /// In a namespace of its own the loopback device is the first.
 const LOOPBACK_INDEX: i32 = 1;
 
-/// Two ends of a pipe for descriptors.
-pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?)
-}
-
 /// Opens the door in this process's network namespace and hands it through `to`; where it is.
 pub(crate) fn open(to: impl AsFd) -> io::Result<SocketAddr> {
     raise_loopback()?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut message = SendAncillaryBuffer::new(&mut space);
-    let handed = [listener.as_fd()];
-    if !message.push(SendAncillaryMessage::ScmRights(&handed)) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    rustix::net::sendmsg(to, &[IoSlice::new(&[1])], &mut message, SendFlags::NOSIGNAL)?;
+    handing::hand(to, &[listener.as_fd()])?;
     Ok(address)
-}
-
-/// Takes the door that [`open`] has handed out; none when who should have has ended.
-pub(crate) fn receive(from: impl AsFd) -> io::Result<Option<TcpListener>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut message = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    rustix::io::retry_on_intr(|| {
-        rustix::net::recvmsg(&from, &mut [IoSliceMut::new(&mut byte)], &mut message, flags)
-    })?;
-    let mut door = None;
-    for part in message.drain() {
-        if let RecvAncillaryMessage::ScmRights(descriptors) = part {
-            door = descriptors.last();
-        }
-    }
-    Ok(door.map(TcpListener::from))
 }
 
 /// The loopback device of a new network namespace is down.

@@ -1,8 +1,10 @@
 //! Why commands were not run, or failed.
 
+use std::borrow::Cow;
 use std::io;
 
 use sandbox::SandboxError;
+use serde::{Deserialize, Serialize};
 
 /// What a host lacks for commands.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +46,7 @@ pub enum Unable {
 }
 
 /// How a command ended that did not end well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommandEnd {
     /// With this exit code.
     Exited(i32),
@@ -97,7 +99,7 @@ pub enum CommandsError {
     #[error("cannot {action}")]
     Io {
         /// What was tried.
-        action: &'static str,
+        action: Cow<'static, str>,
         /// Why.
         source: io::Error,
     },
@@ -136,6 +138,11 @@ pub enum CommandsError {
 }
 
 impl CommandsError {
+    /// A file of this side failed.
+    pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action: action.into(), source }
+    }
+
     /// Whether who ordered the commands can mend it.
     #[must_use]
     pub fn is_theirs(&self) -> bool {

@@ -146,12 +146,9 @@ fn in_flight(about: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::io::{IoSlice, Read as _};
-    use std::mem::MaybeUninit;
+    use std::io::Read as _;
     use std::os::fd::AsFd as _;
     use std::process::Stdio;
-
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
     use super::*;
 
@@ -245,14 +242,9 @@ mod tests {
 
     #[test]
     fn descriptors_on_their_way_show_as_a_number() {
-        let (one, _other) = crate::door::pair().unwrap();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut message = SendAncillaryBuffer::new(&mut space);
+        let (one, _other) = crate::handing::pair().unwrap();
         let file = nameless();
-        let handed = [file.as_fd()];
-        assert!(message.push(SendAncillaryMessage::ScmRights(&handed)));
-        let flags = SendFlags::NOSIGNAL;
-        rustix::net::sendmsg(&one, &[IoSlice::new(&[1])], &mut message, flags).unwrap();
+        crate::handing::hand(&one, &[file.as_fd()]).unwrap();
         drop(file);
         assert!(held_by(std::process::id()).in_flight > 0);
     }

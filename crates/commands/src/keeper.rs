@@ -40,12 +40,12 @@ const SCRATCH_FLAGS: MountFlags =
     MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOATIME);
 
 /// The whole life of the process: its files are that of the scratch file system, where the layer
-/// goes, the pipe by which a door is handed out, and those of the packs.
+/// goes, the socket by which a door is handed out, and those of the packs.
 pub(crate) fn main() -> io::Result<()> {
     // A file that is handed to a confined process must be the program, whatever /proc is then.
     let program = File::open("/proc/self/exe")?;
     let order: KeeperOrder = order::receive(io::stdin().lock())?;
-    let count = order.order.packs.iter().map(|pack| pack.file + 1).max().unwrap_or(0);
+    let count = order.base.packs.iter().map(|pack| pack.file + 1).max().unwrap_or(0);
     let mut files = order::take(3 + count)?;
     let packs = files.split_off(3);
     let (Some(outside), Some(layer), Some(scratch)) = (files.pop(), files.pop(), files.pop())
@@ -71,7 +71,7 @@ impl Keeper {
     /// Takes mounts of its own, and a place for more; opens the door.
     fn new(order: KeeperOrder, program: File, outside: File) -> Result<Self, Trouble> {
         let failed = |error: rustix::io::Errno| Trouble::of("arrange mounts", error);
-        let door = match order.has_door {
+        let door = match order.order.has_door {
             true => {
                 let opened = door::open(&outside);
                 Some(opened.map_err(|error| Trouble::of("open the way out", error))?)
@@ -182,7 +182,7 @@ impl Keeper {
     fn unpack(&self, packs: &[File]) -> Result<Vec<String>, Trouble> {
         let tree = open(&self.tree())?;
         let order = UnpackOrder {
-            packs: self.order.order.packs.clone(),
+            packs: self.order.base.packs.clone(),
             files: packs.len(),
             tree_limits: self.order.order.tree_limits.clone(),
         };
@@ -218,7 +218,9 @@ impl Keeper {
         let bundle = self.at(&name);
         make_directory(&bundle, 0o700)?;
         let group = format!("{}/{name}", self.order.place);
-        let config = bundle::config(order, command, merged, self.order.users, &group, self.door);
+        let told = &self.order;
+        let config =
+            bundle::config(order, &told.base, command, merged, told.users, &group, self.door);
         let text = serde_json::to_vec(&config).map_err(|error| Trouble::ours(error.to_string()))?;
         fs::write(bundle.join("config.json"), text)
             .map_err(|error| Trouble::of("write the container's configuration", error))?;

@@ -15,10 +15,11 @@ pub(crate) const LINE_BYTES_MAX: u64 = 1 << 20;
 /// Threads of a confined process: its own and those the C library may want.
 const THREADS_MAX: u64 = 16;
 
-/// The commands of one build.
+/// The commands of one build, as they are known before anything is fetched.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Order {
-    /// Where the nameless file of the scratch file system is made, or its directory.
+    /// Where the nameless file of the scratch file system is made, or its directory. Nobody who
+    /// fetches may reach it.
     pub scratch_directory: PathBuf,
     /// How its size is kept.
     #[serde(default)]
@@ -29,18 +30,26 @@ pub struct Order {
     pub runtime: PathBuf,
     /// Each is run by `/bin/sh -c`, in this order.
     pub commands: Vec<String>,
-    /// `NAME=VALUE`, as the image's config has them.
-    pub environment: Vec<String>,
-    /// As the image's config has it; `/` when it is empty.
-    pub working_directory: String,
     /// What each command may take.
     pub limits: CommandLimits,
-    /// The layers of the image, bottom first.
-    pub packs: Vec<PackPart>,
     /// What the flattened tree may contain.
     pub tree_limits: TreeLimits,
     /// Bytes of all files that the commands made or changed, holes included.
     pub layer_bytes_max: u64,
+    /// Whether the commands have one way out of their network, which is handed to who fetches.
+    pub has_door: bool,
+}
+
+/// What the commands are run on, as the process says that has fetched it: all that is believed of
+/// that one. It names nothing of the host.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Base {
+    /// `NAME=VALUE`, as the image's config has them.
+    pub environment: Vec<String>,
+    /// As the image's config has it; `/` when it is empty.
+    pub working_directory: String,
+    /// The layers of the image, bottom first.
+    pub packs: Vec<PackPart>,
 }
 
 /// How the disk of commands is held to its size.
@@ -116,14 +125,13 @@ pub enum Event {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct KeeperOrder {
     pub(crate) order: Order,
+    pub(crate) base: Base,
     pub(crate) users: Users,
     /// The container of a command is `{group}-{index}`, in the cgroup `{place}` of the service.
     pub(crate) group: String,
     pub(crate) place: String,
     /// The directory that is watched, where no file system of its own is made.
     pub(crate) watched: Option<PathBuf>,
-    /// Whether a way out of the network is to be opened, and handed to the parent.
-    pub(crate) has_door: bool,
 }
 
 /// What the unpacker reads.
@@ -212,16 +220,28 @@ pub(crate) fn send(mut to: impl io::Write, order: &impl Serialize) -> io::Result
 }
 
 /// Takes the order that [`send`] has sent.
-pub(crate) fn receive<T: DeserializeOwned>(mut from: impl io::Read) -> io::Result<T> {
+pub(crate) fn receive<T: DeserializeOwned>(from: impl io::Read) -> io::Result<T> {
+    receive_most(from, u32::MAX)
+}
+
+/// As [`receive`]: one that is longer is an error, and not read.
+pub(crate) fn receive_most<T: DeserializeOwned>(
+    mut from: impl io::Read,
+    bytes_max: u32,
+) -> io::Result<T> {
     let mut length = [0; 4];
     from.read_exact(&mut length)?;
+    let length = u32::from_le_bytes(length);
+    if length > bytes_max {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
     let mut text = Vec::new();
-    from.by_ref().take(u64::from(u32::from_le_bytes(length))).read_to_end(&mut text)?;
+    from.by_ref().take(u64::from(length)).read_to_end(&mut text)?;
     Ok(serde_json::from_slice(&text)?)
 }
 
 /// Says a line to the parent.
-pub(crate) fn say(line: &Line) -> io::Result<()> {
+pub(crate) fn say(line: &impl Serialize) -> io::Result<()> {
     let mut text = serde_json::to_vec(line)?;
     text.push(b'\n');
     let mut out = io::stdout().lock();

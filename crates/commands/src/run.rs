@@ -1,20 +1,24 @@
-//! The parent's side: starts the keeper, listens, counts and sets the end.
+//! The overseer: starts the keeper, listens, counts and sets the end.
+//!
+//! It has the host's root rights, as the keeper does, and reads nothing of the network: its order
+//! comes from who fetches before that one begins, and what it is told later is judged (`judge`).
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
-use std::net::TcpListener;
-use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use sandbox::{CgroupRoot, LoopDevice, Sandbox, Users};
 
 use crate::counting::{BYTES_PER_FILE, Counting, guard};
-use crate::order::{self, Event, KeeperOrder, LINE_BYTES_MAX, Line, Order, Scratch};
+use crate::judge::{self, BASE_BYTES_MAX};
+use crate::order::{self, Base, Event, KeeperOrder, LINE_BYTES_MAX, Line, Order, Scratch};
+use crate::overseer::{Told, Verdict};
 use crate::scratch::{self, WatchedDirectory};
-use crate::{CommandEnd, CommandsError, Unable, door};
+use crate::{CommandEnd, CommandsError, Unable, handing};
 
+pub(crate) const ROLE: &str = "overseer";
 /// The cgroups of commands, below that of this process.
 const PLACE: &str = "commands";
 /// By convention of shells and runtimes: the code of what a signal ended.
@@ -22,30 +26,59 @@ const SIGNALLED: i32 = 128;
 /// How much of a keeper's complaints is kept.
 const COMPLAINT_BYTES_MAX: u64 = 4 << 10;
 
-/// Takes the commands' only way out of their network and serves it, until commands are over.
-pub type Serve<'a> = &'a mut dyn FnMut(TcpListener);
+/// The whole life of the process: its file is the socket through which files come and go.
+pub(crate) fn main() -> io::Result<()> {
+    let order: Order = order::receive(io::stdin().lock())?;
+    let outside = order::take(1)?.pop().ok_or(io::ErrorKind::UnexpectedEof)?;
+    // What is started must not run where who fetches may put files.
+    rustix::process::chdir(&order.scratch_directory)?;
+    let base = match order::receive_most(io::stdin().lock(), BASE_BYTES_MAX) {
+        Ok(base) => base,
+        // The build has ended, and there was nothing to do.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+        Err(error) => {
+            let text = format!("what commands are run on cannot be read: {error}");
+            return order::say(&Told::Ended(Verdict::Broken { text }));
+        }
+    };
+    // Whoever does not listen any more ends this process, or has ended.
+    let mut observe = |event| drop(order::say(&Told::Event(event)));
+    let ended = take_on(order, base, outside, &mut observe);
+    order::say(&Told::Ended(Verdict::of(ended)))
+}
+
+/// Judges what was handed over, hands the layer's other end out, and runs the commands.
+fn take_on(
+    order: Order,
+    base: Base,
+    outside: File,
+    observe: &mut dyn FnMut(Event),
+) -> Result<(), CommandsError> {
+    let io = CommandsError::io;
+    let count = judge::files(&order, &base)?;
+    let packs = handing::take(&outside, count).map_err(io("take the layers of the image"))?;
+    judge::packs(&base, &packs)?;
+    let (layer, sink) = io::pipe().map_err(io("make a pipe"))?;
+    handing::hand(&outside, &[layer.as_fd()]).map_err(io("hand the layer out"))?;
+    drop(layer);
+    run(order, base, &packs, sink, outside, observe)
+}
 
 /// Runs the commands of `order` on the image whose layer packs are in `packs`, and writes what they
-/// changed to `layer`, as the tar of one more layer. The tar is worth something only when this
-/// succeeds. With `serve` the commands have one way out of their network, which it is given; they
-/// find it in the variables by which programs look for a proxy.
-///
-/// The thread that calls must live until this returns: with it everything that was started ends.
-///
-/// # Errors
-/// [`CommandsError`]; the first command that does not end well ends it.
-pub fn run(
+/// changed to `layer`, as the tar of one more layer. If the commands have a way out of their network,
+/// it is handed through `outside`.
+fn run(
     order: Order,
-    packs: &[&File],
+    base: Base,
+    packs: &[OwnedFd],
     layer: PipeWriter,
-    serve: Option<Serve<'_>>,
+    outside: File,
     observe: &mut dyn FnMut(Event),
 ) -> Result<(), CommandsError> {
     let groups = CgroupRoot::open(PLACE).map_err(Unable::NoLimits)?;
     clear_leftovers();
-    let io = |action| move |source| CommandsError::Io { action, source };
+    let io = CommandsError::io;
     let (scratch, watched) = scratch(&order).map_err(io("make the disk of the commands"))?;
-    let (ours, outside) = door::pair().map_err(io("make a pair of sockets"))?;
     let program = File::open("/proc/self/exe").map_err(io("open this program"))?;
     let arguments = [c"builderd", c"commands-process", c"keeper"];
     let mut files = vec![scratch.as_fd(), layer.as_fd(), outside.as_fd()];
@@ -60,11 +93,11 @@ pub fn run(
     let users = held.users();
     let told = KeeperOrder {
         order,
+        base,
         users,
         group,
         place: PLACE.to_owned(),
         watched: watched.as_ref().map(|watched| watched.path().to_owned()),
-        has_door: serve.is_some(),
     };
     let mut watch = Watch { sandbox, told, groups, stdin: pipes.stdin, observe, current: None };
     let counting = watched.as_ref().map(|watched| {
@@ -73,13 +106,6 @@ pub fn run(
     let ended = counting.transpose().and_then(|counting| {
         // One that has ended already says so by its end.
         let _ = order::send(&mut watch.stdin, &watch.told);
-        if let Some(serve) = serve {
-            let door = door::receive(ours).map_err(io("take the way out of the commands"))?;
-            // Without one the keeper says why.
-            if let Some(door) = door {
-                serve(door);
-            }
-        }
         watch.listen(pipes.stdout, pipes.stderr, counting)
     });
     watch.clean_up();
@@ -106,9 +132,16 @@ fn scratch(order: &Order) -> io::Result<(File, Option<WatchedDirectory>)> {
 pub fn clear_leftovers() {
     CgroupRoot::remove_empty(PLACE, |name| {
         let owner = name.split('-').next().and_then(|pid| pid.parse::<u32>().ok());
-        owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+        owner.is_some_and(has_ended)
     });
     LoopDevice::unbound_free();
+}
+
+/// Whether there is no such process, or one that only waits to be asked how it ended: that one has
+/// no program any more.
+fn has_ended(pid: u32) -> bool {
+    let program = std::fs::read_link(format!("/proc/{pid}/exe"));
+    program.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// What the runtime complains of, where a command was not even started.
@@ -318,5 +351,23 @@ impl Watch<'_> {
             drop(self.groups.existing(&format!("{}-{index}", self.told.group)));
         }
         self.groups.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_ended_and_was_not_asked_about_it_has_ended() {
+        assert!(!has_ended(std::process::id()));
+        let mut child = crate::host::command("/bin/sh".as_ref()).args(["-c", ":"]).spawn().unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !has_ended(child.id()) {
+            assert!(Instant::now() < until, "nobody asks, and it is there still");
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+        assert!(has_ended(child.id()));
     }
 }

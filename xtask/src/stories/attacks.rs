@@ -5,6 +5,7 @@
 //! machine that has no tools: [`run`] is `cargo xtask attacks`.
 
 mod commands;
+mod fetcher;
 mod foreign;
 mod ground;
 mod names;
@@ -171,6 +172,7 @@ fn suite(binary: &Path, dir: &Path, programs: &Path) -> Result<()> {
     // What the others are after lies there, and in the caches, from the start.
     let theirs = neighbours::Private::built(&ground)?;
     commands::run(&ground, &mut table)?;
+    fetcher::run(&ground, &mut table)?;
     foreign::images(&ground, &mut table)?;
     foreign::registries(&ground, &mut table)?;
     neighbours::run(&ground, &mut table, &theirs)?;

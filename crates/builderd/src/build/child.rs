@@ -3,7 +3,8 @@
 //! The service writes a [`ChildSpec`] to its standard input and reads one [`ChildLine`] per line
 //! from its standard output; killing it ends the build and leaves nothing, since all it makes is
 //! nameless until it is done. Secrets come by standard input, never by argument or environment.
-//! The child knows no database, no tenant and no other build, and sees no file of theirs.
+//! The child knows no database, no tenant and no other build, and sees no file of theirs. What
+//! commands need more than that is done by another process, which it starts first.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,6 +14,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use oci::{AllowedPlace, ClientOptions, Credentials, Platform, Source};
+use rootfs::TreeLimits;
 use rustix::process::{Resource, Rlimit, Signal};
 use sandbox::{Pipes, Processes, Sandbox, Wall};
 use secrecy::{ExposeSecret as _, SecretString};
@@ -25,8 +27,8 @@ use super::process::status_bytes;
 use super::record::Failure;
 use super::service::RegistryCredentials;
 use super::{
-    Blame, BuildEvent, BuildSpec, Checksum, CommandsSpec, Compression, ImageOptions, Observer,
-    PackStorage, Phase, SumBy,
+    Blame, BuildEvent, BuildSpec, Checksum, Commands, CommandsSpec, Compression, ImageOptions,
+    Observer, PackStorage, Phase, SumBy,
 };
 use crate::causes::chain;
 use crate::packs::{PackCache, SharingDomain};
@@ -239,11 +241,12 @@ pub(crate) fn main() -> io::Result<()> {
     drop(text);
     limit(Resource::Data, spec.memory_bytes)?;
     limit(Resource::Fsize, spec.disk_bytes)?;
+    let commands = spec.commands.as_ref().map(|wanted| overseen(&spec, wanted)).transpose()?;
     shut_in(&spec)?;
     // Forgotten where rights change: prctl(2).
     end_with_parent()?;
     let speaker = Speaker(Mutex::new(io::stdout()));
-    let line = match run(&spec, &speaker) {
+    let line = match run(&spec, commands, &speaker) {
         Ok(report) => ChildLine::Done(Box::new(report)),
         Err(failure) => ChildLine::Failed(failure),
     };
@@ -297,10 +300,16 @@ fn tried(mut process: Sandbox, pipes: Pipes) -> Result<(), String> {
     }
 }
 
-/// Leaves the directories of this build alone, before anything foreign is read. A build with
-/// commands mounts file systems and starts a runtime: it keeps what its server has.
+/// Commands need mounts and a runtime: who will have them run is started as long as this process
+/// may.
+fn overseen(spec: &ChildSpec, wanted: &CommandsSpec) -> io::Result<Commands> {
+    let layer_bytes_max = layer_limits(spec.disk_bytes).image_data_bytes_max;
+    Commands::start(wanted, TreeLimits::default(), layer_bytes_max).map_err(io::Error::other)
+}
+
+/// Leaves the directories of this build alone, before anything foreign is read.
 fn shut_in(spec: &ChildSpec) -> io::Result<()> {
-    if spec.commands.is_some() || !spec.has_own_files {
+    if !spec.has_own_files {
         return Ok(());
     }
     let processes = if spec.has_own_processes { Processes::Own } else { Processes::All };
@@ -325,7 +334,11 @@ fn limit(resource: Resource, bytes: u64) -> io::Result<()> {
     Ok(rustix::process::setrlimit(resource, limit)?)
 }
 
-fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
+fn run(
+    spec: &ChildSpec,
+    commands: Option<Commands>,
+    speaker: &Speaker,
+) -> Result<ChildReport, Failure> {
     let step = Mutex::new(Phase::Resolve);
     let observer = Steps { speaker, step: &step };
     let failed = |error: super::BuildError| {
@@ -340,7 +353,8 @@ fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
         }
         failure
     };
-    let report = super::run(&engine_spec(spec).map_err(failed)?, &observer).map_err(failed)?;
+    let spec = engine_spec(spec, commands).map_err(failed)?;
+    let report = super::run(&spec, &observer).map_err(failed)?;
     let metadata = &report.metadata;
     Ok(ChildReport {
         artifact_bytes: metadata.artifact.size_bytes,
@@ -354,7 +368,10 @@ fn run(spec: &ChildSpec, speaker: &Speaker) -> Result<ChildReport, Failure> {
     })
 }
 
-fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
+fn engine_spec(
+    spec: &ChildSpec,
+    commands: Option<Commands>,
+) -> Result<BuildSpec, super::BuildError> {
     let wrong = |problem| {
         let path = spec.output.clone();
         super::BuildError::OutputName { path, problem, source: None }
@@ -388,10 +405,10 @@ fn engine_spec(spec: &ChildSpec) -> Result<BuildSpec, super::BuildError> {
             _ => Checksum::None,
         },
         packs,
-        commands: spec.commands.clone(),
+        commands,
         jobs: spec.jobs,
         layer_limits: layer_limits(spec.disk_bytes),
-        tree_limits: rootfs::TreeLimits::default(),
+        tree_limits: TreeLimits::default(),
         walls: spec.walls.clone(),
         sum_by: SumBy::Parent,
     })

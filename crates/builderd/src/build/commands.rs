@@ -1,23 +1,25 @@
 //! The commands of a build: run in the image's own file system, and what they changed packed as
 //! one more layer. The processes are `commands`' own; this side hands them the packs, and their
-//! layer to a confined worker like any other.
+//! layer to a confined worker like any other. It starts none of them but their overseer, and that
+//! before it fetches: by then it has no right to.
 
 mod proxy;
 
 use std::convert::Infallible;
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter, Read as _};
+use std::io::{self, PipeReader, Read as _};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{Scope, ScopedJoinHandle};
 
 use ::commands::{
-    CommandEnd, CommandLimits, CommandsError, Event, Order, PackPart, Scratch, Serve,
+    Base, CommandEnd, CommandLimits, CommandsError, Event, Order, Overseer, PackPart, Scratch,
+    Serve,
 };
 use bytes::Bytes;
 use oci::{EgressPolicy, Image};
-use rootfs::{PackSummary, Tally};
+use rootfs::{PackSummary, Tally, TreeLimits};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
@@ -48,6 +50,8 @@ pub struct CommandsSpec {
     /// How they are held to it.
     #[serde(default)]
     pub scratch: Scratch,
+    /// Where it is made: a directory that the process that fetches does not reach.
+    pub scratch_directory: PathBuf,
     /// What they may reach; nothing if none.
     #[serde(default)]
     pub egress: Option<EgressSpec>,
@@ -77,6 +81,45 @@ impl EgressSpec {
     }
 }
 
+/// Commands, and the process that will have them run.
+#[derive(Clone, Debug)]
+pub struct Commands {
+    wanted: CommandsSpec,
+    overseer: Arc<Overseer>,
+}
+
+impl Commands {
+    /// Starts that process, with the rights that this one has still. To be called by the main thread,
+    /// before anything foreign is read; `layer_bytes_max` is of all files that the commands may make
+    /// or change together.
+    ///
+    /// # Errors
+    /// [`CommandsError`] when it cannot be started.
+    pub fn start(
+        wanted: &CommandsSpec,
+        tree_limits: TreeLimits,
+        layer_bytes_max: u64,
+    ) -> Result<Self, CommandsError> {
+        let order = Order {
+            scratch_directory: wanted.scratch_directory.clone(),
+            scratch: wanted.scratch,
+            disk_bytes: wanted.disk_bytes,
+            runtime: wanted.runtime.clone(),
+            commands: wanted.commands.clone(),
+            limits: CommandLimits {
+                memory_bytes: wanted.memory_bytes,
+                pids_max: wanted.pids_max,
+                // Those of the build.
+                secs_max: None,
+            },
+            tree_limits,
+            layer_bytes_max,
+            has_door: wanted.egress.is_some(),
+        };
+        Ok(Self { wanted: wanted.clone(), overseer: Arc::new(Overseer::start(&order)?) })
+    }
+}
+
 type Packed = Result<(PackSummary, Taken), BuildError>;
 
 /// Runs the commands on the image of `packs`, and adds the pack of what they changed. Gives the
@@ -86,7 +129,7 @@ type Packed = Result<(PackSummary, Taken), BuildError>;
 /// [`BuildError::Commands`], and those of a layer.
 pub(super) fn run(
     spec: &BuildSpec,
-    wanted: &CommandsSpec,
+    commands: &Commands,
     image: &Image,
     packs: &mut LayerPacks,
     disk: &Disk,
@@ -104,11 +147,14 @@ pub(super) fn run(
         });
         parts.push(PackPart { file, base: open.base, length: open.length() });
     }
-    let order = order(spec, wanted, image, parts);
+    let base = Base {
+        environment: image.config.env.clone(),
+        working_directory: image.config.working_dir.clone(),
+        packs: parts,
+    };
     let staged = stage(spec)?;
     let file = shared(staged.file())?;
     let failed = |source| BuildError::Worker { phase: Phase::Commands, source };
-    let (layer, sink) = io::pipe().map_err(failed)?;
     let task = PackTask {
         layer: packs.packs.len(),
         // Its own is known when it is whole; until then messages name the image.
@@ -125,9 +171,10 @@ pub(super) fn run(
         files.iter().map(|file| confined::read_only(file)).collect::<io::Result<Vec<_>>>();
     let read_only = read_only.map_err(failed)?;
     let open: Vec<&File> = read_only.iter().collect();
+    let layer = commands.overseer.hand(&base, &open)?;
     let (ran, packed) = std::thread::scope(|scope| {
         let packer = scope.spawn(|| pack(layer, task, &file, spec, disk));
-        let ran = run_with_door(scope, order, &open, sink, wanted, observer);
+        let ran = run_with_door(scope, commands, observer);
         (ran, packer.join())
     });
     ran?;
@@ -141,24 +188,20 @@ pub(super) fn run(
     Ok(hex(&summary.diff_id))
 }
 
-/// Runs the commands, with a way out of their network if there is something that they may reach.
+/// Listens to the commands, and lets them out if there is something that they may reach.
 fn run_with_door<'scope>(
     scope: &'scope Scope<'scope, '_>,
-    order: Order,
-    packs: &[&File],
-    layer: PipeWriter,
-    wanted: &CommandsSpec,
+    Commands { wanted, overseer }: &Commands,
     observer: &'scope dyn Observer,
 ) -> Result<(), CommandsError> {
     let Some(egress) = &wanted.egress else {
-        let mut observe = |event| tell(observer, wanted, event);
-        return ::commands::run(order, packs, layer, None, &mut observe);
+        return overseer.listen(None, &mut |event| tell(observer, wanted, event));
     };
     let gate = Arc::new(egress.gate());
     let mut served = None;
     let mut serve = |door| served = Some(Served::start(scope, door, &gate, observer));
     let serve: Serve<'_> = &mut serve;
-    let ran = ::commands::run(order, packs, layer, Some(serve), &mut |event| {
+    let ran = overseer.listen(Some(serve), &mut |event| {
         if let Event::Started { .. } = event {
             gate.begin();
         }
@@ -210,27 +253,6 @@ impl Drop for Served<'_> {
         drop(self.stop.take());
         // A panic there has been printed, and the commands have had nobody to speak to since.
         let _ = self.thread.take().map(ScopedJoinHandle::join);
-    }
-}
-
-fn order(spec: &BuildSpec, wanted: &CommandsSpec, image: &Image, packs: Vec<PackPart>) -> Order {
-    Order {
-        scratch_directory: spec.output_directory().to_owned(),
-        scratch: wanted.scratch,
-        disk_bytes: wanted.disk_bytes,
-        runtime: wanted.runtime.clone(),
-        commands: wanted.commands.clone(),
-        environment: image.config.env.clone(),
-        working_directory: image.config.working_dir.clone(),
-        limits: CommandLimits {
-            memory_bytes: wanted.memory_bytes,
-            pids_max: wanted.pids_max,
-            // Those of the build.
-            secs_max: None,
-        },
-        packs,
-        tree_limits: spec.tree_limits.clone(),
-        layer_bytes_max: spec.layer_limits.image_data_bytes_max,
     }
 }
 

@@ -37,7 +37,7 @@ use rootfs::{Limits, TreeLimits};
 use sandbox::Wall;
 use serde::{Deserialize, Serialize};
 
-pub use commands::{CommandsSpec, EgressSpec};
+pub use commands::{Commands, CommandsSpec, EgressSpec};
 pub use confined::ToldError;
 pub use error::{Blame, BuildError};
 pub use event::{BuildEvent, LayerOrigin, Observer, Phase};
@@ -157,7 +157,7 @@ pub struct BuildSpec {
     /// Where layer packs are kept.
     pub packs: PackStorage,
     /// What is run in the image before it is laid out.
-    pub commands: Option<CommandsSpec>,
+    pub commands: Option<Commands>,
     /// Worker threads, at least 1.
     pub jobs: usize,
     /// What a layer may contain.

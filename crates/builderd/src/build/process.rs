@@ -87,22 +87,23 @@ pub(super) fn status_bytes(status: &str, name: &str) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// The process that works where the one of this number may only wait for it: one that has nothing
-/// open and has started one other.
-fn that_works(mut pid: u32) -> u32 {
+/// The processes that work where the one of this number may only wait for them: one that has nothing
+/// open waits for those that it has started.
+fn that_work(pid: u32) -> Vec<u32> {
     /// Outside of a namespace and inside of it.
     const WAITING_MAX: u32 = 2;
+    let mut found = vec![pid];
     for _ in 0..WAITING_MAX {
-        let has_files = entries(Path::new(&format!("/proc/{pid}/fd"))).next().is_some();
-        match children(pid)[..] {
-            [child] if !has_files => pid = child,
-            _ => break,
-        }
+        let below = found.into_iter().flat_map(|pid| {
+            let has_files = entries(Path::new(&format!("/proc/{pid}/fd"))).next().is_some();
+            if has_files { vec![pid] } else { children(pid) }
+        });
+        found = below.take(FAMILY_MAX).collect();
     }
-    pid
+    found
 }
 
-/// Bytes on disk of the files that a process, or the one that works for it, has open to write,
+/// Bytes on disk of the files that a process, or those that work for it, have open to write,
 /// nameless ones too, and of those in `directory`. A file counts once, however often it is open.
 pub(super) fn disk_bytes(pid: Option<u32>, directory: &Path) -> u64 {
     /// A block of stat(2), whatever the file system's own are.
@@ -113,7 +114,7 @@ pub(super) fn disk_bytes(pid: Option<u32>, directory: &Path) -> u64 {
             blocks.insert((file.dev(), file.ino()), file.blocks());
         }
     };
-    if let Some(pid) = pid.map(that_works) {
+    for pid in pid.map(that_work).unwrap_or_default() {
         for entry in entries(Path::new(&format!("/proc/{pid}/fd"))) {
             let number = entry.file_name();
             if !is_written(&format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy())) {
@@ -216,27 +217,35 @@ mod tests {
     fn what_is_written_for_a_process_that_only_waits_counts_as_its() {
         let directory = tempfile::tempdir_in(".").unwrap();
         let place = std::path::absolute(directory.path()).unwrap();
-        let works = format!(
-            "cd {}; echo $$ > pid; exec 5>nameless; rm nameless; \
-             head -c 3145728 /dev/zero >&5; touch ready; exec sleep 60",
-            place.display()
-        );
+        let works = |name: &str, bytes: u64| {
+            format!(
+                "cd {}; echo $$ > {name}.pid; exec 5>{name}; rm {name}; \
+                 head -c {bytes} /dev/zero >&5; touch {name}.ready; exec sleep 60",
+                place.display()
+            )
+        };
         let let_go = "exec <&- >&- 2>&-; wait";
-        let inside = CString::new(format!("sh -c '{works}' & {let_go}")).unwrap();
-        let outside = CString::new(format!("sh -c \"$0\" & {let_go}")).unwrap();
+        let script = |text: String| CString::new(text).unwrap();
+        // One behind two that wait, and another one beside the second of them.
+        let inside = script(format!("sh -c '{}' & {let_go}", works("inside", 3 << 20)));
+        let beside = script(works("beside", 1 << 20));
+        let outside = script(format!("sh -c \"$0\" & sh -c \"$1\" & {let_go}"));
         let shell = fs::File::open("/bin/sh").unwrap();
         // With no file but those that it is handed.
-        let (mut process, _pipes) =
-            Sandbox::spawn_beside(&shell, &[c"sh", c"-c", &outside, &inside], &[]).unwrap();
-        while !directory.path().join("ready").exists() {
+        let arguments = [c"sh", c"-c", &*outside, &*inside, &*beside];
+        let (mut process, _pipes) = Sandbox::spawn_beside(&shell, &arguments, &[]).unwrap();
+        let is_ready = |name: &&str| directory.path().join(format!("{name}.ready")).exists();
+        while !["inside", "beside"].iter().all(is_ready) {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         let seen = disk_bytes(Some(process.pid()), Path::new("nowhere"));
-        let pid = fs::read_to_string(directory.path().join("pid")).unwrap();
-        let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        for name in ["inside", "beside"] {
+            let pid = fs::read_to_string(directory.path().join(format!("{name}.pid"))).unwrap();
+            let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        }
         process.wait().unwrap();
-        assert!((3 << 20..4 << 20).contains(&seen), "{seen}");
+        assert!((4 << 20..5 << 20).contains(&seen), "{seen}");
     }
 
     #[test]

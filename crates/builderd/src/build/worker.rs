@@ -346,6 +346,11 @@ impl Workers {
         self.artifacts.staging().join(try_name(lease))
     }
 
+    /// Where commands of a try have their disk.
+    fn scratch(&self, lease: &Lease) -> PathBuf {
+        self.artifacts.staging().join(format!("{}-commands", try_name(lease)))
+    }
+
     /// The permit to make this artifact; who waits for it finds it made.
     fn flight(&self, name: &ArtifactName) -> Arc<Semaphore> {
         if !self.rules.cache_enabled {

@@ -39,7 +39,7 @@ fn the_documented_commands_run_on_debian_and_what_they_remove_is_gone() {
             "rm -rf /usr/share/doc && dpkg --version && test ! -e /usr/share/doc",
         ],
     );
-    run.order.environment.clear();
+    run.base.environment.clear();
     run.order.disk_bytes = 4 << 30;
     run.order.limits.memory_bytes = 512 << 20;
     let ended = run.end().well();
@@ -67,7 +67,7 @@ fn sockets_are_those_of_programs_that_fetch_and_nothing_else_is_loaded_for() {
     ];
     let command = format!("{script} {} {}", good.join(" "), bad.join(" "));
     let mut run = Run::on(layers, &[&command, "useradd somebody && id -u somebody"]);
-    run.order.environment.clear();
+    run.base.environment.clear();
     run.order.disk_bytes = 4 << 30;
     run.order.limits.memory_bytes = 512 << 20;
     let ended = run.end().well();

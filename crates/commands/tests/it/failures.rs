@@ -125,7 +125,7 @@ fn when_the_build_is_killed_nothing_stays() {
     let number = std::process::id();
     let command = format!("setsid sleep 7{number} & sleep 7{number}");
     let run = Run::busybox(&[&command]);
-    let directory = run.directory.path().file_name().unwrap().to_str().unwrap().to_owned();
+    let directory = run.place.path().file_name().unwrap().to_str().unwrap().to_owned();
     let mut build = run.start();
     let mut lines = BufReader::new(build.stdout.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().starts_with("Started")));
@@ -136,6 +136,7 @@ fn when_the_build_is_killed_nothing_stays() {
         std::thread::yield_now();
     }
     assert!(!traces(&directory).is_empty(), "the loop device is seen while it is there");
+    let overseer = children(build.id());
     build.kill().unwrap();
     build.wait().unwrap();
     let until = Instant::now() + Duration::from_secs(20);
@@ -144,15 +145,21 @@ fn when_the_build_is_killed_nothing_stays() {
         std::thread::yield_now();
     }
     // The empty group of the killed build goes when the next one starts.
-    let pid = build.id();
+    let [overseer] = overseer[..] else { panic!("{overseer:?}") };
     let groups = || {
         let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let places = text.lines().filter(|line| line.contains(" - cgroup"));
         let places = places.filter_map(|line| line.split(' ').nth(4)).map(str::to_owned);
-        places.filter(|place| has_group(Path::new(place), &format!("{pid}-"))).count()
+        places.filter(|place| has_group(Path::new(place), &format!("{overseer}-"))).count()
     };
     Run::busybox(&["true"]).end().well();
     assert_eq!(groups(), 0);
+}
+
+/// The processes that the main thread of one has started.
+fn children(pid: u32) -> Vec<u32> {
+    let listed = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    listed.split_whitespace().map(|child| child.parse().unwrap()).collect()
 }
 
 fn has_group(place: &Path, prefix: &str) -> bool {

@@ -230,7 +230,7 @@ fn a_working_directory_in_proc_leads_nowhere() {
         for directory in [link.as_str(), "/work"] {
             let script = "ls ../../../../../etc/hostname && echo out";
             let mut run = Run::on(vec![lower.clone()], &[script]);
-            run.order.working_directory = directory.to_owned();
+            run.base.working_directory = directory.to_owned();
             let ended = run.end();
             assert!(ended.error.is_some(), "{directory}: {:?}", ended.events);
             assert!(!ended.output().contains(&"out"), "{directory}: {:?}", ended.events);

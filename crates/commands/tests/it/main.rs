@@ -10,5 +10,6 @@ mod debian;
 mod failures;
 mod hostile;
 mod network;
+mod overseer;
 mod support;
 mod watched;

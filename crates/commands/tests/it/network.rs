@@ -3,7 +3,7 @@
 use crate::support::{Run, can_run};
 
 /// What a command says that asks for its answer through the door, at the address in a variable.
-const KNOCK: &str =
+pub(crate) const KNOCK: &str =
     "address=${http_proxy#http://}; nc -w 5 ${address%:*} ${address#*:} < /dev/null";
 
 #[test]
@@ -42,7 +42,7 @@ fn the_door_is_told_in_the_variables_of_proxies_whatever_the_image_says() {
     let script = "env | grep -i proxy | sort | sed s/:[0-9]*$/:PORT/";
     let with = |has_door: bool| {
         let mut run = Run::busybox(&[&script.replace(" | sed s/:[0-9]*$/:PORT/", "")]);
-        run.order.environment.push("HTTP_PROXY=http://10.0.0.1:3128".into());
+        run.base.environment.push("HTTP_PROXY=http://10.0.0.1:3128".into());
         if has_door {
             std::fs::write(run.directory.path().join("door"), "").unwrap();
         }

@@ -6,7 +6,7 @@ use std::io::Read as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use commands::{CommandLimits, Event, Order, PackPart};
+use commands::{Base, CommandLimits, Event, Order, PackPart};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_commands-worker");
 const BUSYBOX: &str = "/bin/busybox";
@@ -143,6 +143,9 @@ impl Layer {
 pub(crate) struct Run {
     pub(crate) directory: tempfile::TempDir,
     pub(crate) order: Order,
+    pub(crate) base: Base,
+    /// What the commands work on is made there.
+    pub(crate) place: tempfile::TempDir,
 }
 
 /// An entry of the layer that came of it.
@@ -173,20 +176,21 @@ impl Run {
             let summary = rootfs::make_pack(&blob[..], &mut out, &limits).unwrap();
             packs.push(PackPart { file, base: 0, length: summary.pack_bytes });
         }
+        let place = tempfile::tempdir().unwrap();
         let order = Order {
-            scratch_directory: directory.path().to_owned(),
+            scratch_directory: place.path().to_owned(),
             scratch: commands::Scratch::Sized,
             disk_bytes: 256 << 20,
             runtime: commands::check("runc", &accepted()).unwrap().program,
             commands: commands.iter().map(|&command| command.to_owned()).collect(),
-            environment: vec!["PATH=/bin".into(), "COLOUR=red".into()],
-            working_directory: String::new(),
             limits: CommandLimits { memory_bytes: 128 << 20, pids_max: 64, secs_max: Some(60) },
-            packs,
             tree_limits: rootfs::TreeLimits::default(),
             layer_bytes_max: 1 << 30,
+            has_door: false,
         };
-        Self { directory, order }
+        let environment = vec!["PATH=/bin".into(), "COLOUR=red".into()];
+        let base = Base { environment, working_directory: String::new(), packs };
+        Self { directory, order, base, place }
     }
 
     pub(crate) fn busybox(commands: &[&str]) -> Self {
@@ -195,8 +199,10 @@ impl Run {
 
     /// Starts it and does not wait.
     pub(crate) fn start(&self) -> std::process::Child {
-        let text = serde_json::to_vec(&self.order).unwrap();
-        fs::write(self.directory.path().join("order.json"), text).unwrap();
+        let texts = [serde_json::to_vec(&self.order), serde_json::to_vec(&self.base)];
+        for (name, text) in ["order.json", "base.json"].into_iter().zip(texts) {
+            fs::write(self.directory.path().join(name), text.unwrap()).unwrap();
+        }
         Command::new(PROGRAM)
             .arg("run")
             .arg(self.directory.path())

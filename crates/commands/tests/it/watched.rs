@@ -111,7 +111,7 @@ fn a_disk_is_not_taken_at_once_where_it_is_only_watched() {
         let commands = ["fallocate -l 1000000 /f 2>&1 && echo done; true", reserve];
         let mut run = Run::on(layers.clone(), &commands);
         run.order.scratch = scratch;
-        run.order.environment.clear();
+        run.base.environment.clear();
         run.order.disk_bytes = 4 << 30;
         let ended = run.end().well();
         let output = ended.output();

@@ -1,5 +1,10 @@
-//! The program that the tests start again as keeper, unpacker and reader; started by a test it
-//! takes an order on its standard input and writes the layer and what happened to files.
+//! The program that the tests start again as overseer, keeper, unpacker and reader; started by a
+//! test it takes an order from files and writes the layer and what happened to files.
+
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+
+use commands::{Base, CommandsError, Event, Order, Overseer, Serve};
 
 fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
@@ -11,33 +16,23 @@ fn main() -> std::io::Result<()> {
     }
 }
 
-/// `order.json` and the pack `0`, `1`, … of a directory → `layer.tar`, `events.json` and, when it
-/// fails, `error`.
-fn run(directory: &std::path::Path) -> std::io::Result<()> {
-    let order: commands::Order =
-        serde_json::from_slice(&std::fs::read(directory.join("order.json"))?)?;
-    let count = order.packs.iter().map(|pack| pack.file + 1).max().unwrap_or(0);
-    let packs = (0..count).map(|at| std::fs::File::open(directory.join(at.to_string())));
-    let packs: Vec<std::fs::File> = packs.collect::<Result<_, _>>()?;
-    let packs: Vec<&std::fs::File> = packs.iter().collect();
-    let (mut tar, layer) = std::io::pipe()?;
-    let mut out = std::fs::File::create(directory.join("layer.tar"))?;
-    let copier = std::thread::spawn(move || std::io::copy(&mut tar, &mut out));
+/// `order.json`, `base.json` and the pack `0`, `1`, … of a directory → `layer.tar`, `events.json` and,
+/// when it fails, `error`. With `narrow` there, it leaves the host's files as soon as it has its
+/// overseer; with `writable`, it hands packs over with the right to write them.
+fn run(directory: &Path) -> std::io::Result<()> {
+    let has = |name: &str| directory.join(name).exists();
+    let order: Order = serde_json::from_slice(&std::fs::read(directory.join("order.json"))?)?;
+    let order = Order { has_door: has("door"), ..order };
+    let overseer = Overseer::start(&order).map_err(std::io::Error::other)?;
+    if has("narrow") {
+        sandbox::narrow(&[directory], sandbox::Processes::Own).map_err(std::io::Error::other)?;
+    }
+    let base: Base = serde_json::from_slice(&std::fs::read(directory.join("base.json"))?)?;
     let mut events = Vec::new();
-    let mut served = None;
-    let mut serve = |door| served = Some(serve(door, directory));
-    let serve: Option<commands::Serve<'_>> = match directory.join("door").exists() {
-        true => Some(&mut serve),
-        false => None,
-    };
-    let ended = commands::run(order, &packs, layer, serve, &mut |event| {
+    let ended = commanded(&overseer, &base, directory, &mut |event| {
         println!("{event:?}");
         events.push(event);
     });
-    drop(served);
-    if let Ok(copied) = copier.join() {
-        copied?;
-    }
     std::fs::write(directory.join("events.json"), serde_json::to_vec(&events)?)?;
     match ended {
         Ok(()) => Ok(()),
@@ -48,8 +43,38 @@ fn run(directory: &std::path::Path) -> std::io::Result<()> {
     }
 }
 
+fn commanded(
+    overseer: &Overseer,
+    base: &Base,
+    directory: &Path,
+    observe: &mut dyn FnMut(Event),
+) -> Result<(), CommandsError> {
+    let io = |source| CommandsError::Io { action: "do what a test needs".into(), source };
+    let mut options = OpenOptions::new();
+    options.read(true).write(directory.join("writable").exists());
+    let names = (0..).map(|at: usize| directory.join(at.to_string()));
+    let packs = names.take_while(|name| name.exists()).map(|name| options.open(name));
+    let packs: Vec<File> = packs.collect::<Result<_, _>>().map_err(io)?;
+    let packs: Vec<&File> = packs.iter().collect();
+    let mut out = File::create(directory.join("layer.tar")).map_err(io)?;
+    let mut tar = overseer.hand(base, &packs)?;
+    let copier = std::thread::spawn(move || std::io::copy(&mut tar, &mut out));
+    let mut served = None;
+    let mut serve = |door| served = Some(serve(door, directory));
+    let serve: Option<Serve<'_>> = match directory.join("door").exists() {
+        true => Some(&mut serve),
+        false => None,
+    };
+    let ended = overseer.listen(serve, observe);
+    drop(served);
+    if let Ok(copied) = copier.join() {
+        copied.map_err(io)?;
+    }
+    ended
+}
+
 /// Answers every connection with what is in the file `door` of the directory.
-fn serve(door: std::net::TcpListener, directory: &std::path::Path) -> std::thread::JoinHandle<()> {
+fn serve(door: std::net::TcpListener, directory: &Path) -> std::thread::JoinHandle<()> {
     let answer = std::fs::read(directory.join("door")).unwrap_or_default();
     std::thread::spawn(move || {
         for stream in door.incoming().flatten() {

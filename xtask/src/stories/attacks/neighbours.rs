@@ -127,7 +127,7 @@ fn by_digest(ground: &Ground, theirs: &Private) -> Result<String> {
 }
 
 /// The processes below one, at this moment.
-fn descendants(of: u32) -> Vec<u32> {
+pub(super) fn descendants(of: u32) -> Vec<u32> {
     let list = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let ids = list.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let parents: Vec<(u32, u32)> = ids.filter_map(|id| Some((id, parent_of(id)?))).collect();

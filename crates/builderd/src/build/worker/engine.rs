@@ -128,6 +128,7 @@ impl Running<'_> {
             commands: build.request.commands.clone(),
             runtime: runtime.program.clone(),
             scratch: runtime.scratch,
+            scratch_directory: self.scratch(),
             egress: self.egress_spec(registry),
             memory_bytes: build.limits.memory_bytes / 8 * 7,
             pids_max: COMMAND_PIDS_MAX,
@@ -163,6 +164,9 @@ impl Running<'_> {
             remedy: "try again later".into(),
         };
         tokio::fs::create_dir_all(self.staging()).await.map_err(failed)?;
+        if spec.commands.is_some() {
+            tokio::fs::create_dir_all(self.scratch()).await.map_err(failed)?;
+        }
         let group = self.group().await.map_err(failed)?;
         let text = serde_json::to_vec(&spec).map_err(|error| failed(error.into()))?;
         let child = self.spawn("build-child", &text, group.as_ref());

@@ -221,10 +221,15 @@ impl<'a> Running<'a> {
         self.workers.staging(&self.claimed.lease)
     }
 
+    /// Where commands have their disk: beside, since who fetches sees the other one.
+    pub(super) fn scratch(&self) -> PathBuf {
+        self.workers.scratch(&self.claimed.lease)
+    }
+
     async fn clear_staging(&self) {
         let packs = self.workers.sealed_packs(self.build());
         let packs = packs.map(|packs| packs.directory(&try_name(&self.claimed.lease)));
-        for directory in packs.into_iter().chain([self.staging()]) {
+        for directory in packs.into_iter().chain([self.staging(), self.scratch()]) {
             let removed = tokio::task::spawn_blocking(move || commands::remove_tree(&directory));
             if let Err(error) = removed.await.map_err(io::Error::other).flatten() {
                 tracing::warn!(%error, "a directory of the build could not be removed");

@@ -190,6 +190,51 @@ fn the_keeper_of_commands_cannot_write_the_packs_that_others_use() {
     eventually("no staged file", || stage.staged().is_empty());
 }
 
+/// A build of t1 in which a command waits, and its own process that fetches.
+fn waiting(stage: &Stage, server: &Server, mark: &str) -> (String, PathBuf) {
+    let command = format!("sleep {mark}");
+    let answer = server.well("t1", "CreateBuild", &order_with(stage, &[&command]));
+    let words = |process: &Path| std::fs::read(process.join("cmdline")).unwrap_or_default();
+    let line = format!("sleep\0{mark}\0").into_bytes();
+    eventually("the command", || {
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        processes.into_iter().any(|entry| words(&entry.path()) == line)
+    });
+    let fetches = |process: &PathBuf| words(process).ends_with(b"\0build-child\0");
+    let fetching: Vec<PathBuf> = stage.processes().into_iter().filter(fetches).collect();
+    let [process] = &fetching[..] else { panic!("{fetching:?}") };
+    (answer["build_id"].as_str().unwrap().to_owned(), process.clone())
+}
+
+#[test]
+fn the_process_of_a_build_with_commands_sees_its_own_files_alone() {
+    let Some(stage) = stage() else { return };
+    let server = serve(&stage);
+    let (id, process) = waiting(&stage, &server, &format!("5{}", std::process::id()));
+    assert_eq!(
+        stage.staged().len(),
+        2,
+        "the disk of the commands lies beside: {:?}",
+        stage.staged()
+    );
+    view::sees_its_own_files_alone(&stage, &process, &id);
+    for place in ["sys", "dev/loop-control", "var", "root"] {
+        assert!(!process.join("root").join(place).exists(), "{place}");
+    }
+    let status = std::fs::read_to_string(process.join("status")).unwrap();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap();
+    assert!(numbers.split_whitespace().count() > 1, "it is in a PID namespace: {numbers}");
+    let mine = |name: String| name.parse::<u32>().ok();
+    let seen = std::fs::read_dir(process.join("root/proc")).unwrap();
+    let seen: Vec<u32> =
+        seen.filter_map(|entry| mine(entry.unwrap().file_name().into_string().ok()?)).collect();
+    assert_eq!(seen.len(), 2, "itself and who waits for it, and nobody of the commands: {seen:?}");
+    server.well("t1", "CancelBuild", &json!({"build_id": id}));
+    server.wait("t1", &id, &["BUILD_STATE_CANCELLED"]);
+    eventually("no build process", || stage.children() == 0);
+    eventually("no staged file", || stage.staged().is_empty());
+}
+
 #[test]
 fn where_there_is_no_runtime_commands_are_refused_before_there_is_a_build() {
     let stage = Stage::new();

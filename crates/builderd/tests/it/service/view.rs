@@ -2,21 +2,10 @@
 
 use super::*;
 
-#[test]
-fn the_process_of_a_build_sees_its_own_files_alone() {
-    if !sandbox::can_isolate() {
-        println!("skipped: this needs namespaces");
-        return;
-    }
-    let stage = Stage::new();
+/// What the process of a build that fetches has of the host, as the host shows it.
+pub(super) fn sees_its_own_files_alone(stage: &Stage, process: &Path, id: &str) {
     // What another tenant has had built.
     std::fs::create_dir_all(stage.workshop.path("cache/packs-v2/tenant-other")).unwrap();
-    let server = stage.serve(&[]);
-    stage.stall(10);
-    let id = server.create("t1", &stage.reference("latest"));
-    server.wait("t1", &id, &["BUILD_STATE_EXTRACTING"]);
-    eventually("a build process", || stage.children() == 1);
-    let process = stage.processes().remove(0);
     // The host's files as this process sees them.
     let seen = |path: PathBuf| process.join("root").join(path.strip_prefix("/").unwrap());
     let names = |path: &str| -> Vec<String> {
@@ -26,7 +15,7 @@ fn the_process_of_a_build_sees_its_own_files_alone() {
     assert_eq!(names("").len(), 2, "only what leads to its directories: {:?}", names(""));
     assert_eq!(names("rootfs"), ["staging"]);
     assert_eq!(names("rootfs/staging").len(), 1);
-    assert!(names("rootfs/staging")[0].starts_with(&id));
+    assert!(names("rootfs/staging")[0].starts_with(id));
     let all = std::fs::read_dir(stage.workshop.path("cache/packs-v2")).unwrap().count();
     assert_eq!((names("cache/packs-v2").len(), all), (1, 2), "layers that it may use alone");
     assert!(!seen(stage.workshop.path("cache/packs-v2/tenant-other")).exists());
@@ -42,6 +31,21 @@ fn the_process_of_a_build_sees_its_own_files_alone() {
     // CAP_DAC_OVERRIDE, CAP_SETGID and CAP_SETUID: capabilities(7).
     let root = rustix::process::geteuid().is_root();
     assert_eq!(value("CapEff:"), if root { "00000000000000c2" } else { "0000000000000000" });
+}
+
+#[test]
+fn the_process_of_a_build_sees_its_own_files_alone() {
+    if !sandbox::can_isolate() {
+        println!("skipped: this needs namespaces");
+        return;
+    }
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    stage.stall(10);
+    let id = server.create("t1", &stage.reference("latest"));
+    server.wait("t1", &id, &["BUILD_STATE_EXTRACTING"]);
+    eventually("a build process", || stage.children() == 1);
+    sees_its_own_files_alone(&stage, &stage.processes().remove(0), &id);
     server.well("t1", "CancelBuild", &json!({"build_id": id}));
     eventually("no build process", || stage.children() == 0);
 }
