@@ -47,7 +47,9 @@ pub(super) fn every_attack_on_a_worker_fails_also_where_cgroups_are_of_version_2
         ),
     )?;
     let passed = proof.console.lines().find(|line| line.starts_with("test result: ok."));
-    let skipped = proof.console.lines().find(|line| line.contains("skipped"));
+    // What version 1 alone has cannot be tried there.
+    let is_skipped = |line: &&str| line.contains("skipped") && !line.contains("of version 1");
+    let skipped = proof.console.lines().find(is_skipped);
     match (passed, skipped) {
         (Some(line), None) => println!("      in the guest: {line}"),
         _ => bail!("the guest said:\n{}", proof.console),

@@ -156,7 +156,7 @@ impl Ground {
             .set("EGRESS_ALLOWED_PRIVATE", &names.lure().to_string())
             .set("COMMANDS_EGRESS_OF_TENANTS", &format!("roamer=*,roamer=*:{}", neighbour.port()))
             .set("DOCKER_INSECURE_REGISTRIES", &insecure)
-            .set("S3_SECRET_ACCESS_KEY", OPERATORS_SECRET)
+            .env("AWS_SECRET_ACCESS_KEY", OPERATORS_SECRET)
             .set("OCI_RUNTIME", &runtime.display().to_string())
             .set("OCI_RUNTIME_ACCEPT_VULNERABLE", "CVE-2025-31133,CVE-2025-52565,CVE-2025-52881");
         let server = place.start_guarded()?;
