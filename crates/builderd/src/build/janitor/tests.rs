@@ -31,6 +31,19 @@ struct Worker {
 }
 
 impl Worker {
+    async fn about_to_store(
+        store: &Store,
+        clock: &Arc<dyn Clock>,
+        files: &Arc<LocalArtifacts>,
+    ) -> Self {
+        queue_build(store, "app", clock.now()).await;
+        let claimed = store.system().claim("worker", 3600, clock.now()).await.unwrap().unwrap();
+        let staged = files.staging().join("made");
+        std::fs::write(&staged, CONTENT).unwrap();
+        let (store, clock, files) = (store.clone(), Arc::clone(clock), Arc::clone(files));
+        Self { store, clock, files, claimed, staged }
+    }
+
     /// Ends the build with the file, or hears that it must wait.
     async fn publish(&self) -> ControlFlow<()> {
         let lease = self.store.lease(&self.claimed.lease);
@@ -195,18 +208,7 @@ async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
     let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(WallClock.now()));
     let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
     forgotten_file(&files, KEY).await;
-    queue_build(&store, "app", clock.now()).await;
-    let claimed = store.system().claim("worker", 3600, clock.now()).await.unwrap().unwrap();
-    let staged = files.staging().join("made");
-    std::fs::write(&staged, CONTENT).unwrap();
-    let worker = Worker {
-        store: store.clone(),
-        clock: Arc::clone(&clock),
-        files: Arc::clone(&files),
-        claimed,
-        staged,
-    };
-    let worker = Arc::new(worker);
+    let worker = Arc::new(Worker::about_to_store(&store, &clock, &files).await);
     let heard = Arc::new(Mutex::new(Vec::new()));
     // The worker wants the file at the worst moment: when the janitor has decided to remove it.
     let on_remove: OnRemove = {
@@ -303,17 +305,7 @@ async fn what_was_deleted_is_removed_without_a_sweep() {
     let store = Store::open_sqlite(directory.path()).await.unwrap();
     let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(WallClock.now()));
     let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
-    let build = queue_build(&store, "app", clock.now()).await;
-    let claimed = store.system().claim("worker", 3600, clock.now()).await.unwrap().unwrap();
-    let staged = files.staging().join("made");
-    std::fs::write(&staged, CONTENT).unwrap();
-    let worker = Worker {
-        store: store.clone(),
-        clock: Arc::clone(&clock),
-        files: Arc::clone(&files),
-        claimed,
-        staged,
-    };
+    let worker = Worker::about_to_store(&store, &clock, &files).await;
     assert_eq!(worker.publish().await, ControlFlow::Break(()));
     let is_stuck = Arc::new(Mutex::new(true));
     let on_remove: OnRemove = {
@@ -332,7 +324,7 @@ async fn what_was_deleted_is_removed_without_a_sweep() {
     remover.remove_dropped().await.unwrap();
     assert!(files.open(KEY).await.unwrap().is_some(), "a build has it");
 
-    assert_eq!(store.system().expire(clock.now().plus_secs(1)).await.unwrap(), 1, "{}", build.id);
+    assert_eq!(store.system().expire(clock.now().plus_secs(1)).await.unwrap(), 1);
     assert_eq!(remover.remove_dropped().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
     *is_stuck.lock().unwrap() = false;
     remover.remove_dropped().await.unwrap();
