@@ -61,7 +61,10 @@ fn files(ground: &Ground, process: &Path) -> Result<String> {
     let root = process.join("root");
     let inside = |path: &Path| path.strip_prefix("/").map(|path| root.join(path));
     let database = ground.place.database();
-    for path in OF_THE_HOST.map(Path::new).into_iter().chain([&*database]) {
+    // Of a directory that its own are in it sees the name.
+    let elsewhere =
+        OF_THE_HOST.map(Path::new).into_iter().filter(|path| !database.starts_with(path));
+    for path in elsewhere.chain([&*database]) {
         if inside(path)?.symlink_metadata().is_ok() {
             bail!("{} is in reach", path.display());
         }
