@@ -64,6 +64,10 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let mut words: Vec<String> = std::env::args().skip(1).collect();
     let chore = if words.is_empty() { String::new() } else { words.remove(0) };
+    if words.first().is_some_and(|word| word == "--help" || word == "-h") {
+        print!("{HELP}");
+        return Ok(());
+    }
     let arguments = Arguments::new(words);
     match chore.as_str() {
         "demo" => demo::run(arguments),

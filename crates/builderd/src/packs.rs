@@ -28,10 +28,10 @@ use crate::private;
 use crate::staged::{Staged, open_regular};
 
 /// The pack format's version is part of the path: another engine never reads our packs as its own.
-const VERSION_DIRECTORY: &str = "packs-v2";
+const VERSION_DIRECTORY: &str = "packs-v3";
 /// Of the directories of all formats.
 const VERSIONS_PREFIX: &str = "packs-v";
-const _: () = assert!(rootfs::PACK_VERSION == 2, "the directory is named by the version");
+const _: () = assert!(rootfs::PACK_VERSION == 3, "the directory is named by the version");
 
 /// Who may share a pack: an opaque name made of `a-z`, `0-9`, `-` and `_`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

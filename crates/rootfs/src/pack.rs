@@ -30,7 +30,7 @@ use crate::data::CHUNK;
 use crate::{BLOCK_BYTES, Compression, Entries, Limits, Tally, TarError, build};
 
 /// The version this crate writes, and the only one it reads.
-pub const PACK_VERSION: u32 = 2;
+pub const PACK_VERSION: u32 = 3;
 
 const MAGIC: [u8; 8] = *b"bldrpack";
 const FOOTER: usize = 128;

@@ -43,12 +43,7 @@ impl Pax {
 
     fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarProblem> {
         if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-            return self.xattr(name.to_vec(), value.to_vec(), true);
-        }
-        if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-            let name = url_decode(name).ok_or(TarProblem::PaxRecord)?;
-            let value = base64_decode(value).ok_or(TarProblem::PaxRecord)?;
-            return self.xattr(name, value, false);
+            return self.xattr(name, value);
         }
         if let Some(name) = key.strip_prefix(b"GNU.sparse.") {
             return self.sparse(name, value);
@@ -65,23 +60,18 @@ impl Pax {
                 let time = |value| timestamp(value).ok_or(TarProblem::PaxNumber);
                 self.mtime = given.map(time).transpose()?;
             }
-            // atime, ctime, comment, uname, gname, hdrcharset, vendors' own.
+            // atime, ctime, comment, uname, gname, hdrcharset, vendors' own: LIBARCHIVE.xattr, too.
             _ => {}
         }
         Ok(())
     }
 
-    /// `SCHILY.xattr` has the bytes as they are, so it wins over libarchive's copy.
-    fn xattr(&mut self, name: Vec<u8>, value: Vec<u8>, wins: bool) -> Result<(), TarProblem> {
+    fn xattr(&mut self, name: &[u8], value: &[u8]) -> Result<(), TarProblem> {
         if name.is_empty() || name.len() > 255 || name.contains(&0) {
             return Err(TarProblem::XattrName);
         }
-        if xattr::is_kept(&name) {
-            if wins {
-                self.xattrs.insert(name, value);
-            } else {
-                self.xattrs.entry(name).or_insert(value);
-            }
+        if xattr::is_kept(name) {
+            self.xattrs.insert(name.to_vec(), value.to_vec());
         }
         Ok(())
     }
@@ -159,58 +149,6 @@ fn timestamp(value: &[u8]) -> Option<Timestamp> {
         (true, 0) => Timestamp { secs: -secs, nanos: 0 },
         (true, nanos) => Timestamp { secs: -secs - 1, nanos: 1_000_000_000 - nanos },
     })
-}
-
-/// `%XX` becomes a byte, as libarchive writes names.
-fn url_decode(text: &[u8]) -> Option<Vec<u8>> {
-    let mut out = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((first, tail)) = rest.split_first() {
-        if *first == b'%' {
-            let digits = tail.get(..2)?;
-            out.push(hex(digits[0])? << 4 | hex(digits[1])?);
-            rest = &tail[2..];
-        } else {
-            out.push(*first);
-            rest = tail;
-        }
-    }
-    Some(out)
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    match digit {
-        b'0'..=b'9' => Some(digit - b'0'),
-        b'a'..=b'f' => Some(digit - b'a' + 10),
-        b'A'..=b'F' => Some(digit - b'A' + 10),
-        _ => None,
-    }
-}
-
-/// Standard base64, with or without padding, as libarchive writes values.
-fn base64_decode(text: &[u8]) -> Option<Vec<u8>> {
-    let end = text.iter().rposition(|byte| *byte != b'=').map_or(0, |last| last + 1);
-    if text.len() - end > 2 || end % 4 == 1 {
-        return None;
-    }
-    let mut out = Vec::with_capacity(end / 4 * 3 + 2);
-    for group in text[..end].chunks(4) {
-        let mut bits = 0_u32;
-        for byte in group {
-            let value = match byte {
-                b'A'..=b'Z' => byte - b'A',
-                b'a'..=b'z' => byte - b'a' + 26,
-                b'0'..=b'9' => byte - b'0' + 52,
-                b'+' => 62,
-                b'/' => 63,
-                _ => return None,
-            };
-            bits = bits << 6 | u32::from(value);
-        }
-        bits <<= 6 * (4 - group.len());
-        out.extend_from_slice(&bits.to_be_bytes()[1..group.len()]);
-    }
-    Some(out)
 }
 
 #[cfg(test)]
@@ -302,26 +240,11 @@ mod tests {
         }
     }
 
+    /// Docker and containerd read no other; `bsdtar` writes every attribute under both names.
     #[test]
-    fn attributes_of_libarchive_are_decoded_and_lose_to_schily() {
-        let text = |bodies: &[&str]| {
-            parse(&records(&bodies.iter().map(|body| body.as_bytes()).collect::<Vec<_>>()))
-        };
-        let pax = text(&["LIBARCHIVE.xattr.user.%61b=aGVsbG8"]).unwrap();
-        assert_eq!(pax.xattrs[&b"user.ab"[..]], b"hello");
-        let pax = text(&["SCHILY.xattr.user.a=raw", "LIBARCHIVE.xattr.user.a=aGVsbG8="]).unwrap();
-        assert_eq!(pax.xattrs[&b"user.a"[..]], b"raw");
-        assert!(text(&["LIBARCHIVE.xattr.user.a=a"]).is_err());
-        assert!(text(&["LIBARCHIVE.xattr.user.%6=aGVsbG8"]).is_err());
-        assert!(text(&["LIBARCHIVE.xattr.user.a=a*=="]).is_err());
-    }
-
-    #[test]
-    fn base64_has_its_known_answers() {
-        for (text, bytes) in
-            [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYg", "foob")]
-        {
-            assert_eq!(base64_decode(text.as_bytes()).as_deref(), Some(bytes.as_bytes()), "{text}");
-        }
+    fn attributes_are_those_of_schily_alone() {
+        let data = records(&[b"SCHILY.xattr.user.a=raw", b"LIBARCHIVE.xattr.user.b=aGVsbG8="]);
+        let names: Vec<_> = parse(&data).unwrap().xattrs.into_keys().collect();
+        assert_eq!(names, [b"user.a"]);
     }
 }

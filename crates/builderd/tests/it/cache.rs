@@ -48,7 +48,7 @@ fn a_known_layer_is_not_read_again() {
 
 /// Holds the lock of a layer as a build does that makes its pack.
 fn lock_layer(workshop: &Workshop, blob: &[u8]) -> std::fs::File {
-    let directory = workshop.path("cache/packs-v2/local");
+    let directory = workshop.path("cache/packs-v3/local");
     std::fs::create_dir_all(&directory).unwrap();
     let lock = std::fs::File::create(directory.join(format!("{}.lock", sha256(blob)))).unwrap();
     lock.lock().unwrap();
@@ -184,7 +184,7 @@ fn ls_shows_packs_and_prune_keeps_the_limit() {
     let left: u64 = workshop.packs().iter().map(|p| std::fs::metadata(p).unwrap().len()).sum();
     assert!(left <= 1 << 20, "{left}");
     workshop.run(&["cache", "prune", "--all"]);
-    assert!(workshop.names("cache/packs-v2/local").is_empty());
+    assert!(workshop.names("cache/packs-v3/local").is_empty());
     workshop.build_well("out", &["--cache-limit", "0"]);
     assert!(workshop.packs().is_empty(), "the limit holds after a build as well");
 }
@@ -204,7 +204,7 @@ fn packs_in_an_earlier_format_are_pruned_and_those_of_a_later_one_are_not() {
     workshop.build_well("out", &[]);
     assert_eq!(
         workshop.names("cache"),
-        ["packs-v0", "packs-v1", "packs-v2", "packs-v9", "packs-vx"]
+        ["packs-v0", "packs-v1", "packs-v3", "packs-v9", "packs-vx"]
     );
     assert_eq!(workshop.names("cache/packs-v1"), ["other"]);
     assert_eq!(workshop.names("cache/packs-v1/other"), ["somebodys"]);
@@ -217,8 +217,8 @@ fn prune_removes_what_killed_builds_have_left_and_nothing_else() {
     let image = image();
     let workshop = Workshop::with(&image);
     workshop.build_well("out", &[]);
-    let before = workshop.names("cache/packs-v2/local");
-    let directory = workshop.path("cache/packs-v2/local");
+    let before = workshop.names("cache/packs-v3/local");
+    let directory = workshop.path("cache/packs-v3/local");
     let name = |digit: &str, kind| directory.join(format!("{}.{kind}", digit.repeat(64)));
     for left in [name("a", "lock"), name("b", "stamp"), name("c", "lock"), name("c", "stamp")] {
         std::fs::write(left, "").unwrap();
@@ -237,7 +237,7 @@ fn prune_removes_what_killed_builds_have_left_and_nothing_else() {
     let kept = kept.map(|path| path.file_name().unwrap().to_str().unwrap().to_owned());
     let mut expected = [&before[..], &kept, &["somebodys.lock".to_owned()]].concat();
     expected.sort();
-    assert_eq!(workshop.names("cache/packs-v2/local"), expected);
+    assert_eq!(workshop.names("cache/packs-v3/local"), expected);
     drop(lock);
     workshop.run(&["cache", "prune", "--cache-limit", "1G"]);
     assert!(!name("d", "lock").exists() && !name("d", "stamp").exists());
@@ -266,7 +266,7 @@ fn many_processes_make_each_pack_once() {
     let sums: std::collections::BTreeSet<String> =
         (0..6).map(|number| sha256(&workshop.read(&format!("out{number}")))).collect();
     assert_eq!(sums.len(), 1);
-    let names = workshop.names("cache/packs-v2/local");
+    let names = workshop.names("cache/packs-v3/local");
     assert!(names.iter().all(|name| !name.ends_with(".lock")), "{names:?}");
 }
 

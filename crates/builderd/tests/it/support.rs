@@ -216,10 +216,10 @@ impl Workshop {
     }
 
     pub(crate) fn packs(&self) -> Vec<PathBuf> {
-        self.names("cache/packs-v2/local")
+        self.names("cache/packs-v3/local")
             .into_iter()
             .filter(|name| name.ends_with(".pack"))
-            .map(|name| self.path("cache/packs-v2/local").join(name))
+            .map(|name| self.path("cache/packs-v3/local").join(name))
             .collect()
     }
 }

@@ -240,7 +240,8 @@ fn extended_attributes_arrive_as_they_are() {
             ("SCHILY.xattr.trusted.overlay.opaque", b"y"),
             ("SCHILY.xattr.user.overlay.opaque", b"y"),
             ("SCHILY.xattr.com.apple.quarantine", b"q"),
-            ("LIBARCHIVE.xattr.trusted.%6b", b"dg=="),
+            ("SCHILY.xattr.trusted.k", b"v"),
+            ("LIBARCHIVE.xattr.trusted.%6c", b"dg=="),
             ("SCHILY.xattr.system.posix_acl_access", &acl),
         ])
         .file("f", "1")

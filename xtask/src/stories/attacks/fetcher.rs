@@ -82,7 +82,7 @@ fn files(ground: &Ground, process: &Path) -> Result<String> {
     if staged.len() != 1 || all.len() < 2 {
         bail!("of {all:?} it sees {staged:?}");
     }
-    let domains = |cache: &Path| names(&cache.join("packs-v2"));
+    let domains = |cache: &Path| names(&cache.join("packs-v3"));
     let (seen, all) = (domains(&inside(&ground.cache)?)?, domains(&ground.cache)?);
     if seen.len() != 1 || all.len() < 2 {
         bail!("of the layers {all:?} it sees {seen:?}");
