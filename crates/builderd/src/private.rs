@@ -36,14 +36,17 @@ pub(crate) fn file_options() -> OpenOptions {
     options
 }
 
-/// Makes an empty file where there is none. One that is there is not even opened: its locks would
-/// be lost to this process (fcntl(2)).
+/// Makes an empty file where there is none, also where a link leads to none. One that is there is not
+/// even opened: its locks would be lost to this process (fcntl(2)).
 ///
 /// # Errors
 /// Those of the system.
 pub(crate) fn make_file(path: &Path) -> io::Result<()> {
     match file_options().create_new(true).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match path.try_exists()? {
+            true => Ok(()),
+            false => file_options().open(path).map(drop),
+        },
         made => made.map(drop),
     }
 }
@@ -115,6 +118,21 @@ mod tests {
         std::os::unix::fs::symlink(&file, &link).unwrap();
         assert!(!close(&link).unwrap());
         assert_eq!(mode(&file), 0o644);
+    }
+
+    #[test]
+    fn what_a_link_promises_is_made_as_private_as_everything() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, link) = (directory.path().join("file"), directory.path().join("link"));
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        make_file(&link).unwrap();
+        assert_eq!(mode(&file) & NOT_OURS_ALONE, 0);
+        std::fs::write(&file, b"text").unwrap();
+        make_file(&link).unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"text");
+        let nowhere = directory.path().join("nowhere");
+        std::os::unix::fs::symlink("no/such/place", &nowhere).unwrap();
+        make_file(&nowhere).unwrap_err();
     }
 
     #[test]

@@ -252,10 +252,14 @@ mod tests {
         overseer.ended(Verdict::of(Ok(()))).unwrap();
     }
 
-    /// Which error it is, and whether it is one of a full disk.
-    fn kind(error: &CommandsError) -> String {
-        let text = format!("{error:?}");
-        let is_full = text.contains("StorageFull");
-        format!("{} {is_full}", text.split([' ', '(']).next().unwrap())
+    /// Which error it is, of what, and of which kind the system's word is that it began with.
+    fn kind(error: &CommandsError) -> (String, Vec<String>, Option<io::ErrorKind>) {
+        let name = format!("{error:?}").split([' ', '(']).next().unwrap().to_owned();
+        let first: &dyn std::error::Error = error;
+        let causes: Vec<_> = std::iter::successors(Some(first), |error| error.source()).collect();
+        let said = causes.last().and_then(|last| last.downcast_ref::<io::Error>());
+        // Of one without a number the words alone are left.
+        let kind = said.filter(|said| said.raw_os_error().is_some()).map(io::Error::kind);
+        (name, causes.iter().map(ToString::to_string).collect(), kind)
     }
 }

@@ -15,11 +15,12 @@ use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::response::Response;
 use http_body_util::BodyExt as _;
-use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::{Body as HttpBody, SizeHint};
 
 use super::ApiState;
 use super::auth::Caller;
 use super::error::Answer;
+use super::frames::{Looked, Polled, looked_at};
 use super::open::{Place, holding};
 use super::spelling::Reader;
 use crate::tenant::TenantId;
@@ -45,7 +46,7 @@ pub(super) async fn bound(
     let observe = |answer: &Answer| {
         (state.meters.observe)("refused", answer.code().as_str(), Duration::ZERO);
     };
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
     let is_long = LONG.iter().any(|route| head.uri.path().split('/').nth(2) == Some(route));
     let place = match is_long {
         true => None,
@@ -59,6 +60,10 @@ pub(super) async fn bound(
         },
     };
     let (body, brought) = state.open.carried.bring(&tenant, body);
+    if !body.is_end_stream() {
+        // Whoever unpacks it says what it came to.
+        head.extensions.insert(brought.clone());
+    }
     let response = next(Request::from_parts(head, body)).await;
     if let Some(answer) = brought.refusal() {
         observe(&answer);
@@ -93,6 +98,10 @@ impl Carried {
         Self { bytes_max, bytes: Arc::default() }
     }
 
+    fn too_much(&self) -> Answer {
+        Answer::too_much_carried(self.bytes_max)
+    }
+
     fn load(&self, tenant: &TenantId) -> Load {
         Load { carried: self.clone(), tenant: tenant.clone(), bytes: AtomicUsize::new(0) }
     }
@@ -120,8 +129,12 @@ enum Change {
 }
 
 impl Load {
-    /// Carries so much more, if it fits.
+    /// Carries so much more, if it fits. Nothing always does, and is not written down: nobody would
+    /// cross it out.
     fn add(&self, bytes: usize, fits: impl Fn(usize) -> bool) -> bool {
+        if bytes == 0 {
+            return true;
+        }
         let has_room = self.carried.change(&self.tenant, fits, Change::More(bytes));
         if has_room {
             self.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -140,6 +153,7 @@ impl Drop for Load {
 }
 
 /// What the body of a request has brought, until the request is answered.
+#[derive(Clone, Debug)]
 pub(super) struct Brought {
     load: Arc<Load>,
     is_too_much: Arc<AtomicBool>,
@@ -149,7 +163,16 @@ impl Brought {
     /// The refusal, if the body brought more than there was room for.
     pub(super) fn refusal(&self) -> Option<Answer> {
         let is_too_much = self.is_too_much.load(Ordering::Relaxed);
-        is_too_much.then(|| Answer::too_much_carried(self.load.carried.bytes_max))
+        is_too_much.then(|| self.load.carried.too_much())
+    }
+
+    /// The message in it has so many bytes, which may be more than came: a little of gzip is a lot of
+    /// anything. The refusal, if there is no room for that.
+    pub(super) fn unpacked(&self, bytes: usize) -> Option<Answer> {
+        let Load { carried, bytes: came, .. } = &*self.load;
+        let more = bytes.saturating_sub(came.load(Ordering::Relaxed));
+        let fits = |before: usize| before.saturating_add(more) <= carried.bytes_max;
+        (!self.load.add(more, fits)).then(|| carried.too_much())
     }
 }
 
@@ -162,7 +185,18 @@ impl Carried {
             return (body, brought);
         }
         let (load, is_too_much) = (Arc::clone(&brought.load), Arc::clone(&brought.is_too_much));
-        (Body::new(Bringing { body, load, is_too_much }), brought)
+        let bytes_max = self.bytes_max;
+        let body = looked_at(body, move |polled, _| {
+            let Poll::Ready(Some(Ok(frame))) = &polled else { return polled };
+            let bytes = frame.data_ref().map_or(0, Bytes::len);
+            if load.add(bytes, |before| before.saturating_add(bytes) <= bytes_max) {
+                return polled;
+            }
+            is_too_much.store(true, Ordering::Relaxed);
+            let full = std::io::Error::from(std::io::ErrorKind::QuotaExceeded);
+            Poll::Ready(Some(Err(axum::Error::new(full))))
+        });
+        (body, brought)
     }
 
     /// The answer to a tenant's call, all of which is there, counted until it is written; the call
@@ -186,49 +220,10 @@ impl Carried {
                 let body = Body::new(Resumed { first, rest: body });
                 Ok(Response::from_parts(head, holding(body, (load, place))))
             }
-            false => Err(Answer::too_much_carried(self.bytes_max)),
+            false => Err(self.too_much()),
         }
     }
 }
-
-struct Bringing {
-    body: Body,
-    load: Arc<Load>,
-    is_too_much: Arc<AtomicBool>,
-}
-
-impl HttpBody for Bringing {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = &mut *self;
-        let polled = Pin::new(&mut this.body).poll_frame(context);
-        let Poll::Ready(Some(Ok(frame))) = &polled else { return polled };
-        let bytes = frame.data_ref().map_or(0, Bytes::len);
-        let bytes_max = this.load.carried.bytes_max;
-        if !this.load.add(bytes, |before| before.saturating_add(bytes) <= bytes_max) {
-            this.is_too_much.store(true, Ordering::Relaxed);
-            let full = std::io::Error::from(std::io::ErrorKind::QuotaExceeded);
-            return Poll::Ready(Some(Err(axum::Error::new(full))));
-        }
-        polled
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-/// A frame, or why there is none.
-type Looked = Result<Frame<Bytes>, axum::Error>;
 
 fn bytes_of(frame: Option<&Looked>) -> usize {
     frame.and_then(|frame| frame.as_ref().ok()?.data_ref()).map_or(0, Bytes::len)
@@ -244,10 +239,7 @@ impl HttpBody for Resumed {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Polled {
         match self.first.take() {
             Some(looked) => Poll::Ready(Some(looked)),
             None => Pin::new(&mut self.rest).poll_frame(context),
@@ -310,6 +302,8 @@ mod tests {
         assert!(answer(&open, &t, big).await.is_ok());
         drop(unread);
         assert!(open.carried.bytes.lock().unwrap().is_empty());
+        drop(answer(&open, &t, 0).await.unwrap());
+        assert!(open.carried.bytes.lock().unwrap().is_empty(), "nothing is nothing");
         // One is given however large it is.
         assert!(answer(&open, &t, 2 << 20).await.is_ok());
     }

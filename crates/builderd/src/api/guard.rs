@@ -1,5 +1,6 @@
 //! What stands between the wire and every RPC handler, whatever the protocol: JSON that has not
-//! its message's form is refused, a panic becomes `internal`, an error before a stream's first
+//! its message's form is refused, and so is what unpacked is too much beside what its tenant's other
+//! calls carry; a panic becomes `internal`, an error before a stream's first
 //! message is its only message, and each call is told to whoever measures.
 
 use std::panic::AssertUnwindSafe;
@@ -12,6 +13,7 @@ use connectrpc::{CodecFormat, ConnectError, Dispatcher, Payload, RequestContext,
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 
 use super::auth::Caller;
+use super::carried::Brought;
 use super::error::Answer;
 use super::shape;
 
@@ -70,17 +72,20 @@ impl<D> Guard<D> {
     }
 }
 
-/// What is wrong with the form of a message in JSON.
-fn misshapen(
+/// Why a message does not get to its handler: there is no room for it, or its JSON has another form.
+fn refused(
     path: &str,
     context: &RequestContext,
     message: &[u8],
     format: CodecFormat,
 ) -> Option<ConnectError> {
-    if format != CodecFormat::Json {
-        return None;
-    }
-    let answer = Answer::of(&shape::check(input(path), message).err()?);
+    let brought = context.extensions().get::<Brought>();
+    let too_much = brought.and_then(|brought| brought.unpacked(message.len()));
+    let answer = match (too_much, format) {
+        (Some(answer), _) => answer,
+        (None, CodecFormat::Json) => Answer::of(&shape::check(input(path), message).err()?),
+        (None, _) => return None,
+    };
     if let Some(caller) = context.extensions().get::<Caller>() {
         caller.note(&answer);
     }
@@ -108,7 +113,7 @@ impl<D: Dispatcher> Dispatcher for Guard<D> {
     ) -> UnaryResult {
         // Handlers may ask what the caller reads.
         context.extensions_mut().insert(format);
-        let call: UnaryResult = match misshapen(path, &context, request.bytes(), format) {
+        let call: UnaryResult = match refused(path, &context, request.bytes(), format) {
             Some(error) => Box::pin(async move { Err(error) }),
             None => self.inner.call_unary(path, context, request, format),
         };
@@ -122,7 +127,7 @@ impl<D: Dispatcher> Dispatcher for Guard<D> {
         request: Bytes,
         format: CodecFormat,
     ) -> StreamingResult {
-        let call: StreamingResult = match misshapen(path, &context, &request, format) {
+        let call: StreamingResult = match refused(path, &context, &request, format) {
             Some(error) => Box::pin(async move { Err(error) }),
             None => self.inner.call_server_streaming(path, context, request, format),
         };

@@ -13,6 +13,7 @@ mod cors;
 mod download;
 mod error;
 mod follow;
+mod frames;
 mod guard;
 mod health;
 mod limits;
@@ -40,7 +41,7 @@ use api::v1::BuilderServiceExt as _;
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
 use axum::handler::Handler as _;
-use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{any, get};
 use connectrpc::{ConnectRpcBody, ConnectRpcService, DeadlinePolicy, Limits, Protocol};
@@ -222,7 +223,7 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .merge(looks)
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(from_fn(catch_panics))
+        .layer(from_fn_with_state(Arc::clone(&state), catch_panics))
         .with_state(Arc::clone(&state));
     let router = match state.mode {
         Mode::Development => local::only(state, origins.clone(), router),
@@ -369,9 +370,26 @@ async fn admit(state: &ApiState, reader: &Reader, request: Request, next: Next) 
 }
 
 /// Turns a panic of a plain route into an answer; `guard` does it for RPCs.
-async fn catch_panics(request: Request, next: Next) -> Response {
-    let caught = AssertUnwindSafe(next.run(request)).catch_unwind().await;
-    caught.unwrap_or_else(|_| Answer::panicked().into_response())
+async fn catch_panics(
+    State(state): State<Arc<ApiState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let uri = request.uri().clone();
+    caught(&state.meters.observe, uri.path(), next.run(request)).await
+}
+
+/// The answer, or that there is none for a panic, of which whoever measures is told.
+async fn caught(observe: &Observe, path: &str, answer: impl Future<Output = Response>) -> Response {
+    let start = Instant::now();
+    let answer = AssertUnwindSafe(answer).catch_unwind().await;
+    answer.unwrap_or_else(|_| {
+        let response = Answer::panicked().into_response();
+        for code in [PANICKED, response.status().as_str()] {
+            observe(path, code, start.elapsed());
+        }
+        response
+    })
 }
 
 async fn no_route(State(state): State<Arc<ApiState>>, request: Request) -> Response {

@@ -11,20 +11,18 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
-use hyper::body::{Body as HttpBody, Frame, SizeHint};
 
 use super::ApiState;
 use super::carried::Carried;
 use super::error::Answer;
+use super::frames::looked_at;
 use super::peers::counted_as;
 use super::server::Peer;
 use super::spelling::{self, Form};
@@ -209,12 +207,9 @@ async fn within(
 /// A body that holds something until its last byte is written, or thrown away: also when the body has
 /// ended, and what was made of it waits in a connection that nobody reads.
 pub(super) fn holding(body: Body, held: impl Send + Sync + 'static) -> Body {
-    Body::new(Holding { body, held: Arc::new(held) })
-}
-
-struct Holding<T> {
-    body: Body,
-    held: Arc<T>,
+    let held = Arc::new(held);
+    let keep = move |bytes| Bytes::from_owner(Held { bytes, _held: Arc::clone(&held) });
+    looked_at(body, move |polled, _| polled.map_ok(|frame| frame.map_data(&keep)))
 }
 
 /// Bytes with what is held for as long as they are there.
@@ -229,33 +224,11 @@ impl<T> AsRef<[u8]> for Held<T> {
     }
 }
 
-impl<T: Send + Sync + 'static> HttpBody for Holding<T> {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = &mut *self;
-        let held = &this.held;
-        let keep = |bytes| Bytes::from_owner(Held { bytes, _held: Arc::clone(held) });
-        Pin::new(&mut this.body).poll_frame(context).map_ok(|frame| frame.map_data(keep))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use http_body_util::BodyExt as _;
+    use hyper::body::Body as _;
 
     #[test]
     fn a_tenant_has_so_many_places_and_each_back_that_it_leaves() {

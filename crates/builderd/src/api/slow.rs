@@ -6,22 +6,22 @@
 //! the deadline of its call; here it ends soon after that, and has a length. A body that nobody
 //! reads is not this module's.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use http_body_util::Limited;
-use hyper::body::{Body as HttpBody, Frame, SizeHint};
-use tokio::time::{Instant, Sleep, sleep};
+use hyper::body::Body as _;
+use tokio::time::{Instant, sleep};
 
 use super::ApiState;
 use super::error::Answer;
+use super::frames::looked_at;
 use super::spelling::Reader;
 
 /// How long the body of a request may take: 4 MiB come over a line of 1.2 Mbit/s.
@@ -44,8 +44,8 @@ pub(super) async fn cut(
         return next(request).await;
     }
     let is_late = Arc::new(AtomicBool::new(false));
-    let in_time = |body| Body::new(InTime::new(body, state.body_max, Arc::clone(&is_late)));
-    let response = next(request.map(in_time)).await;
+    let cut = |body| in_time(body, state.body_max, Arc::clone(&is_late));
+    let response = next(request.map(cut)).await;
     if !is_late.load(Ordering::Relaxed) {
         return response;
     }
@@ -78,57 +78,31 @@ pub(super) async fn bound(
 /// A body that ends with its call, which may take that long, whatever becomes of the call.
 fn bounded(body: Body, call_max: Duration) -> Body {
     let body = Body::new(Limited::new(body, STREAM_BYTES_MAX));
-    Body::new(InTime::new(body, call_max + STREAM_GRACE, Arc::default()))
+    in_time(body, call_max + STREAM_GRACE, Arc::default())
 }
 
 /// A body that breaks off when its time is over, and says so.
-struct InTime {
-    inner: Body,
-    end: Pin<Box<Sleep>>,
-    is_late: Arc<AtomicBool>,
-}
-
-impl InTime {
-    fn new(inner: Body, time: Duration, is_late: Arc<AtomicBool>) -> Self {
-        Self { inner, end: Box::pin(sleep(time)), is_late }
-    }
-}
-
-impl HttpBody for InTime {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = &mut *self;
-        let polled = Pin::new(&mut this.inner).poll_frame(context);
+fn in_time(body: Body, time: Duration, is_late: Arc<AtomicBool>) -> Body {
+    let mut end = Box::pin(sleep(time));
+    looked_at(body, move |polled, context| {
         let is_over = match polled.is_pending() {
-            true => this.end.as_mut().poll(context).is_ready(),
+            true => end.as_mut().poll(context).is_ready(),
             // Whoever sends little by little is never waited for long.
-            false => Instant::now() >= this.end.deadline(),
+            false => Instant::now() >= end.deadline(),
         };
-        if is_over {
-            this.is_late.store(true, Ordering::Relaxed);
-            let late = std::io::Error::from(std::io::ErrorKind::TimedOut);
-            return Poll::Ready(Some(Err(axum::Error::new(late))));
+        if !is_over {
+            return polled;
         }
-        polled
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
-    }
+        is_late.store(true, Ordering::Relaxed);
+        let late = std::io::Error::from(std::io::ErrorKind::TimedOut);
+        Poll::Ready(Some(Err(axum::Error::new(late))))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::body::Bytes;
     use futures_util::stream;
     use http_body_util::BodyExt as _;
 
@@ -160,7 +134,7 @@ mod tests {
         for (bytes, late) in [(20, false), (10_000, true)] {
             let is_late = Arc::new(AtomicBool::new(false));
             let begun = Instant::now();
-            let read = InTime::new(trickle(bytes), TIME, Arc::clone(&is_late)).collect().await;
+            let read = in_time(trickle(bytes), TIME, Arc::clone(&is_late)).collect().await;
             assert_eq!((read.is_err(), is_late.load(Ordering::Relaxed)), (late, late));
             assert_eq!(begun.elapsed(), if late { TIME } else { Duration::from_secs(20) });
         }

@@ -135,8 +135,6 @@ pub(super) fn run(
     disk: &Disk,
     observer: &dyn Observer,
 ) -> Result<String, BuildError> {
-    // What can become the image holds the packs of the image's own layers only.
-    packs.slabs = None;
     let mut files: Vec<&Arc<File>> = Vec::new();
     let mut parts = Vec::with_capacity(packs.packs.len());
     for open in &packs.packs {

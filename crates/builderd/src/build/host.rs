@@ -78,7 +78,7 @@ impl Host {
         if !left.is_empty() {
             tracing::warn!(builds = left.join(" "), "processes of dead builds were cleared away");
         }
-        commands::clear_leftovers();
+        clear_leftovers_here();
     }
 
     /// Removes the place of the groups. No build may run any more.
@@ -87,7 +87,7 @@ impl Host {
             groups.sweep();
             groups.remove();
         }
-        commands::clear_leftovers();
+        clear_leftovers_here();
     }
 
     /// Where the groups are.
@@ -176,6 +176,24 @@ impl Drop for Group {
     }
 }
 
+/// Takes back from the kernel what builds have left whose process was killed; what it does not give now
+/// is asked for the next time.
+pub(crate) async fn clear_leftovers() {
+    aside(clear_leftovers_here).await;
+}
+
+/// The same at the start and at the end of the service, when there is nobody to hold up.
+#[expect(clippy::disallowed_methods, reason = "the place that all others ask")]
+fn clear_leftovers_here() {
+    commands::clear_leftovers();
+}
+
+/// Has the kernel work for us, which takes its time: not a time to hold up others.
+async fn aside(work: fn()) {
+    // A panic there has been printed.
+    let _ = tokio::task::spawn_blocking(work).await;
+}
+
 fn group_name(place: &Path) -> String {
     use std::os::unix::ffi::OsStrExt as _;
     let place = std::path::absolute(place).unwrap_or_else(|_| place.to_owned());
@@ -185,6 +203,9 @@ fn group_name(place: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::OnceLock;
+    use std::thread::{self, ThreadId};
+
     use super::*;
 
     #[test]
@@ -192,6 +213,14 @@ mod tests {
         let (one, other) = (group_name(Path::new("/a")), group_name(Path::new("/b")));
         assert_ne!(one, other);
         assert_eq!(one, group_name(Path::new("/a")));
+    }
+
+    #[tokio::test]
+    async fn what_the_kernel_takes_its_time_for_is_done_aside() {
+        static DONE_BY: OnceLock<ThreadId> = OnceLock::new();
+        aside(|| DONE_BY.set(thread::current().id()).unwrap()).await;
+        assert_ne!(DONE_BY.get().copied(), Some(thread::current().id()));
+        assert!(DONE_BY.get().is_some(), "it is waited for");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::host;
 use super::record::Micros;
 use super::service::ServiceRules;
 use super::worker::ATTEMPTS_MAX;
@@ -26,7 +27,10 @@ const GRACE_SECS: u64 = 3600;
 /// A tenant's key that was retired is kept for so long though no artifact needs it: a build may have
 /// asked for it before, and not yet said what it seals.
 const KEY_GRACE_SECS: u64 = 24 * 3600;
-/// Deleted artifacts that are removed in one go.
+/// Deleted artifacts that are removed in one go, one after the other; behind it is a pause of
+/// [`REAP_EVERY`]. So no more than 50 in a second go from a store that is quick, and a hundred keys, some
+/// 10 KB, are in memory. From one that is as slow as it may be a round takes 100 minutes
+/// ([`REMOVE_MAX`] each), of which who stops the service waits for one file's.
 const DROPPED_MAX: u32 = 100;
 /// How long removing a stored file may take: less than its removal is respected.
 const REMOVE_MAX: Duration = Duration::from_secs(60);
@@ -155,7 +159,7 @@ impl Janitor {
     /// be done keeps nothing else from being done; the first of it is the error.
     pub(crate) async fn sweep(&mut self) -> io::Result<()> {
         // What the kernel let go only after its build had been cleared away.
-        let _ = tokio::task::spawn_blocking(commands::clear_leftovers).await;
+        host::clear_leftovers().await;
         let forgotten = self.forget().await;
         let swept = self.sweep_files().await;
         let pruned = match self.rules.packs.clone() {
@@ -245,7 +249,7 @@ impl Remover {
     /// not fill the disk past what he may have.
     async fn run(self, mut stop: watch::Receiver<bool>) {
         while !*stop.borrow() {
-            if let Err(error) = self.remove_dropped().await {
+            if let Err(error) = self.remove_dropped(&stop).await {
                 tracing::warn!(%error, "deleted artifacts could not be removed; tried again later");
             }
             tokio::select! {
@@ -255,13 +259,16 @@ impl Remover {
         }
     }
 
-    /// Removes files that builds have let go. The first that cannot be removed is the error, and the
-    /// others are done all the same, unless the store does not answer.
-    async fn remove_dropped(&self) -> io::Result<()> {
+    /// Removes files that builds have let go, until `stop` is set. The first that cannot be removed is
+    /// the error, and the others are done all the same, unless the store does not answer.
+    async fn remove_dropped(&self, stop: &watch::Receiver<bool>) -> io::Result<()> {
         let system = self.store.system();
         let dropped = system.dropped(DROPPED_MAX, self.clock.now()).await;
         let mut result = Ok(());
         for key in dropped.map_err(io::Error::other)? {
+            if *stop.borrow() {
+                break;
+            }
             match self.remove(&key).await {
                 Ok(true) => tracing::info!(key, "an artifact that no build has was removed"),
                 Ok(false) => {}

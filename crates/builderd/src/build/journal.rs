@@ -23,11 +23,12 @@ use super::state::BuildState;
 use crate::clock::Clock;
 use crate::store::{Lease, Store};
 
-/// Progress is written at most so often, unless the state changes.
+/// Progress is written at most so often, unless a state is entered for the first time.
 const PROGRESS_EVERY: Duration = Duration::from_millis(250);
-/// Lines that wait for the store; more are counted and left out. Twice as many warnings may wait, and
-/// an error always.
+/// Lines that wait for the store, and bytes of their texts; more are counted and left out. Twice as many
+/// warnings may wait, and an error always.
 const LINES_WAITING_MAX: usize = 4096;
+const BYTES_WAITING_MAX: usize = 2 * BYTES_HELD;
 /// When so many wait, or so many bytes of them, there is no room for the next one yet.
 const LINES_HELD: usize = LINES_WAITING_MAX / 2;
 const BYTES_HELD: usize = 1 << 20;
@@ -73,6 +74,8 @@ struct Book {
     /// Since when somebody has waited for room.
     held_since: Option<Instant>,
     state: BuildState,
+    /// The last of all states that were entered.
+    furthest: BuildState,
     percent: u32,
     step: String,
     is_told: bool,
@@ -96,11 +99,13 @@ impl Book {
     }
 
     fn takes(&self, level: &str) -> bool {
-        let waiting = self.lines.len();
+        let fits = |times: usize| {
+            self.lines.len() < times * LINES_WAITING_MAX && self.bytes < times * BYTES_WAITING_MAX
+        };
         match level {
             "error" => true,
-            "warn" => waiting < 2 * LINES_WAITING_MAX,
-            _ => waiting < LINES_WAITING_MAX,
+            "warn" => fits(2),
+            _ => fits(1),
         }
     }
 
@@ -119,6 +124,7 @@ impl<'a> Journal<'a> {
             left_out: 0,
             held_since: None,
             state: BuildState::Preparing,
+            furthest: BuildState::Preparing,
             percent: 0,
             step: "prepare".into(),
             is_told: true,
@@ -179,11 +185,13 @@ impl<'a> Journal<'a> {
     pub(super) async fn enter(&self, state: BuildState, percent: u32, step: &str) {
         let due = {
             let mut book = lock(&self.book);
-            let is_new_state = book.state != state;
-            if is_new_state || book.percent != percent || book.step != step {
+            // Who goes to and fro between two of them is written down as rarely as everybody.
+            let is_new_state = book.furthest < state;
+            if book.state != state || book.percent != percent || book.step != step {
                 book.is_told = false;
             }
             book.state = state;
+            book.furthest = book.furthest.max(state);
             book.percent = percent;
             step.clone_into(&mut book.step);
             let rested = book.told.is_none_or(|told| told.elapsed() >= PROGRESS_EVERY);

@@ -154,7 +154,7 @@ impl Store {
             pool().max_connections(1).connect_with(options.clone().create_if_missing(true)).await?;
         migrator(Dialect::Sqlite).run(&write).await?;
         let options = options.read_only(true).create_if_missing(false);
-        let read = Box::new(Readers::new(options.clone()));
+        let read = Box::new(Readers::new(options.clone(), SQLITE_ACQUIRE_TIMEOUT));
         let view = pool().max_connections(VIEWERS).connect_with(options).await?;
         let engine = Engine::Sqlite { write, read, view };
         Ok(Self { rows: Arc::new(Rows::new(engine, Announcer::alone(), lock)) })

@@ -387,6 +387,11 @@ async fn spans_and_metrics_reach_a_collector() {
         .map(|index| u8::from_str_radix(&TRACE[index * 2..index * 2 + 2], 16).unwrap())
         .collect();
     assert!(sent("/v1/traces", &trace), "the caller's trace goes on");
+    // Each would cost something at every turn of a request.
+    for needle in [&b"busy_ns"[..], b"idle_ns", b"thread.id", b"thread.name"] {
+        let name = String::from_utf8_lossy(needle);
+        assert!(!sent("/v1/traces", needle), "{name} is measured");
+    }
     for needle in [&b"builderd_builds_total"[..], b"rpc_server_request_duration_seconds"] {
         assert!(sent("/v1/metrics", needle), "{bodies:?}");
     }

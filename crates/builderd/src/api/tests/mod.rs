@@ -14,6 +14,7 @@ mod health;
 mod local;
 mod open;
 mod pages;
+mod panics;
 mod protocols;
 mod shape;
 mod slow;

@@ -1,6 +1,7 @@
 //! Who opens more than it may: connections that say nothing, answers that nobody reads, bodies that
 //! come at once.
 
+use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -157,6 +158,26 @@ async fn bodies_of_a_tenant_that_come_at_once_are_bounded() {
     let mut again = begin_create(&server, "t", 900 << 10).await;
     again.write_all(b" ").await.unwrap();
     assert!(first_line(&mut again).await.starts_with("HTTP/1.1 400 "));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_body_unpacks_to_is_what_a_tenant_carries() {
+    let server = serving(OpenMax { carried_bytes: 1 << 20, ..OPEN_MAX }).await;
+    let packed = |bytes: usize| {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        gzip.write_all(&vec![b' '; bytes]).unwrap();
+        gzip.finish().unwrap()
+    };
+    let status = async |bytes| {
+        let request = server.rpc("CreateBuild", &json!({})).header("x-tenant-id", "t");
+        let request = request.header("content-encoding", "gzip").body(packed(bytes));
+        send(request).await.status
+    };
+    for _ in 0..3 {
+        assert_eq!(status(900 << 10).await, StatusCode::BAD_REQUEST, "spaces are no message");
+        assert_eq!(status(2 << 20).await, StatusCode::TOO_MANY_REQUESTS);
+    }
     server.stop().await;
 }
 

@@ -31,6 +31,11 @@ pub(super) fn plain(text: &str, letters_max: usize) -> String {
     })
 }
 
+/// A time that is said to have passed since `began`: no longer than what has.
+pub(in crate::build) fn passed(began: Instant, secs: f64) -> f64 {
+    secs.clamp(0.0, began.elapsed().as_secs_f64())
+}
+
 impl Taken {
     /// At most what can be.
     pub(super) fn bounded(self) -> Self {
@@ -80,8 +85,7 @@ impl<'a> Events<'a> {
             BuildEvent::PhaseFinished { phase, secs } => {
                 let began = self.began.filter(|_| !self.is_over && phase == self.phase())?.1;
                 self.is_over = true;
-                let secs = secs.clamp(0.0, began.elapsed().as_secs_f64());
-                Some(BuildEvent::PhaseFinished { phase, secs })
+                Some(BuildEvent::PhaseFinished { phase, secs: passed(began, secs) })
             }
             BuildEvent::WriteProgress { bytes, total_bytes } => {
                 let (before, total_bytes) =

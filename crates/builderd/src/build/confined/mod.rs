@@ -12,6 +12,8 @@
 
 mod claims;
 mod inside;
+#[cfg(any(test, feature = "testing"))]
+mod samples;
 #[cfg(feature = "testing")]
 pub(crate) mod testing;
 mod told;
@@ -32,7 +34,7 @@ use super::{BuildError, BuildEvent, Compression, ImageOptions, Observer, Phase};
 use claims::{Events, Wanted};
 use worker::{Handed, Said, Worker, listen};
 
-pub(super) use claims::NUMBER_MAX;
+pub(super) use claims::{NUMBER_MAX, passed};
 pub(crate) use inside::main;
 pub use told::ToldError;
 pub(super) use worker::{Program, read_only};

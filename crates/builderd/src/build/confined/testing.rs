@@ -3,15 +3,15 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::sync::Mutex;
 
-use rootfs::{Limits, Tally, TreeLimits};
+use rootfs::Tally;
 
 use super::claims::NUMBER_MAX;
+use super::samples::{Watcher, image_task, pack_task};
 use super::worker::{Heard, hear};
-use super::{Events, ImageTask, PackTask, Packing, Wanted, image_line};
-use crate::build::disk::{Disk, Lane, Liking, lock};
-use crate::build::{BuildError, BuildEvent, Compression, ImageOptions, Observer, Phase};
+use super::{Events, Packing, Wanted, image_line};
+use crate::build::disk::Disk;
+use crate::build::{BuildError, BuildEvent, Phase};
 
 /// Bytes of the files that a worker may have made, by number: the image, its compressed form, and
 /// one that it only reads.
@@ -19,33 +19,13 @@ const FILES: [u64; 3] = [8192, 5, 0];
 /// Letters of all that a build may pass on at once: of an error with its causes.
 const LETTERS_MAX: usize = 400_000;
 
-/// Takes every event.
-#[derive(Default)]
-struct Watcher(Mutex<Vec<BuildEvent>>);
-
-impl Observer for Watcher {
-    fn event(&self, event: &BuildEvent) {
-        lock(&self.0).push(event.clone());
-    }
-}
-
 /// Reads the lines of a worker that packs a layer.
 ///
 /// # Panics
 /// When something is passed on that cannot be.
 pub fn read_pack(lines: &[u8]) {
     let (tally, disk) = (Tally::default(), Disk::default());
-    let task = PackTask {
-        layer: 0,
-        digest: oci::Digest::of(b""),
-        part: 0..u64::MAX,
-        liking: Liking::Faster,
-        is_copied: false,
-        limits: Limits::default(),
-        counted: [0; 3],
-        writes: Lane::default(),
-    };
-    let mut packing = Packing::of(&task, &tally, &disk);
+    let mut packing = Packing::of(&pack_task(), &tally, &disk);
     match hear(&mut &*lines, &[], &[], |line| packing.take(line)) {
         Ok(Heard::Last(made)) => {
             assert!(made.taken.cpu_ms <= NUMBER_MAX && made.taken.memory_peak_bytes <= NUMBER_MAX);
@@ -68,22 +48,7 @@ pub fn read_image(lines: &[u8]) {
     thread_local! {
         static MADE: RefCell<Option<[File; 3]>> = const { RefCell::new(None) };
     }
-    let task = ImageTask {
-        layers: Vec::new(),
-        tree_limits: TreeLimits::default(),
-        options: ImageOptions { bytes_max: Some(1 << 20), ..ImageOptions::default() },
-        manifest_digest: String::new(),
-        changes: None,
-        created_secs: 0,
-        hash: true,
-        compression: Compression::Gzip,
-        jobs: 1,
-        output: "out".into(),
-        slabs: None,
-        image: 0,
-        compressed: Some(1),
-    };
-    let (wanted, watcher) = (Wanted::by(&task), Watcher::default());
+    let (wanted, watcher) = (Wanted::by(&image_task(true)), Watcher::default());
     let mut events = Events::new(&watcher);
     let heard = hear(&mut &*lines, &[], &[], |line| image_line(&mut events, line));
     match heard {
@@ -101,7 +66,7 @@ pub fn read_image(lines: &[u8]) {
         Ok(Heard::Ended | Heard::Stopped(_)) => {}
         Err(error) => check_error(&error, events.phase()),
     }
-    lock(&watcher.0).iter().for_each(check_event);
+    watcher.events().iter().for_each(check_event);
 }
 
 #[expect(clippy::expect_used, reason = "a fuzz target ends where there is no memory")]
@@ -115,10 +80,8 @@ fn file_of(size_bytes: u64) -> File {
 fn check_event(event: &BuildEvent) {
     match event {
         BuildEvent::PhaseStarted { .. } => {}
-        BuildEvent::PhaseFinished { secs, .. } => assert!((0.0..1e6).contains(secs), "{secs}"),
-        BuildEvent::WriteProgress { bytes, total_bytes } => {
-            assert!(bytes <= total_bytes && *total_bytes <= NUMBER_MAX);
-        }
+        BuildEvent::PhaseFinished { secs, .. } => check_secs(*secs),
+        BuildEvent::WriteProgress { bytes, total_bytes } => check_written(*bytes, *total_bytes),
         BuildEvent::Warning { message } => check_text(message),
         BuildEvent::Resolved { .. }
         | BuildEvent::LayerWaiting { .. }
@@ -128,6 +91,16 @@ fn check_event(event: &BuildEvent) {
         | BuildEvent::CommandStarted { .. }
         | BuildEvent::CommandOutput { .. } => panic!("no worker says that: {event:?}"),
     }
+}
+
+/// A time that has passed since a process began.
+pub(in crate::build) fn check_secs(secs: f64) {
+    assert!((0.0..1e6).contains(&secs), "{secs}");
+}
+
+/// How much is written, and of how much.
+pub(in crate::build) fn check_written(bytes: u64, total_bytes: u64) {
+    assert!(bytes <= total_bytes && total_bytes <= NUMBER_MAX);
 }
 
 /// What everybody is told who asks about the build.

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+use super::samples::{Watcher, image_task, pack_task};
 use super::*;
-use crate::build::disk::{AlignedBuffer, direct_twin, is_writable, lock};
+use crate::build::disk::{AlignedBuffer, direct_twin, is_writable};
 use crate::build::hex;
 use crate::causes::chain;
 
@@ -32,19 +33,6 @@ fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
         Ok(result) => result,
         Err(RecvTimeoutError::Timeout) => panic!("it hangs"),
         Err(RecvTimeoutError::Disconnected) => panic!("it panicked"),
-    }
-}
-
-fn pack_task() -> PackTask {
-    PackTask {
-        layer: 0,
-        digest: format!("sha256:{:064}", 7).parse().unwrap(),
-        part: 0..u64::MAX,
-        liking: Liking::Faster,
-        is_copied: false,
-        limits: Limits::default(),
-        counted: [0; 3],
-        writes: Lane::default(),
     }
 }
 
@@ -238,16 +226,6 @@ fn a_worker_behind_fewer_walls_than_wanted_gets_no_foreign_byte() {
     assert!(packed_with(&script, WALLS).0.is_ok());
 }
 
-/// Takes every event.
-#[derive(Default)]
-struct Watcher(std::sync::Mutex<Vec<BuildEvent>>);
-
-impl Observer for Watcher {
-    fn event(&self, event: &BuildEvent) {
-        lock(&self.0).push(event.clone());
-    }
-}
-
 /// Two files to make, a pack that others use too, and what comes of a worker that makes an image
 /// of them by a script, which knows their descriptors as `$image`, `$result` and `$pack`.
 struct Made {
@@ -262,24 +240,10 @@ fn made(script: &str, is_summed_here: bool) -> Made {
     let (result, pack) = (3 + step, 3 + 2 * step);
     let program = shell(&format!("image=3; result={result}; pack={pack}; {script}"));
     in_time(move || {
-        let task = ImageTask {
-            layers: Vec::new(),
-            tree_limits: TreeLimits::default(),
-            options: ImageOptions { bytes_max: Some(1 << 20), ..ImageOptions::default() },
-            manifest_digest: String::new(),
-            changes: None,
-            created_secs: 0,
-            hash: !is_summed_here,
-            compression: Compression::Gzip,
-            jobs: 1,
-            output: "out".into(),
-            slabs: None,
-            image: 0,
-            compressed: Some(1),
-        };
+        let task = image_task(!is_summed_here);
         let (open, watcher): (Vec<&File>, _) = (files.iter().collect(), Watcher::default());
         let result = image_by(&program, task, &open, &[], &watcher, is_summed_here);
-        Made { files, result, events: watcher.0.into_inner().unwrap() }
+        Made { files, result, events: watcher.events() }
     })
 }
 

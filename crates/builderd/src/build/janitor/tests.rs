@@ -321,16 +321,45 @@ async fn what_was_deleted_is_removed_without_a_sweep() {
         artifacts: Arc::new(Watched { files: Arc::clone(&files), on_remove }),
         clock: Arc::clone(&clock),
     };
-    remover.remove_dropped().await.unwrap();
+    let (_stop, going) = watch::channel(false);
+    remover.remove_dropped(&going).await.unwrap();
     assert!(files.open(KEY).await.unwrap().is_some(), "a build has it");
 
     assert_eq!(store.system().expire(clock.now().plus_secs(1)).await.unwrap(), 1);
-    assert_eq!(remover.remove_dropped().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    assert_eq!(remover.remove_dropped(&going).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
     *is_stuck.lock().unwrap() = false;
-    remover.remove_dropped().await.unwrap();
+    remover.remove_dropped(&going).await.unwrap();
     assert!(files.open(KEY).await.unwrap().is_some(), "the removal that was begun is not over");
     let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(clock.now().plus_secs(3600)));
     let remover = Remover { clock, ..remover };
-    remover.remove_dropped().await.unwrap();
+    remover.remove_dropped(&going).await.unwrap();
     assert!(files.open(KEY).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn who_stops_the_service_does_not_wait_until_everything_that_was_deleted_is_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(WallClock.now()));
+    let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
+    let worker = Worker::about_to_store(&store, &clock, &files).await;
+    // What a build stores in the place of something else lets that go.
+    for key in ["public/one", "public/two"] {
+        let file = NewFile { key, size_bytes: 1, sha256: "ab" };
+        let reserved = store.lease(&worker.claimed.lease).reserve(&file, clock.now()).await;
+        assert!(matches!(reserved, Ok(Reserved::Yes)));
+        forgotten_file(&files, key).await;
+    }
+    assert_eq!(worker.publish().await, ControlFlow::Break(()));
+    let (stop, going) = watch::channel(false);
+    let on_remove: OnRemove = Box::new(move |_| {
+        stop.send_replace(true);
+        Box::pin(async { Ok(()) })
+    });
+    let artifacts = Arc::new(Watched { files: Arc::clone(&files), on_remove });
+    let remover = Remover { store: store.clone(), artifacts, clock: Arc::clone(&clock) };
+    assert_eq!(store.system().dropped(DROPPED_MAX, clock.now()).await.unwrap().len(), 2);
+    remover.run(going).await;
+    let left = store.system().dropped(DROPPED_MAX, clock.now()).await.unwrap();
+    assert_eq!(left, ["public/two"]);
 }

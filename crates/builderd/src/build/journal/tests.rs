@@ -6,7 +6,7 @@ use std::task::Poll;
 use super::*;
 use crate::clock::WallClock;
 use crate::store::Claimed;
-use crate::store::tests::{hang, messages, queue_build};
+use crate::store::tests::{hang, messages, queue_build, stored};
 
 /// A build that is being worked on, in a database of its own.
 async fn claimed(directory: &tempfile::TempDir) -> (Store, Claimed) {
@@ -101,6 +101,43 @@ async fn what_is_left_out_is_counted_and_is_no_warning_and_no_error() {
     let end = ["a mark", "it failed", "900 lines were left out: the log came too fast"];
     assert_eq!(kept.len(), LINES_WAITING_MAX + end.len());
     assert_eq!(kept[LINES_WAITING_MAX..], end);
+}
+
+#[tokio::test]
+async fn lines_that_wait_have_so_many_bytes_and_no_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, claimed) = claimed(&directory).await;
+    let journal = Journal::new(&store, &claimed.lease, &WallClock);
+    let long = "x".repeat(8 << 10);
+    for (level, most) in [("info", BYTES_WAITING_MAX), ("warn", 2 * BYTES_WAITING_MAX)] {
+        for _ in 0..=most / long.len() {
+            journal.say(level, "builder", long.clone());
+        }
+        let book = lock(&journal.book);
+        assert_eq!((book.bytes, book.left_out > 0), (most, true), "{level}");
+    }
+    journal.say("error", "builder", "it failed".into());
+    journal.flush().await;
+    assert!(messages(&store, &claimed.build).await.contains(&"it failed".to_owned()));
+}
+
+#[tokio::test]
+async fn who_goes_to_and_fro_between_two_states_is_not_written_down_each_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, claimed) = claimed(&directory).await;
+    let journal = Journal::new(&store, &claimed.lease, &WallClock);
+    let there_and_back = [BuildState::Downloading, BuildState::Building];
+    for state in there_and_back {
+        assert!(cut_off(journal.enter(state, 50, "a step"), 1).await, "{state} is new");
+        journal.flush().await;
+        assert_eq!(stored(&store, &claimed.build).await.state, state);
+    }
+    tokio::time::pause();
+    for state in there_and_back.repeat(100) {
+        assert!(!cut_off(journal.enter(state, 50, "a step"), 1).await, "{state} is written");
+    }
+    tokio::time::advance(PROGRESS_EVERY).await;
+    assert!(cut_off(journal.enter(BuildState::Building, 51, "a step"), 1).await);
 }
 
 #[tokio::test]

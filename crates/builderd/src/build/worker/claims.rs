@@ -6,13 +6,18 @@ use std::time::Instant;
 use serde_json::Error;
 
 use crate::build::child::{ChildLine, ChildReport};
-use crate::build::confined::NUMBER_MAX;
+use crate::build::confined::{NUMBER_MAX, passed};
 use crate::build::error::usual_remedy;
 use crate::build::record::Failure;
 use crate::build::{Blame, BuildEvent, Phase};
 
-/// Lines of one process: there is one for each MiB of its layers, and of others far fewer than that.
+/// Lines of one process: there is one for each MiB of its layers, so these are enough for 4 TiB, and of
+/// others there are far fewer. Nothing is kept of them here, and the log of a build has its own end: at
+/// the bound they cost the service a second or two of a CPU.
 const LINES_MAX: u32 = 1 << 22;
+/// Bytes of all lines: four times those of so many about layers. One alone may have a mebibyte, so that
+/// without this bound the other would be one of hours; with it reading them takes two seconds or three.
+const BYTES_MAX: u64 = 1 << 30;
 /// Bytes of a text: a log keeps no more of a line.
 pub(super) const TEXT_BYTES_MAX: usize = 8 << 10;
 /// There are eight.
@@ -22,6 +27,7 @@ const PHASES_MAX: usize = 8;
 pub(super) struct Claims {
     began: Instant,
     lines: u32,
+    bytes: u64,
     started: Vec<Phase>,
     finished: Vec<Phase>,
 }
@@ -29,7 +35,13 @@ pub(super) struct Claims {
 impl Claims {
     /// Of a process that begins now.
     pub(super) fn new() -> Self {
-        Self { began: Instant::now(), lines: 0, started: Vec::new(), finished: Vec::new() }
+        Self {
+            began: Instant::now(),
+            lines: 0,
+            bytes: 0,
+            started: Vec::new(),
+            finished: Vec::new(),
+        }
     }
 
     /// What a line means; none if it is of no account.
@@ -38,7 +50,8 @@ impl Claims {
     /// What is wrong with it, if no process of ours says that.
     pub(super) fn read(&mut self, line: &[u8]) -> Result<Option<ChildLine>, String> {
         self.lines += 1;
-        if self.lines > LINES_MAX {
+        self.bytes += line.len() as u64;
+        if self.lines > LINES_MAX || self.bytes > BYTES_MAX {
             return Err("it talks without end".to_owned());
         }
         let line = serde_json::from_slice(line).map_err(|error: Error| text(&error.to_string()))?;
@@ -113,7 +126,7 @@ impl Claims {
 
     /// No phase takes longer than all of them.
     fn secs(&self, secs: f64) -> f64 {
-        secs.clamp(0.0, self.began.elapsed().as_secs_f64())
+        passed(self.began, secs)
     }
 }
 
@@ -267,6 +280,11 @@ mod tests {
         let mut claims = Claims::new();
         claims.lines = LINES_MAX - 1;
         let line = br#"{"event": {"event": "warning", "message": "x"}}"#;
+        assert!(claims.read(line).is_ok());
+        assert_eq!(claims.read(line).unwrap_err(), "it talks without end");
+        // Nor does one whose lines are few, and long.
+        let mut claims = Claims::new();
+        claims.bytes = BYTES_MAX - line.len() as u64;
         assert!(claims.read(line).is_ok());
         assert_eq!(claims.read(line).unwrap_err(), "it talks without end");
         let error = Claims::new().read(b"\"\\u001b[2J\"").unwrap_err();

@@ -30,6 +30,8 @@ use crate::telemetry::Steps;
 
 /// Processes and threads of a command: enough for a compiler on many cores.
 const COMMAND_PIDS_MAX: u32 = 512;
+/// How much of a child's complaints is kept.
+const COMPLAINT_BYTES_MAX: u64 = 16 << 10;
 /// How often it is looked at who has taken how much of the CPUs.
 const CPU_BEAT: Duration = Duration::from_millis(250);
 
@@ -180,8 +182,10 @@ impl Running<'_> {
         let complain = async {
             let mut text = Vec::new();
             if let Some(stderr) = &mut stderr {
-                // What a child says there is for the operator, and only the beginning of it.
-                let _ = stderr.take(16 << 10).read_to_end(&mut text).await;
+                // What a child says there is for the operator, and only the beginning of it; the rest is
+                // taken too, so that an honest one is never kept waiting for who reads it.
+                let _ = (&mut *stderr).take(COMPLAINT_BYTES_MAX).read_to_end(&mut text).await;
+                let _ = tokio::io::copy(stderr, &mut tokio::io::sink()).await;
             }
             String::from_utf8_lossy(&text).into_owned()
         };

@@ -18,6 +18,7 @@ use super::artifact::set_name;
 use super::{HEARTBEAT, LEASE_SECS, SILENCE_MAX, Workers, internal, try_name};
 use crate::build::Blame;
 use crate::build::admission::Needs;
+use crate::build::host;
 use crate::build::journal::Journal;
 use crate::build::kept::OwnPacks;
 use crate::build::meter::Meter;
@@ -31,7 +32,9 @@ use crate::telemetry;
 const LAST_WORDS_MAX: Duration = Duration::from_secs(5);
 
 /// A build waits this part of its time for another one of the same image, and no longer: that may be a
-/// stranger's, made to be slow.
+/// stranger's, made to be slow. Of the 15 minutes that a build has at the most by default that is a minute
+/// and a half, in which it keeps its place among the builds that run; and it has so much less for itself.
+/// Then the image is made twice at once, which costs a whole build.
 const TURN_PART: u32 = 10;
 
 /// A registry that has sent nothing for so long, of what it was asked for, is what used up the time;
@@ -236,7 +239,7 @@ impl<'a> Running<'a> {
             }
         }
         // What is not cleared away now is at the next sweep.
-        let _ = tokio::task::spawn_blocking(commands::clear_leftovers).await;
+        host::clear_leftovers().await;
     }
 
     /// Opens the encrypted packs of the image's layers that there are.

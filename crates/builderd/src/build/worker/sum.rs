@@ -135,9 +135,12 @@ pub(super) fn tell(metadata: &mut serde_json::Value, sha256: &str) {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::Advice;
+    use rustix::io::{Errno, ReadWriteFlags};
     use sha2::{Digest as _, Sha256};
 
     use super::*;
+    use crate::build::disk::direct_twin;
     use crate::build::hex;
 
     #[test]
@@ -166,6 +169,41 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         }
         of_file(&directory.path().join("other"), 1).unwrap_err();
+    }
+
+    /// Whether a read in the middle would not have to wait for the disk (readv(2), `RWF_NOWAIT`); none
+    /// where that cannot be asked. Who asks may have the file brought to the page cache.
+    fn is_cached(file: &File) -> Option<bool> {
+        let (mut byte, flags) = ([0], ReadWriteFlags::NOWAIT);
+        let mut buffers = [io::IoSliceMut::new(&mut byte)];
+        match rustix::io::preadv2(file, &mut buffers, PIECE_BYTES as u64, flags) {
+            Ok(_) => Some(true),
+            Err(Errno::AGAIN) => Some(false),
+            Err(_) => None,
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_not_in_the_page_cache_is_not_brought_there_to_be_summed() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let bytes = vec![7; 4 * PIECE_BYTES];
+        let [(other, _), (file, path)] = ["other", "made"].map(|name| {
+            let path = directory.path().join(name);
+            std::fs::write(&path, &bytes).unwrap();
+            let file = File::open(&path).unwrap();
+            file.sync_all().unwrap();
+            rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+            (file, path)
+        });
+        if direct_twin(&other).is_none() || is_cached(&other) != Some(false) {
+            println!(
+                "skipped: this file system has no way past the page cache, or keeps all in it"
+            );
+            return;
+        }
+        let sum = of_file(&path, bytes.len() as u64).unwrap();
+        assert_eq!(sum, hex(&Sha256::digest(&bytes)));
+        assert_eq!(is_cached(&file), Some(false));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::claims::{Claims, TEXT_BYTES_MAX};
 use crate::build::BuildEvent;
 use crate::build::child::ChildLine;
 use crate::build::confined::NUMBER_MAX;
+use crate::build::confined::testing::{check_secs, check_written};
 
 /// Reads the lines of the process of a build.
 ///
@@ -65,7 +66,7 @@ fn check_event(event: &BuildEvent, phases: &mut Duration) {
             assert!(command.checked_add(1).is_some());
         }
         BuildEvent::WriteProgress { bytes, total_bytes } => {
-            assert!(bytes <= total_bytes && *total_bytes <= NUMBER_MAX);
+            check_written(*bytes, *total_bytes);
         }
         BuildEvent::Warning { message } => check_text(message),
     }
@@ -73,7 +74,7 @@ fn check_event(event: &BuildEvent, phases: &mut Duration) {
 
 /// A time that has passed since the process began.
 fn time(secs: f64) -> Duration {
-    assert!((0.0..1e6).contains(&secs), "{secs}");
+    check_secs(secs);
     Duration::try_from_secs_f64(secs).unwrap_or_default()
 }
 

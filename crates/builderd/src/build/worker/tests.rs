@@ -206,36 +206,60 @@ fn lives(pid: u32) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
+/// A build of an image that its registry has, taken by a worker that runs shells for it: they take
+/// their only argument, `build-child` or `build-sum`, for a script in the staging directory.
+struct Taken {
+    store: Store,
+    workers: Workers,
+    claimed: Claimed,
+    staging: PathBuf,
+    _registry: TestRegistry,
+}
+
+impl Taken {
+    async fn on(host: Host, directory: &Path) -> Self {
+        let store = Store::open_sqlite(directory).await.unwrap();
+        let registry = TestRegistry::start().unwrap();
+        let here = Platform::of_this_machine();
+        registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
+        let address = registry.host();
+        queue_build(&store, &format!("{address}/app"), WallClock.now()).await;
+        let mut workers = workers(&store, directory, Arc::new(WallClock), "/bin/sh", &address);
+        workers.rules.host = Arc::new(host);
+        let claimed = workers.claim().await.expect("a build waits");
+        let staging = workers.staging(&claimed.lease);
+        std::fs::create_dir_all(&staging).unwrap();
+        Self { store, workers, claimed, staging, _registry: registry }
+    }
+
+    fn script(&self, role: &str, text: &str) {
+        std::fs::write(self.staging.join(role), text).unwrap();
+    }
+
+    async fn run(&self, give_up: watch::Receiver<bool>) -> End {
+        Running::new(&self.workers, &self.claimed, give_up).run_to_the_end().await
+    }
+}
+
 #[tokio::test]
 async fn a_database_that_hangs_stops_the_child_within_the_limit() {
     let directory = tempfile::tempdir().unwrap();
-    let store = Store::open_sqlite(directory.path()).await.unwrap();
-    let registry = TestRegistry::start().unwrap();
-    let here = Platform::of_this_machine();
-    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
-    let host = registry.host();
-    queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
-    // A shell takes the child's only argument, `build-child`, for a script in the staging
-    // directory.
-    let workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
-    let claimed = workers.claim().await.expect("a build waits");
+    let taken = Taken::on(Host::default(), directory.path()).await;
     let pid_file = directory.path().join("pid");
-    let script = format!("echo $$ > '{}'; exec /bin/sleep 1000", pid_file.display());
-    let staging = workers.staging(&claimed.lease);
-    std::fs::create_dir_all(&staging).unwrap();
-    std::fs::write(staging.join("build-child"), script).unwrap();
-
+    taken.script(
+        "build-child",
+        &format!("echo $$ > '{}'; exec /bin/sleep 1000", pid_file.display()),
+    );
     let (_hurry, give_up) = watch::channel(false);
-    let running = Running::new(&workers, &claimed, give_up);
     let hangs = async {
         let pid = pid_in(&pid_file).await;
-        let hung = hang(&store).await;
+        let hung = hang(&taken.store).await;
         assert!(lives(pid));
         // From here on nothing happens but the passing of time.
         tokio::time::pause();
         (pid, hung, Instant::now())
     };
-    let (end, (pid, hung, since)) = tokio::join!(running.run_to_the_end(), hangs);
+    let (end, (pid, hung, since)) = tokio::join!(taken.run(give_up), hangs);
     assert!(matches!(end, End::Lost), "it did not give up");
     // Long before the lease runs out, and somebody else begins.
     let waited = since.elapsed();
@@ -246,7 +270,7 @@ async fn a_database_that_hangs_stops_the_child_within_the_limit() {
         assert!(killed.elapsed() < Duration::from_secs(10), "process {pid} lives on");
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(!staging.exists(), "its files are there still");
+    assert!(!taken.staging.exists(), "its files are there still");
     drop(hung);
 }
 
@@ -272,18 +296,8 @@ async fn made_in(
     sha256: &str,
     give_up: watch::Receiver<bool>,
 ) -> (End, Vec<String>) {
-    let store = Store::open_sqlite(directory).await.unwrap();
-    let registry = TestRegistry::start().unwrap();
-    let here = Platform::of_this_machine();
-    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
-    let host = registry.host();
-    queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
-    let mut workers = workers(&store, directory, Arc::new(WallClock), "/bin/sh", &host);
-    workers.rules.host = Arc::new(Host::open(directory));
-    let claimed = workers.claim().await.expect("a build waits");
-    let staging = workers.staging(&claimed.lease);
-    std::fs::create_dir_all(&staging).unwrap();
-    std::fs::write(staging.join("build-sum"), sum).unwrap();
+    let taken = Taken::on(Host::open(directory), directory).await;
+    taken.script("build-sum", sum);
     let report = serde_json::json!({"done": {
         "metadata": {"artifact": {"sha256": sha256}},
         "artifact_bytes": 5,
@@ -296,14 +310,11 @@ async fn made_in(
         "cpu_ms": 5,
     }});
     std::fs::write(directory.join("secret"), "12345").unwrap();
-    std::fs::write(
-        staging.join("build-child"),
-        format!("cat > /dev/null; {script}; echo '{report}'"),
-    )
-    .unwrap();
-    let end = Running::new(&workers, &claimed, give_up).run_to_the_end().await;
-    assert_eq!(std::fs::read_dir(workers.artifacts.staging()).unwrap().count(), 0);
-    let stored = workers.artifacts.list().await.unwrap();
+    taken.script("build-child", &format!("cat > /dev/null; {script}; echo '{report}'"));
+    let end = taken.run(give_up).await;
+    let artifacts = &taken.workers.artifacts;
+    assert_eq!(std::fs::read_dir(artifacts.staging()).unwrap().count(), 0);
+    let stored = artifacts.list().await.unwrap();
     (end, stored.into_iter().map(|stored| stored.key).collect())
 }
 
@@ -335,6 +346,15 @@ async fn a_process_that_was_taken_over_does_not_end_its_worker_by_what_it_says()
         .into();
     let script = format!("{}; printf 12345 > rootfs.ext4", said.join("; "));
     let (end, _) = made_by(&script, SUM).await;
+    let End::Made(..) = end else { panic!("no success") };
+}
+
+#[tokio::test]
+async fn a_process_that_complains_at_length_is_not_kept_waiting() {
+    // More than is kept of it and a pipe holds together.
+    let script = "head -c 1000000 /dev/zero >&2; printf 12345 > rootfs.ext4";
+    let made = tokio::time::timeout(Duration::from_secs(60), made_by(script, SUM));
+    let (end, _) = made.await.expect("it waits for who reads its complaints");
     let End::Made(..) = end else { panic!("no success") };
 }
 
@@ -473,25 +493,12 @@ async fn a_build_that_runs_is_weighed_beside_the_others() {
         println!("skipped: {:?}", host.missing());
         return;
     }
-    let store = Store::open_sqlite(directory.path()).await.unwrap();
-    let registry = TestRegistry::start().unwrap();
-    let here = Platform::of_this_machine();
-    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
-    let address = registry.host();
-    queue_build(&store, &format!("{address}/app"), WallClock.now()).await;
-    let clock = Arc::new(WallClock);
-    let mut workers = workers(&store, directory.path(), clock, "/bin/sh", &address);
-    workers.rules.host = Arc::new(host);
-    let claimed = workers.claim().await.expect("a build waits");
-    let staging = workers.staging(&claimed.lease);
-    std::fs::create_dir_all(&staging).unwrap();
-    std::fs::write(staging.join("build-child"), "exec /bin/sleep 1000").unwrap();
-    let name = staging.file_name().unwrap();
-    let group: Vec<PathBuf> =
-        workers.rules.host.places().iter().map(|place| place.join(name)).collect();
+    let taken = Taken::on(host, directory.path()).await;
+    taken.script("build-child", "exec /bin/sleep 1000");
+    let (name, host) = (taken.staging.file_name().unwrap(), &taken.workers.rules.host);
+    let group: Vec<PathBuf> = host.places().iter().map(|place| place.join(name)).collect();
 
     let (hurry, give_up) = watch::channel(false);
-    let running = Running::new(&workers, &claimed, give_up);
     let look = async {
         let patience = Instant::now() + Duration::from_secs(20);
         loop {
@@ -503,11 +510,11 @@ async fn a_build_that_runs_is_weighed_beside_the_others() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    let (end, found) = tokio::join!(running.run_to_the_end(), look);
+    let (end, found) = tokio::join!(taken.run(give_up), look);
     assert!(matches!(end, End::Released), "it was not given back");
     let (weight, unweighed) = found.expect("it has a group");
     assert!(weight > unweighed, "who has taken nothing goes first: {weight}");
-    workers.rules.host.close();
+    host.close();
 }
 
 /// Said in a moment: twice as many as may wait for the store.
@@ -516,16 +523,7 @@ const LINES: usize = 8000;
 #[tokio::test]
 async fn what_a_command_says_last_is_in_the_log_and_behind_it_why_the_build_failed() {
     let directory = tempfile::tempdir_in(".").unwrap();
-    let store = Store::open_sqlite(directory.path()).await.unwrap();
-    let registry = TestRegistry::start().unwrap();
-    let here = Platform::of_this_machine();
-    registry.put_image("app", Some("latest"), (&here.os, &here.architecture), &[]);
-    let host = registry.host();
-    queue_build(&store, &format!("{host}/app"), WallClock.now()).await;
-    let workers = workers(&store, directory.path(), Arc::new(WallClock), "/bin/sh", &host);
-    let claimed = workers.claim().await.expect("a build waits");
-    let staging = workers.staging(&claimed.lease);
-    std::fs::create_dir_all(&staging).unwrap();
+    let taken = Taken::on(Host::default(), directory.path()).await;
     let said = |line: &str| {
         let event = serde_json::json!({"event": "command_output", "command": 0, "line": line});
         serde_json::json!({ "event": event }).to_string()
@@ -540,12 +538,12 @@ async fn what_a_command_says_last_is_in_the_log_and_behind_it_why_the_build_fail
          echo '{}'; echo '{failed}'",
         said("FATAL: no space left"),
     );
-    std::fs::write(staging.join("build-child"), script).unwrap();
+    taken.script("build-child", &script);
     let (_hurry, give_up) = watch::channel(false);
-    let end = Running::new(&workers, &claimed, give_up).run_to_the_end().await;
+    let end = taken.run(give_up).await;
     let End::Failed(failure) = end else { panic!("no failure") };
     assert_eq!(failure.step, "commands");
-    let log = messages(&store, &claimed.build).await;
+    let log = messages(&taken.store, &taken.claimed.build).await;
     let first = log.iter().position(|line| line == "line 0").expect("it has said something");
     let said = log[first..].iter().zip(0..LINES);
     let whole = said.take_while(|(line, number)| **line == format!("line {number}")).count();
