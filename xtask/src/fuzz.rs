@@ -25,6 +25,7 @@ pub(crate) const TARGETS: &[&str] = &[
     "sealed_file",
     "worker_lines",
     "build_lines",
+    "overseer",
     "request",
 ];
 
@@ -98,6 +99,7 @@ fn seeds() -> Result<()> {
         ("registry_answer", ANSWERS),
         ("worker_lines", WORKER_LINES),
         ("build_lines", BUILD_LINES),
+        ("overseer", BASES),
         ("request", REQUESTS),
     ] {
         for (index, text) in texts.iter().enumerate() {
@@ -194,6 +196,13 @@ const BUILD_LINES: &[&str] = &[
     r#"{"event":{"event":"warning","message":"x"}}
 {"failed":{"code":"INTERNAL","step":"write","cause":"no","blame":"ours","remedy":""}}
 "#,
+];
+
+/// The first two letters stand for the sizes of the files that are handed over.
+const BASES: &[&str] = &[
+    r#"zz{"environment":["PATH=/bin","http_proxy=http://x","X","=y"],"working_directory":"/srv","packs":[{"file":0,"base":0,"length":5},{"file":1,"base":4096,"length":0}]}"#,
+    r#"0z{"environment":["A=\u0000"],"working_directory":"","packs":[{"file":1,"base":18446744073709551615,"length":1}]}"#,
+    r#"zz{"environment":[],"working_directory":"../..","packs":[{"file":18446744073709551615,"base":0,"length":1}]}"#,
 ];
 
 /// The first letter says of which method: `a` creates, `c` lists, `d` cancels.

@@ -207,7 +207,7 @@ pub(crate) async fn serve(
     make_directory(output_setting(&config), &config.rootfs_output_dir)?;
     let _ours = claim_directory(&config.rootfs_output_dir)?;
     let host = Arc::new(host);
-    host.sweep();
+    aside(&host, Host::sweep).await;
     let store = open_store(&config).await?;
     let key = Arc::new(master_key(&config.master_key, &store).await?);
     let artifacts = sealed(metered(open_artifacts(&config)?, &config, &metrics), &store, &key);
@@ -269,8 +269,16 @@ pub(crate) async fn serve(
     let ended = parts.run(stopped).await;
     written.wait().await;
     artifacts.settle().await;
-    host.close();
+    aside(&host, Host::close).await;
     Ok(ended?)
+}
+
+/// Has the host do what waits for its kernel, on no thread that others need meanwhile.
+async fn aside(host: &Arc<Host>, work: impl FnOnce(&Host) + Send + 'static) {
+    let host = Arc::clone(host);
+    if let Err(error) = tokio::task::spawn_blocking(move || work(&host)).await {
+        tracing::error!(%error, "what builds have left was not cleared away");
+    }
 }
 
 /// What whoever starts the service should see.

@@ -133,8 +133,9 @@ impl Count {
                 let files = files.saturating_add(held.files);
                 Ok(serde_json::to_vec(&Line::Used { bytes, files }).unwrap_or_default())
             }
-            // Whatever it says else, or cannot say, is for who listens.
-            Ok(_) | Err(_) => Ok(line),
+            Ok(Line::Failed { .. }) => Ok(line),
+            // Who has taken it over ends no command, and no build before its time.
+            Ok(_) | Err(_) => Err(failed_line("who counts what lies there makes no sense", false)),
         }
     }
 
@@ -211,6 +212,30 @@ mod tests {
         }
         let ends: Vec<_> = (0..=IN_FLIGHT_COUNTS).map(|_| judge(1, 1).is_some()).collect();
         assert!(ends.ends_with(&[false, true]), "{ends:?}");
+    }
+
+    #[test]
+    fn who_counts_says_how_much_or_why_not_and_nothing_else() {
+        let named = |said: &str| {
+            let (answers, mut says) = io::pipe().unwrap();
+            let (_asked, stdin) = io::pipe().unwrap();
+            writeln!(says, "{said}").unwrap();
+            let answers = BufReader::new(answers);
+            let mut count = Count { stdin, answers, holders: Ok(None), in_flight: 0 };
+            let line = count.named(&Held { bytes: 1, ..Held::default() });
+            String::from_utf8(line.unwrap_or_else(|line| line)).unwrap()
+        };
+        assert_eq!(named(r#"{"Used":{"bytes":2,"files":1}}"#), r#"{"Used":{"bytes":3,"files":1}}"#);
+        let failed = r#"{"Failed":{"text":"deep","is_theirs":true}}"#;
+        assert_eq!(named(failed), format!("{failed}\n"));
+        for said in [
+            r#"{"Done":{"warnings":[]}}"#,
+            r#"{"Ended":{"index":7,"code":0,"complaint":null,"is_full":false}}"#,
+            r#"{"Event":{"Started":{"index":7}}}"#,
+            "no JSON",
+        ] {
+            assert!(named(said).contains("makes no sense"), "{said}");
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 
 /// Files in one message; the kernel takes 253.
@@ -37,7 +37,7 @@ pub(crate) fn hand(to: impl AsFd, files: &[BorrowedFd<'_>]) -> io::Result<()> {
 /// Takes so many files that [`hand`] has handed on; fewer when the other end is closed.
 ///
 /// # Errors
-/// When the other side sends something else.
+/// When the other side sends something else, or this process may not have so many open.
 pub(crate) fn take(from: impl AsFd, count: usize) -> io::Result<Vec<OwnedFd>> {
     let mut taken = Vec::new();
     while taken.len() < count {
@@ -57,7 +57,9 @@ pub(crate) fn take(from: impl AsFd, count: usize) -> io::Result<Vec<OwnedFd>> {
                 taken.extend(files);
             }
         }
-        if taken.len() == before || taken.len() > count {
+        // What is left out now does not come later.
+        let is_cut = received.flags.contains(ReturnFlags::CTRUNC);
+        if is_cut || taken.len() == before || taken.len() > count {
             return Err(io::ErrorKind::InvalidData.into());
         }
     }
@@ -82,6 +84,24 @@ mod tests {
         let places: Vec<u64> = taken.iter().map(|file| device(file.as_fd())).collect();
         let wanted: Vec<u64> = files.iter().map(|file| device(*file)).collect();
         assert_eq!(places, wanted);
+    }
+
+    #[test]
+    fn what_is_left_out_of_a_message_is_not_waited_for() {
+        const TOO_MANY: usize = 2 * AT_ONCE;
+        let (one, other) = pair().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let files = [null.as_fd(); TOO_MANY];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(TOO_MANY))];
+        let mut message = SendAncillaryBuffer::new(&mut space);
+        assert!(message.push(SendAncillaryMessage::ScmRights(&files)));
+        rustix::net::sendmsg(&one, &[IoSlice::new(&[1])], &mut message, SendFlags::empty())
+            .unwrap();
+        let (taken, is_taken) = std::sync::mpsc::channel();
+        std::thread::spawn(move || taken.send(take(&other, TOO_MANY).map(drop)));
+        let waited = is_taken.recv_timeout(std::time::Duration::from_secs(20));
+        assert!(waited.expect("it is waited for").is_err());
+        drop(one);
     }
 
     #[test]

@@ -32,14 +32,19 @@ pub(crate) fn files(order: &Order, base: &Base) -> Result<usize, CommandsError> 
 /// When one is no file that is there to be read, or ends before its layer does.
 pub(crate) fn packs(base: &Base, files: &[OwnedFd]) -> Result<(), CommandsError> {
     let sizes = files.iter().map(size).collect::<Result<Vec<u64>, _>>()?;
+    match lie_within(base, &sizes) {
+        true => Ok(()),
+        false => Err(refused("a layer that is not in its file")),
+    }
+}
+
+/// Whether each layer lies in one of the files of these sizes.
+pub(crate) fn lie_within(base: &Base, sizes: &[u64]) -> bool {
     let lies_in = |part: &PackPart| {
         let end = part.base.checked_add(part.length);
         sizes.get(part.file).is_some_and(|size| end.is_some_and(|end| end <= *size))
     };
-    match base.packs.iter().all(lies_in) {
-        true => Ok(()),
-        false => Err(refused("a layer that is not in its file")),
-    }
+    base.packs.iter().all(lies_in)
 }
 
 /// How large a file is that is one, and open to be read alone.

@@ -19,8 +19,9 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use sandbox::{LoopDevice, Outcome, Sandbox};
 use serde::Serialize;
 
+use crate::drain::Drain;
 use crate::order::{
-    self, Event, KeeperOrder, LINE_BYTES_MAX, LayerOrder, Line, Trouble, UnpackOrder,
+    self, Base, Event, KeeperOrder, LINE_BYTES_MAX, LayerOrder, Line, Trouble, UnpackOrder,
 };
 use crate::output::{Output, Said};
 use crate::scratch::{TREE, WORK};
@@ -45,8 +46,7 @@ pub(crate) fn main() -> io::Result<()> {
     // A file that is handed to a confined process must be the program, whatever /proc is then.
     let program = File::open("/proc/self/exe")?;
     let order: KeeperOrder = order::receive(io::stdin().lock())?;
-    let count = order.base.packs.iter().map(|pack| pack.file + 1).max().unwrap_or(0);
-    let mut files = order::take(3 + count)?;
+    let mut files = order::take(3 + packs_of(&order.base))?;
     let packs = files.split_off(3);
     let (Some(outside), Some(layer), Some(scratch)) = (files.pop(), files.pop(), files.pop())
     else {
@@ -55,6 +55,11 @@ pub(crate) fn main() -> io::Result<()> {
     let result =
         Keeper::new(order, program, outside).and_then(|keeper| keeper.run(scratch, layer, &packs));
     order::say_end(result)
+}
+
+/// How many files hold the layers, of which the overseer has judged that there are so many.
+pub(crate) fn packs_of(base: &Base) -> usize {
+    base.packs.iter().map(|pack| pack.file + 1).max().unwrap_or(0)
 }
 
 struct Keeper {
@@ -231,9 +236,12 @@ impl Keeper {
         // The parent has counted, and removed the group.
         let mut answer = [0];
         io::stdin().lock().read_exact(&mut answer).map_err(parent_gone)?;
-        let deleted = self.runtime().args(["delete", "--force", &name]).output();
-        deleted.map_err(|error| Trouble::of("remove the container", error))?;
-        Ok(())
+        let mut delete = self.runtime();
+        // What it says is nobody's, nor is what it leaves behind waited for.
+        delete.args(["delete", "--force", &name]).stdout(Stdio::null()).stderr(Stdio::null());
+        delete.status().map_err(|error| Trouble::of("remove the container", error))?;
+        // An environment is long, and there are many commands.
+        fs::remove_dir_all(&bundle).map_err(|error| Trouble::of("remove a bundle", error))
     }
 
     fn runtime(&self) -> std::process::Command {
@@ -242,7 +250,8 @@ impl Keeper {
         command
     }
 
-    /// Runs a container to its end; its exit code, and what the runtime itself has to say.
+    /// Runs a container to its end, which is that of the runtime; its exit code, and what the runtime
+    /// itself has to say.
     fn contain(
         &self,
         index: usize,
@@ -261,6 +270,7 @@ impl Keeper {
             command.arg(bundle).arg(name).stdout(theirs).stderr(errors).spawn().map_err(failed)?;
         // It holds our copies of the pipe's end.
         drop(command);
+        let said = Drain::of(&running, said).map_err(failed)?;
         let say = |said| order::say(&Line::Event(event(index, said)));
         output.pass_on(said, say).map_err(parent_gone)?;
         let status = running.wait().map_err(failed)?;

@@ -24,6 +24,7 @@
 mod bundle;
 mod counting;
 mod door;
+mod drain;
 mod error;
 mod handing;
 mod held;
@@ -39,6 +40,8 @@ mod run;
 mod scratch;
 mod syscalls;
 mod tar;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod unpack;
 
 pub use error::{CommandEnd, CommandsError, Unable};

@@ -26,6 +26,9 @@ const SIGNALLED: i32 = 128;
 /// How much of a keeper's complaints is kept.
 const COMPLAINT_BYTES_MAX: u64 = 4 << 10;
 
+/// Tells who fetches what happens; it may be a long time until that one has listened.
+type Observe<'a> = &'a (dyn Fn(Event) + Sync);
+
 /// The whole life of the process: its file is the socket through which files come and go.
 pub(crate) fn main() -> io::Result<()> {
     let order: Order = order::receive(io::stdin().lock())?;
@@ -42,8 +45,8 @@ pub(crate) fn main() -> io::Result<()> {
         }
     };
     // Whoever does not listen any more ends this process, or has ended.
-    let mut observe = |event| drop(order::say(&Told::Event(event)));
-    let ended = take_on(order, base, outside, &mut observe);
+    let observe = |event| drop(order::say(&Told::Event(event)));
+    let ended = take_on(order, base, outside, &observe);
     order::say(&Told::Ended(Verdict::of(ended)))
 }
 
@@ -52,7 +55,7 @@ fn take_on(
     order: Order,
     base: Base,
     outside: File,
-    observe: &mut dyn FnMut(Event),
+    observe: Observe<'_>,
 ) -> Result<(), CommandsError> {
     let io = CommandsError::io;
     let count = judge::files(&order, &base)?;
@@ -74,7 +77,7 @@ fn run(
     packs: &[OwnedFd],
     layer: PipeWriter,
     outside: File,
-    observe: &mut dyn FnMut(Event),
+    observe: Observe<'_>,
 ) -> Result<(), CommandsError> {
     let groups = CgroupRoot::open(PLACE).map_err(Unable::NoLimits)?;
     clear_leftovers();
@@ -100,7 +103,9 @@ fn run(
         place: PLACE.to_owned(),
         watched: watched.as_ref().map(|watched| watched.path().to_owned()),
     };
-    let mut watch = Watch { sandbox, told, groups, stdin: pipes.stdin, observe, current: None };
+    let stdin = pipes.stdin;
+    let later = Vec::new();
+    let mut watch = Watch { sandbox, told, groups, stdin, observe, current: None, later };
     let counting = watched.as_ref().map(|watched| {
         Counting::start(&program, watched, users, watch.sandbox.pid(), watch.told.order.disk_bytes)
     });
@@ -166,8 +171,32 @@ struct Watch<'a> {
     told: KeeperOrder,
     groups: CgroupRoot,
     stdin: PipeWriter,
-    observe: &'a mut dyn FnMut(Event),
+    observe: Observe<'a>,
     current: Option<Current>,
+    /// What is told when no command runs: who does not listen must not keep this side from watching.
+    later: Vec<Event>,
+}
+
+/// Takes the keeper's lines: tells what happens, and leaves the rest to who judges. Only this waits
+/// for who listens, and with it the commands whose output it is.
+fn pass_on(stdout: PipeReader, observe: Observe<'_>, judge: &mpsc::SyncSender<Vec<u8>>) {
+    let mut stdout = BufReader::new(stdout);
+    loop {
+        let mut line = Vec::new();
+        let read = (&mut stdout).take(LINE_BYTES_MAX).read_until(b'\n', &mut line);
+        let event = match serde_json::from_slice(&line) {
+            Ok(Line::Event(event)) => Some(event),
+            Ok(_) | Err(_) => None,
+        };
+        let is_judged = matches!(event, None | Some(Event::Started { .. }));
+        // An empty line says that there is no more.
+        let is_over = read.unwrap_or(0) == 0;
+        let nobody_judges = is_judged && judge.send(line).is_err();
+        if nobody_judges || is_over {
+            return;
+        }
+        event.into_iter().for_each(observe);
+    }
 }
 
 impl Watch<'_> {
@@ -181,25 +210,15 @@ impl Watch<'_> {
         let (sender, lines) = mpsc::sync_channel(64);
         let (count_on, count_stop) = mpsc::channel();
         let (guard_on, guard_stop) = mpsc::channel();
-        std::thread::scope(|scope| {
+        let ended = std::thread::scope(|scope| {
             let measurer = counting.map(|Counting { watched, sandbox, count }| {
                 let (of_count, of_guard) = (sender.clone(), sender.clone());
                 scope.spawn(move || count.pass_on(&of_count, &count_stop));
                 scope.spawn(move || guard(watched, &of_guard, &guard_stop));
                 sandbox
             });
-            scope.spawn(move || {
-                let mut stdout = BufReader::new(stdout);
-                loop {
-                    let mut line = Vec::new();
-                    let read = (&mut stdout).take(LINE_BYTES_MAX).read_until(b'\n', &mut line);
-                    // An empty line says that there is no more.
-                    let is_over = read.unwrap_or(0) == 0;
-                    if sender.send(line).is_err() || is_over {
-                        return;
-                    }
-                }
-            });
+            let observe = self.observe;
+            scope.spawn(move || pass_on(stdout, observe, &sender));
             let ended = self.take_lines(&lines);
             // Nobody writes to the pipe any more, so the threads end.
             self.sandbox.kill();
@@ -207,11 +226,12 @@ impl Watch<'_> {
             // Nor does anybody wait for a count.
             drop(measurer);
             ended
-        })
-        .and_then(|is_done| match is_done {
+        });
+        self.tell_later();
+        match ended? {
             true => Ok(()),
             false => Err(self.without_a_word(stderr)),
-        })
+        }
     }
 
     fn take_lines(&mut self, lines: &mpsc::Receiver<Vec<u8>>) -> Result<bool, CommandsError> {
@@ -232,19 +252,26 @@ impl Watch<'_> {
         }
     }
 
+    fn tell_later(&mut self) {
+        self.later.drain(..).for_each(self.observe);
+    }
+
     /// Whether it was the last word.
     fn take(&mut self, line: Line) -> Result<bool, CommandsError> {
         match line {
+            Line::Event(Event::Started { index }) => {
+                self.current = Some(Current { index, started: Instant::now() });
+                Ok(false)
+            }
+            // Of who counts.
             Line::Event(event) => {
-                if let Event::Started { index } = event {
-                    self.current = Some(Current { index, started: Instant::now() });
-                }
-                (self.observe)(event);
+                self.later.push(event);
                 Ok(false)
             }
             Line::Ended { index, code, complaint, is_full } => {
                 self.ended(index, code, complaint, is_full)?;
                 self.current = None;
+                self.tell_later();
                 // A keeper that is gone says so by its end.
                 let _ = self.stdin.write_all(&[1]);
                 Ok(false)
@@ -257,9 +284,8 @@ impl Watch<'_> {
                 }
             }
             Line::Done { warnings } => {
-                for message in warnings {
-                    (self.observe)(Event::Warning { message });
-                }
+                let warnings = warnings.into_iter().map(|message| Event::Warning { message });
+                self.later.extend(warnings);
                 Ok(true)
             }
             Line::Failed { text, is_theirs: true } => Err(CommandsError::Refused(text)),
@@ -291,7 +317,7 @@ impl Watch<'_> {
                     index + 1,
                     usage.out_of_memory_kills
                 );
-                (self.observe)(Event::Warning { message });
+                self.later.push(Event::Warning { message });
                 Ok(())
             }
             0 => Ok(()),

@@ -9,6 +9,8 @@ use landlock::{
     ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, PathBeneath, Ruleset,
     RulesetAttr as _, RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
 };
+use rustix::fs::StatVfsMountFlags;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
@@ -17,6 +19,13 @@ use crate::{SandboxError, SandboxPolicy, Wall, seccomp, users};
 
 /// Any directory that is there can hold the mount that becomes the root.
 pub(crate) const MOUNT_POINTS: [&str; 3] = ["/tmp", "/run", "/proc"];
+
+/// An empty directory in the root of a [narrowed](crate::narrow) process: those that it starts mount
+/// nothing that is not mounted yet.
+pub(crate) const EMPTY: &str = "/empty";
+
+/// Of a root that holds nothing.
+const NOTHING: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
 /// Shuts this process in and tells which walls stand. To be called once, before the first thread
 /// is started and before anything foreign is read; what was opened before stays open.
@@ -106,13 +115,31 @@ fn empty_root() -> io::Result<()> {
     let point = MOUNT_POINTS.into_iter().find(|path| Path::new(path).is_dir());
     let point = point.ok_or(io::ErrorKind::NotFound)?;
     rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    rustix::mount::mount("none", point, "tmpfs", flags, Some(c"size=4k,nr_inodes=2,mode=0555"))?;
+    let options = Some(c"size=4k,nr_inodes=2,mode=0555");
+    let of_old = match rustix::mount::mount("none", point, "tmpfs", NOTHING, options) {
+        Err(Errno::PERM) => {
+            bind_nothing(point)?;
+            MountFlags::BIND
+        }
+        mounted => {
+            mounted?;
+            MountFlags::empty()
+        }
+    };
     rustix::process::chdir(point)?;
     rustix::process::pivot_root(".", ".")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
-    rustix::mount::mount_remount("/", flags | MountFlags::RDONLY, "")?;
+    rustix::mount::mount_remount("/", of_old | NOTHING | MountFlags::RDONLY, "")?;
     Ok(rustix::process::chdir("/")?)
+}
+
+/// The same from a directory that holds nothing and that nobody can write, if this process has one.
+fn bind_nothing(point: &str) -> io::Result<()> {
+    let is_closed = rustix::fs::statvfs(EMPTY)?.f_flag.contains(StatVfsMountFlags::RDONLY);
+    match is_closed && fs::read_dir(EMPTY)?.next().is_none() {
+        true => Ok(rustix::mount::mount_bind(EMPTY, point)?),
+        false => Err(io::ErrorKind::PermissionDenied.into()),
+    }
 }
 
 /// What is needed to read, and to make, files of many owners.

@@ -129,8 +129,8 @@ pub(crate) fn apply(access: Option<Access>) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses these calls to this thread and those it starts, the limits of other processes, and
-/// sockets that are none of the internet.
+/// Refuses these calls to this thread and those it starts, the limits of other processes, sockets that
+/// are none of the internet, and mounts of what is not mounted yet.
 pub(crate) fn refuse(calls: &[libc::c_long]) -> io::Result<()> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         calls.iter().map(|&call| (call, Vec::new())).collect();
@@ -138,6 +138,7 @@ pub(crate) fn refuse(calls: &[libc::c_long]) -> io::Result<()> {
     rules.insert(libc::SYS_prlimit64, vec![rule([other_than(0, 0)?])?]);
     rules.insert(libc::SYS_socket, foreign_sockets()?);
     rules.insert(libc::SYS_socketpair, loose_pairs()?);
+    rules.insert(libc::SYS_mount, new_mounts()?);
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     for filter in [compiled(rules, SeccompAction::Allow, refused)?, no_second_numbers()] {
         seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
@@ -171,6 +172,18 @@ fn loose_pairs() -> io::Result<Vec<SeccompRule>> {
     const TYPE: u64 = 0xf;
     let of = |kind: libc::c_int| rule([masked(1, TYPE, u64::from(kind.unsigned_abs()))?]);
     Ok(vec![rule([other_than(0, libc::AF_UNIX)?])?, of(libc::SOCK_DGRAM)?, of(libc::SOCK_RAW)?])
+}
+
+/// Mounts that show a file system which is not shown yet, mount(2). Root of a user namespace may have a
+/// `/proc` and groups of its own: the settings of the host are among those files, and they are open to
+/// whoever is root outside, without a capability.
+fn new_mounts() -> io::Result<Vec<SeccompRule>> {
+    // With one of these only what is mounted already is changed, moved or shown once more.
+    let of_old = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_MOVE;
+    let of_ways = libc::MS_SHARED | libc::MS_PRIVATE | libc::MS_SLAVE | libc::MS_UNBINDABLE;
+    // The kernel takes this away before it looks at the flags, some of which it looks like.
+    let (mask, magic) = (libc::MS_MGC_MSK, libc::MS_MGC_VAL);
+    Ok(vec![rule([masked(3, of_old | of_ways, 0)?])?, rule([masked(3, mask, magic)?])?])
 }
 
 /// Refuses the numbers by which x86-64 has every call a second time, for programs of 32 bits with

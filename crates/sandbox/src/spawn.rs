@@ -417,7 +417,7 @@ pub(crate) fn pid(number: u32) -> Option<Pid> {
 }
 
 /// The files that this confined process was handed, in their order. Once: afterwards, and where
-/// there are fewer, the answer is none.
+/// there are fewer, the answer is none. Programs that it starts do not get them.
 pub fn take_files(count: usize) -> Option<Vec<File>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     const FIRST: RawFd = 3;
@@ -426,8 +426,8 @@ pub fn take_files(count: usize) -> Option<Vec<File>> {
         return None;
     }
     let are_open = (FIRST..end).all(|number| {
-        // SAFETY: asks for the flags of a descriptor, whatever it is.
-        unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 }
+        // SAFETY: sets the flags of a descriptor, whatever it is.
+        unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) >= 0 }
     });
     // SAFETY: the process was started with these descriptors open, nobody else knows their numbers,
     // and they are given out once.

@@ -14,7 +14,7 @@ use rustix::mount::{
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
-use crate::confine::{MOUNT_POINTS, drop_capabilities, keep_to_itself};
+use crate::confine::{EMPTY, MOUNT_POINTS, drop_capabilities, keep_to_itself};
 use crate::{SandboxError, apart, seccomp, users};
 
 /// What a program needs to run, to look names up and to check certificates; where it is there.
@@ -74,7 +74,8 @@ const ROOT_KEEPS: CapabilitySet =
     CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::SETUID).union(CapabilitySet::SETGID);
 
 /// Calls that neither a build nor its workers have any use for: to reach other processes, the
-/// kernel's insides and its clocks.
+/// kernel's insides and its clocks, to mount what is not mounted yet, and to use up what the kernel
+/// gives to all processes of a user together.
 const REFUSED: &[libc::c_long] = &[
     libc::SYS_acct,
     libc::SYS_add_key,
@@ -85,7 +86,12 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_delete_module,
     libc::SYS_fanotify_init,
     libc::SYS_finit_module,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fsopen,
+    libc::SYS_fspick,
     libc::SYS_init_module,
+    libc::SYS_inotify_init1,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
@@ -98,6 +104,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_migrate_pages,
     libc::SYS_mknodat,
     libc::SYS_move_pages,
+    libc::SYS_mq_open,
     libc::SYS_name_to_handle_at,
     libc::SYS_open_by_handle_at,
     libc::SYS_perf_event_open,
@@ -125,6 +132,10 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_syslog,
     libc::SYS_userfaultfd,
     libc::SYS_vhangup,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_inotify_init,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_mknod,
 ];
 
 /// Leaves this process the directories `kept`, which it may write in as far as their modes let it,
@@ -132,7 +143,8 @@ const REFUSED: &[libc::c_long] = &[
 /// capabilities that are not needed to start [confined processes](crate::Sandbox::spawn), gains no
 /// new privileges, and system calls that reach other processes or the kernel's insides are refused.
 /// Its sockets are those of the internet: by others it could speak with processes of this host, and
-/// hand them files that are open.
+/// hand them files that are open; queues and memory that processes share by a number or a name are
+/// its own. What it or a process that it starts mounts is what it sees already, elsewhere.
 ///
 /// With [`Processes::Own`] it goes on as another process, in a PID namespace, and sees `/proc` of that
 /// alone. The one that called waits outside and ends as this one does; when it is ended, this one and
@@ -169,15 +181,15 @@ pub fn narrow(kept: &[&Path], processes: Processes) -> Result<(), SandboxError> 
     seccomp::refuse(REFUSED).map_err(failed("filter system calls"))
 }
 
-/// Mounts that nobody else sees, and perhaps a PID namespace for the next child. Who is not root
-/// needs a user namespace for that, and is the same user in it.
+/// Mounts that nobody else sees, what ipc(7) has of its own, and perhaps a PID namespace for the next
+/// child. Who is not root needs a user namespace for that, and is the same user in it.
 fn own_namespaces(is_root: bool, processes: Processes) -> io::Result<()> {
-    let mut flags = UnshareFlags::NEWNS;
+    let mut flags = UnshareFlags::NEWNS | UnshareFlags::NEWIPC;
     flags.set(UnshareFlags::NEWPID, processes == Processes::Own);
     flags.set(UnshareFlags::NEWUSER, !is_root);
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
-    // SAFETY: this process has one thread still, and stays the same user; nothing but its mounts,
-    // and the namespace of its next child, becomes its own.
+    // SAFETY: this process has one thread still, and stays the same user; nothing but its mounts, its
+    // queues, and the namespace of its next child, becomes its own.
     unsafe { rustix::thread::unshare_unsafe(flags) }?;
     if !is_root {
         fs::write("/proc/self/setgroups", "deny")?;
@@ -263,6 +275,8 @@ fn see_only(kept: &[&Path], is_root: bool, processes: Processes) -> io::Result<(
     let root = root.ok_or(io::ErrorKind::NotFound)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     rustix::mount::mount("none", root, "tmpfs", flags, Some(c"size=256k,mode=0755"))?;
+    let nothing = root.join(EMPTY.strip_prefix('/').unwrap_or(EMPTY));
+    DirBuilder::new().mode(0o555).create(nothing)?;
     for part in &parts {
         part.place(root)?;
     }

@@ -114,3 +114,15 @@ async fn a_server_with_another_key_does_not_start() {
     master_key(&places[1], &store).await.unwrap();
     assert!(master_key(&places[0], &store).await.is_err());
 }
+
+#[tokio::test]
+async fn what_waits_for_the_kernel_holds_up_nobody_else() {
+    let (go, gone) = std::sync::mpsc::channel();
+    let (done, is_done) = std::sync::mpsc::channel();
+    let work =
+        move |_: &Host| done.send(gone.recv_timeout(Duration::from_secs(20)).is_ok()).unwrap();
+    let host = Arc::new(Host::default());
+    // There is one thread for both.
+    tokio::join!(aside(&host, work), async { go.send(()).unwrap() });
+    assert!(is_done.recv().unwrap(), "the other one had no turn");
+}

@@ -11,5 +11,6 @@ mod failures;
 mod hostile;
 mod network;
 mod overseer;
+mod runtime;
 mod support;
 mod watched;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use commands::{Base, CommandLimits, Event, Order, PackPart};
@@ -168,6 +168,11 @@ pub(crate) struct Ended {
 
 impl Run {
     pub(crate) fn on(layers: Vec<Vec<u8>>, commands: &[&str]) -> Self {
+        Self::by(commands::check("runc", &accepted()).unwrap().program, layers, commands)
+    }
+
+    /// By a runtime that need not be one.
+    pub(crate) fn by(runtime: PathBuf, layers: Vec<Vec<u8>>, commands: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut packs = Vec::new();
         for (file, blob) in layers.into_iter().enumerate() {
@@ -181,7 +186,7 @@ impl Run {
             scratch_directory: place.path().to_owned(),
             scratch: commands::Scratch::Sized,
             disk_bytes: 256 << 20,
-            runtime: commands::check("runc", &accepted()).unwrap().program,
+            runtime,
             commands: commands.iter().map(|&command| command.to_owned()).collect(),
             limits: CommandLimits { memory_bytes: 128 << 20, pids_max: 64, secs_max: Some(60) },
             tree_limits: rootfs::TreeLimits::default(),

@@ -18,7 +18,8 @@ fn main() -> std::io::Result<()> {
 
 /// `order.json`, `base.json` and the pack `0`, `1`, … of a directory → `layer.tar`, `events.json` and,
 /// when it fails, `error`. With `narrow` there, it leaves the host's files as soon as it has its
-/// overseer; with `writable`, it hands packs over with the right to write them.
+/// overseer; with `writable`, it hands packs over with the right to write them; with `deaf`, it does not
+/// listen to what comes of it until that is gone.
 fn run(directory: &Path) -> std::io::Result<()> {
     let has = |name: &str| directory.join(name).exists();
     let order: Order = serde_json::from_slice(&std::fs::read(directory.join("order.json"))?)?;
@@ -58,6 +59,9 @@ fn commanded(
     let packs: Vec<&File> = packs.iter().collect();
     let mut out = File::create(directory.join("layer.tar")).map_err(io)?;
     let mut tar = overseer.hand(base, &packs)?;
+    while directory.join("deaf").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
     let copier = std::thread::spawn(move || std::io::copy(&mut tar, &mut out));
     let mut served = None;
     let mut serve = |door| served = Some(serve(door, directory));

@@ -1,12 +1,16 @@
 //! An attacker that has taken over a process which speaks to the network.
 
+use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use rustix::mount::MountFlags;
 use sandbox::{Pipes, Processes, Sandbox};
 
@@ -23,6 +27,8 @@ pub(crate) fn processes(word: &str) -> Processes {
 pub(crate) fn narrow(processes: Processes, kept: &Path, secret: &Path, other: u32) {
     let program = File::open("/proc/self/exe").unwrap();
     let had_hosts = Path::new("/etc/hosts").exists();
+    let shared = || fs::read_link("/proc/self/ns/ipc").unwrap();
+    let of_host = shared();
     sandbox::narrow(&[kept], processes).unwrap();
     let sysctl = "/proc/sys/kernel/core_pattern";
     let no_path = std::ptr::null::<libc::c_char>();
@@ -58,6 +64,9 @@ pub(crate) fn narrow(processes: Processes, kept: &Path, secret: &Path, other: u3
     ];
     all.extend(sockets());
     all.extend(reached(other));
+    all.push(("shared-memory", shared() == of_host));
+    all.extend(taken(kept));
+    all.extend(mounted(kept));
     for (name, is_done) in all {
         println!("{name} {}", if is_done { "done" } else { "refused" });
     }
@@ -101,6 +110,85 @@ fn reached(other: u32) -> [(&'static str, bool); 6] {
             ),
             ("list", Path::new(&format!("/proc/{other}")).exists()),
         ]
+    }
+}
+
+/// What the kernel gives to all processes of a user together, and a file that who opens it waits for.
+fn taken(kept: &Path) -> [(&'static str, bool); 3] {
+    let fifo = CString::new(kept.join("fifo").into_os_string().into_vec()).unwrap();
+    let queue = c"builderd-attacker".as_ptr();
+    // SAFETY: the names live across the calls; what is opened ends with this process.
+    unsafe {
+        let opened = libc::syscall(
+            libc::SYS_mq_open,
+            queue,
+            libc::O_CREAT | libc::O_RDWR,
+            0o600,
+            std::ptr::null::<libc::c_void>(),
+        );
+        libc::syscall(libc::SYS_mq_unlink, queue);
+        libc::mknod(fifo.as_ptr(), libc::S_IFIFO | 0o600, 0);
+        #[cfg(target_arch = "x86_64")]
+        libc::syscall(libc::SYS_mknod, fifo.as_ptr(), libc::S_IFIFO | 0o600, 0);
+        [
+            ("queue", opened >= 0),
+            ("notices", libc::inotify_init1(0) >= 0),
+            ("fifo", kept.join("fifo").exists()),
+        ]
+    }
+}
+
+/// What a process that it starts mounts as root of a user namespace, and what it then gets done with
+/// that itself, as who is root outside.
+fn mounted(kept: &Path) -> [(&'static str, bool); 6] {
+    let place = CString::new(kept.as_os_str().as_bytes()).unwrap();
+    let write = |at: Option<OwnedFd>, name: &str| {
+        at.is_some_and(|at| {
+            rustix::fs::openat(&at, name, OFlags::WRONLY, rustix::fs::Mode::empty()).is_ok()
+        })
+    };
+    let anew = |kind: &CStr, flags| mounted_inside(&place, kind, Some(flags));
+    [
+        ("opened-anew", mounted_inside(&place, c"tmpfs", None).is_some()),
+        ("tmpfs-anew", anew(c"tmpfs", 0).is_some()),
+        // The kernel takes these bits for no flags at all.
+        ("magic-anew", anew(c"tmpfs", libc::MS_MGC_VAL).is_some()),
+        ("processes-anew", anew(c"proc", 0).is_some()),
+        ("settings", write(anew(c"proc", 0), "sys/kernel/core_pattern")),
+        ("groups-anew", write(anew(c"cgroup2", 0), "cgroup.procs")),
+    ]
+}
+
+/// A file system that a child has mounted in namespaces of its own, and has opened for both; without
+/// flags it is to be mounted by another call.
+fn mounted_inside(place: &CStr, kind: &CStr, flags: Option<libc::c_ulong>) -> Option<OwnedFd> {
+    let namespaces =
+        libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWCGROUP;
+    let careful = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: without a stack and without CLONE_VM it is a fork of the only thread; the child calls
+    // nothing that allocates and ends. What it has opened is this process's as well.
+    unsafe {
+        let with = libc::c_long::from(namespaces | libc::CLONE_FILES | libc::SIGCHLD);
+        let child = libc::syscall(libc::SYS_clone, with, none, none, none, none);
+        if child == 0 {
+            let (kind, place) = (kind.as_ptr(), place.as_ptr());
+            let opened = match flags {
+                Some(flags) if libc::mount(kind, place, kind, flags | careful, none) == 0 => {
+                    libc::open(place, libc::O_PATH | libc::O_DIRECTORY)
+                }
+                Some(_) => -1,
+                None => i32::try_from(libc::syscall(libc::SYS_fsopen, kind, 0)).unwrap_or(-1),
+            };
+            libc::_exit(opened.max(0));
+        }
+        if child < 0 {
+            return None;
+        }
+        let mut status = 0;
+        libc::waitpid(i32::try_from(child).unwrap(), &raw mut status, 0);
+        let opened = libc::WEXITSTATUS(status);
+        (libc::WIFEXITED(status) && opened > 0).then(|| OwnedFd::from_raw_fd(opened))
     }
 }
 

@@ -91,6 +91,20 @@ const OF_OTHERS: [&str; 4] = ["second-number", "signal", "limits", "cpus"];
 /// Ways to speak with other processes of the host, and to hand them files that are open.
 const SOCKETS: [&str; 6] =
     ["unix-stream", "unix-datagram", "hypervisor", "audit", "loose-pair", "raw-pair"];
+/// Ways to what the kernel has for all processes of a user or of the host, and what is mounted anew in a
+/// user namespace: the host's settings and the group that holds a build, for who is root outside.
+const OF_ALL: [&str; 10] = [
+    "shared-memory",
+    "queue",
+    "notices",
+    "fifo",
+    "opened-anew",
+    "tmpfs-anew",
+    "magic-anew",
+    "processes-anew",
+    "settings",
+    "groups-anew",
+];
 /// And what is not, but for the signal where landlock(7) knows signals.
 const BY_NAME: [&str; 2] = ["signal-thread", "list"];
 
@@ -112,7 +126,7 @@ fn who_speaks_to_the_network_keeps_its_directories_and_no_other_file() {
             names.retain(|name| !BY_NAME.contains(&name.as_str()));
         }
         assert_eq!(tried.done, DONE, "as {user:?}");
-        let refused = [&REFUSED[..], &SOCKETS, &OF_OTHERS].concat();
+        let refused = [&REFUSED[..], &SOCKETS, &OF_OTHERS, &OF_ALL].concat();
         assert_eq!(tried.refused, refused, "as {user:?}");
         all_walls_stand(&tried);
     }
@@ -126,7 +140,7 @@ fn who_speaks_to_the_network_names_the_processes_that_it_starts_and_no_others() 
     for user in [None, Some(4321)] {
         let tried = tried("own", user);
         assert_eq!(tried.done, DONE, "as {user:?}");
-        let names = [&REFUSED[..], &OF_OTHERS, &BY_NAME, &SOCKETS].concat();
+        let names = [&REFUSED[..], &OF_OTHERS, &BY_NAME, &SOCKETS, &OF_ALL].concat();
         let missing = names.iter().filter(|name| !tried.refused.contains(&(**name).to_owned()));
         assert_eq!(missing.collect::<Vec<_>>(), Vec::<&&str>::new(), "as {user:?}");
         all_walls_stand(&tried);
