@@ -129,10 +129,10 @@ impl Answer {
             Refusal::NoTenant | Refusal::NoToken | Refusal::BadToken | Refusal::GoneCertificate => {
                 (ErrorCode::Unauthenticated, StatusCode::UNAUTHORIZED, "AUTHENTICATION_REQUIRED")
             }
-            Refusal::OtherTenant | Refusal::OtherCustomer => {
+            Refusal::OtherTenant | Refusal::OtherCustomer | Refusal::OtherOrganization => {
                 (ErrorCode::PermissionDenied, StatusCode::FORBIDDEN, "PERMISSION_DENIED")
             }
-            Refusal::TenantId(_) | Refusal::CustomerTooLong | Refusal::Twice(_) => {
+            Refusal::TenantId(_) | Refusal::NameTooLong(_) | Refusal::Twice(_) => {
                 (ErrorCode::InvalidArgument, StatusCode::BAD_REQUEST, "INVALID_ARGUMENT")
             }
             Refusal::TooManyFailures { retry_after_secs } => {

@@ -350,6 +350,10 @@ pub struct Build {
     pub tenant: TenantId,
     /// The customer within the tenant.
     pub customer: Option<String>,
+    /// The organization that the tenant acts for, as the credential says that asked for it.
+    pub organization: Option<String>,
+    /// The names of that credential's rights; none where they were not written down.
+    pub rights: Vec<String>,
     /// The tenant's tier when the build was accepted.
     pub tier: Tier,
     /// What applies to it: the tenant's limits, lowered by the request.

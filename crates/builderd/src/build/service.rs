@@ -279,6 +279,8 @@ impl BuildService {
             request: order.request,
             limits,
             customer: who.customer().map(str::to_owned),
+            organization: who.organization().map(str::to_owned),
+            rights: who.rights().clone(),
             sealed_credentials,
             idempotency_key: order.idempotency_key,
             created_by: who.credential().map(str::to_owned),

@@ -487,7 +487,8 @@ async fn retry(
     }
     if let Some(tenant) = config["tenant"].as_object_mut() {
         // What the server says of a tenant is not for it to be told.
-        tenant.retain(|name, _| matches!(name.as_str(), "tenantId" | "customerId" | "tier"));
+        let whose = ["tenantId", "customerId", "organizationId", "tier"];
+        tenant.retain(|name, _| whose.contains(&name.as_str()));
     }
     config["idempotencyKey"] = new_key().into();
     order(client, config, follow, format).await

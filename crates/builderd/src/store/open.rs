@@ -47,6 +47,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (8, "tenant_key", include_str!("../../migrations/0008_tenant_key.sql")),
     (9, "audit", include_str!("../../migrations/0009_audit.sql")),
     (10, "revision", include_str!("../../migrations/0010_revision.sql")),
+    (11, "asked_by", include_str!("../../migrations/0011_asked_by.sql")),
 ];
 
 /// The last of them.

@@ -14,6 +14,7 @@ fn token(id: &str) -> TokenRow {
         secret_hash: format!("hash of {id}"),
         tenant: "tenant-1".parse().unwrap(),
         customer: None,
+        organization: None,
         rights: vec!["build:create".into()],
         note: String::new(),
         created_at: Micros(1),

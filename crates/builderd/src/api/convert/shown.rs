@@ -129,6 +129,8 @@ pub(in super::super) fn tenant_context(build: &Build) -> v1::TenantContext {
     v1::TenantContext {
         tenant_id: build.tenant.to_string(),
         customer_id: build.customer.clone().unwrap_or_default(),
+        organization_id: build.organization.clone().unwrap_or_default(),
+        permissions: build.rights.clone(),
         tier: tier_on_the_wire(build.tier).into(),
         resource_limits: limits_message(&build.limits).into(),
         ..Default::default()

@@ -144,7 +144,9 @@ async fn programs_get_canonical_json_and_nothing_else() {
 async fn unknown_names_are_ignored_and_camel_case_is_taken() {
     let server = Server::start(Mode::Development).await;
     let body = json!({"config": {
-        "tenant": {"tenantId": "t1", "customerId": "c1", "tier": "TENANT_TIER_PRO"},
+        "tenant": {
+            "tenantId": "t1", "customerId": "c1", "organizationId": "o1", "tier": "TENANT_TIER_PRO",
+        },
         "source": {"dockerImage": {"imageUri": "docker.io/library/nginx:alpine", "novelty": 1}},
         "target": {"microvmRootfs": {"initStrategy": "INIT_STRATEGY_DIRECT", "novelty": "NEW"}},
         "strategy": {"dockerExtract": {"flattenFilesystem": true}},
@@ -154,6 +156,9 @@ async fn unknown_names_are_ignored_and_camel_case_is_taken() {
     let created = send(server.rpc("CreateBuild", &body)).await.well();
     assert_eq!(created["tenant_context"]["tier"], "TENANT_TIER_PRO");
     assert_eq!(created["tenant_context"]["customer_id"], "c1");
+    assert_eq!(created["tenant_context"]["organization_id"], "o1");
+    let all = Right::ALL.map(Right::as_str);
+    assert_eq!(created["tenant_context"]["permissions"], json!(all), "development mode asks nobody");
     let asked = json!({"build_id": created["build_id"], "tenant_id": "t1"});
     let config = send(server.rpc("GetBuild", &asked)).await.well()["build"]["config"].clone();
     assert_eq!(config["labels"], json!({"camelKey": "x", "snake_key": "y"}));

@@ -20,7 +20,8 @@ macro_rules! build_columns {
     () => {
         "tenant_id, id, customer, tier, limits, request, state, progress_percent, step, \
          cancel_requested_at, cancel_reason, attempt, attempts, created_at, started_at, \
-         updated_at, ended_at, artifact_key, result, failure, live_usage, traceparent"
+         updated_at, ended_at, artifact_key, result, failure, live_usage, traceparent, \
+         organization, rights"
     };
 }
 pub(super) use build_columns;
@@ -114,6 +115,8 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
         id: row.parsed("id")?,
         tenant: row.parsed("tenant_id")?,
         customer: row.maybe_text("customer")?,
+        organization: row.maybe_text("organization")?,
+        rights: gaps.or_none(row.maybe_json("rights")).unwrap_or_default(),
         tier,
         limits: gaps.or(row.json("limits"), || tier.limits()),
         request: gaps.or(row.json("request"), BuildRequest::default),

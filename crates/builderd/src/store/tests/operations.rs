@@ -35,6 +35,7 @@ fn token(id: &str) -> TokenRow {
         secret_hash: format!("hash of {id}"),
         tenant: tenant("a"),
         customer: Some("c".into()),
+        organization: Some("o".into()),
         rights: vec!["build:read".into()],
         note: "for the tests".into(),
         created_at: Micros(7),
