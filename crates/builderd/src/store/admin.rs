@@ -205,6 +205,7 @@ const TABLES: &[Table] = &[
             ("revision", Int),
             ("organization", Text),
             ("rights", Text),
+            ("cancelled_by", Text),
         ],
     },
     Table {

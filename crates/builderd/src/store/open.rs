@@ -48,6 +48,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (9, "audit", include_str!("../../migrations/0009_audit.sql")),
     (10, "revision", include_str!("../../migrations/0010_revision.sql")),
     (11, "asked_by", include_str!("../../migrations/0011_asked_by.sql")),
+    (12, "cancelled_by", include_str!("../../migrations/0012_cancelled_by.sql")),
 ];
 
 /// The last of them.

@@ -406,6 +406,9 @@ fn a_running_build_is_cancelled_within_a_second_and_leaves_nothing() {
     let build = server.wait("t1", &id, &["BUILD_STATE_CANCELLED"]);
     assert!(asked.elapsed() < Duration::from_millis(1500), "took {:?}", asked.elapsed());
     assert_eq!(build["status"], "BUILD_STATUS_CANCELLED");
+    let log = server.log("t1", &id);
+    let last = "cancelled by development while it ran: changed my mind";
+    assert!(log.contains(last), "{log}");
     eventually("no build process", || stage.children() == 0);
     eventually("no staged file", || stage.staged().is_empty());
 }

@@ -109,6 +109,8 @@ struct Held {
     lease_expires_at: Option<Micros>,
     created_at: Micros,
     is_cancel_requested: bool,
+    cancel_reason: Option<String>,
+    cancelled_by: Option<String>,
     unread_tries: i64,
     artifact_key: Option<String>,
     event_seq: i64,
@@ -140,8 +142,8 @@ impl Held {
         gaps: &mut Gaps,
     ) -> Result<Option<Self>, StoreError> {
         let query = sql("SELECT state, lease_token, attempt, attempt_started_at, lease_owner, \
-             lease_expires_at, created_at, cancel_requested_at, unread_tries, artifact_key, \
-             event_seq, progress_percent, step, attempts, log_lines, log_bytes, log_is_cut \
+             lease_expires_at, created_at, cancel_requested_at, cancel_reason, cancelled_by, \
+             unread_tries, artifact_key, event_seq, progress_percent, step, attempts, log_lines, log_bytes, log_is_cut \
              FROM build WHERE tenant_id = $1 AND id = $2 FOR NO KEY UPDATE");
         let row = tx.optional(query.text(tenant.as_str()).text(id.as_str())).await?;
         row.map(|row| Self::read(tenant, id, &row, gaps)).transpose()
@@ -170,6 +172,8 @@ impl Held {
             lease_expires_at: row.maybe_at("lease_expires_at")?,
             created_at: row.at("created_at")?,
             is_cancel_requested: row.maybe_int("cancel_requested_at")?.is_some(),
+            cancel_reason: row.maybe_text("cancel_reason")?,
+            cancelled_by: row.maybe_text("cancelled_by")?,
             unread_tries: row.maybe_int("unread_tries")?.unwrap_or(0),
             artifact_key: row.maybe_text("artifact_key")?,
             event_seq: row.int("event_seq")?,

@@ -168,6 +168,12 @@ impl TestStore {
         self.rows().get(&build.tenant, &build.id).await.unwrap().expect("the build is there")
     }
 
+    /// The message of the last line of its log.
+    async fn last_line(&self, build: &Build) -> String {
+        let log = self.rows().log(&build.tenant, &build.id, 0, 1000).await.unwrap();
+        log.last().map_or_else(String::new, |line| line.message.clone())
+    }
+
     async fn state(&self, build: &Build) -> BuildState {
         self.get(build).await.state
     }
