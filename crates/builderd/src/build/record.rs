@@ -374,6 +374,8 @@ pub struct Build {
     pub attempts: Vec<Attempt>,
     /// When it was accepted.
     pub created_at: Micros,
+    /// Before then no worker takes it.
+    pub run_at: Micros,
     /// When a worker first took it.
     pub started_at: Option<Micros>,
     /// When anything last changed.
@@ -390,6 +392,14 @@ pub struct Build {
     pub traceparent: Option<String>,
     /// Whether all of it could be read; what could not be is missing, or as it is by default.
     pub is_whole: bool,
+}
+
+impl Build {
+    /// When it may be tried again, of a build that waits for that.
+    pub fn next_attempt_at(&self, now: Micros) -> Option<Micros> {
+        let waits = self.state == BuildState::Queued && !self.attempts.is_empty();
+        (waits && self.run_at > now).then_some(self.run_at)
+    }
 }
 
 /// What a tenant uses.

@@ -450,6 +450,12 @@ fn show(build: &Value) {
     row("sha256", &word(&build["rootfsChecksum"]));
     row("stored as", &word(&build["rootfsPath"]));
     row("reason", &word(&build["cancelReason"]));
+    if build["nextAttemptAt"].is_string() {
+        // Until when it waits is its step; this is why.
+        let last = build["attempts"].as_array().and_then(|attempts| attempts.last());
+        let failure = &last.unwrap_or(&Value::Null)["failure"];
+        row("last try", &format!("{}: {}", word(&failure["code"]), word(&failure["cause"])));
+    }
     let failure = &build["failure"];
     row("failure", &word(&failure["code"]));
     row("cause", &word(&failure["cause"]));

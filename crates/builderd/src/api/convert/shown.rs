@@ -87,7 +87,7 @@ pub(in super::super) fn job(
         error_message: failure.map_or_else(String::new, |failure| failure.cause.clone()),
         build_logs: log,
         progress_percent: small(build.progress_percent.into()),
-        current_step: build.step.clone(),
+        current_step: step(build, now),
         status: status(build.state).into(),
         progress: progress(build, now).into(),
         resource_usage: resource_usage(build).into(),
@@ -96,6 +96,7 @@ pub(in super::super) fn job(
         failure: failure.map(failure_message).into(),
         attempts: build.attempts.iter().map(attempt).collect(),
         cancel_reason: build.cancel_reason.clone().unwrap_or_default(),
+        next_attempt_at: build.next_attempt_at(now).map(timestamp).into(),
         ..Default::default()
     }
 }
@@ -104,11 +105,20 @@ fn progress(build: &Build, now: Micros) -> v1::BuildProgress {
     v1::BuildProgress {
         stage: stage(build.state).to_owned(),
         percentage: small(build.progress_percent.into()),
-        current_step: build.step.clone(),
+        current_step: step(build, now),
         estimated_duration: remaining_secs(build, now)
             .map_or_else(String::new, |secs| format!("{secs}s")),
         ..Default::default()
     }
+}
+
+/// What is being done, for people: of a build that waits for its next try, when that may begin.
+fn step(build: &Build, now: Micros) -> String {
+    let Some(at) = build.next_attempt_at(now) else { return build.step.clone() };
+    // The first whole second at which it may.
+    let at = Micros(at.0.saturating_add(Micros::SECOND - 1).div_euclid(Micros::SECOND));
+    let at = Micros(at.0.saturating_mul(Micros::SECOND));
+    format!("Waiting until {} for try {}", rfc3339(at), build.attempt.saturating_add(1))
 }
 
 /// What is still to come if the rest goes as fast as what was done; nothing is said of builds

@@ -19,7 +19,7 @@ const UNREAD_STEP: &str = "What is stored of this build cannot be read";
 macro_rules! build_columns {
     () => {
         "tenant_id, id, customer, tier, limits, request, state, progress_percent, step, \
-         cancel_requested_at, cancel_reason, attempt, attempts, created_at, started_at, \
+         cancel_requested_at, cancel_reason, attempt, attempts, created_at, run_at, started_at, \
          updated_at, ended_at, artifact_key, result, failure, live_usage, traceparent, \
          organization, rights"
     };
@@ -127,6 +127,7 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
         attempt: gaps.or(row.small("attempt"), || 0),
         attempts: gaps.or(row.json("attempts"), Vec::new),
         created_at: row.at("created_at")?,
+        run_at: row.at("run_at")?,
         started_at: row.maybe_at("started_at")?,
         updated_at: row.at("updated_at")?,
         ended_at: row.maybe_at("ended_at")?,

@@ -584,8 +584,10 @@ pub(super) async fn a_retry_waits_until_its_time(t: &TestStore) {
     assert_eq!(waiting.attempts.len(), 1);
     assert_eq!(waiting.attempts[0].failure, why);
     assert_eq!(waiting.attempts[0].ended_at, t.now());
+    assert_eq!(waiting.next_attempt_at(t.now()), Some(run_at));
     assert!(t.try_claim(LONG).await.is_none());
     t.advance_secs(30);
+    assert_eq!(t.get(&build).await.next_attempt_at(t.now()), None, "it may begin");
     let again = t.claim().await;
     assert_eq!((again.build.attempt, again.build.id), (2, build.id));
 }
