@@ -325,3 +325,18 @@ pub(super) fn hint(error: &CommandsError) -> Option<String> {
     };
     Some(text.to_owned())
 }
+
+/// The same for whoever asked the service: where it runs is not his to choose.
+pub(super) fn remedy(error: &CommandsError) -> Option<String> {
+    match error {
+        CommandsError::Unable(_) => {
+            Some("leave the commands out, or ask the operator for a service that runs them".into())
+        }
+        CommandsError::Failed { .. }
+        | CommandsError::Denied { .. }
+        | CommandsError::Refused(_)
+        | CommandsError::Sandbox(_)
+        | CommandsError::Io { .. }
+        | CommandsError::Broken(_) => hint(error),
+    }
+}

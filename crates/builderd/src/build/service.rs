@@ -12,9 +12,9 @@ use secrecy::SecretString;
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
-use super::error::egress_hint;
 use super::hex;
 use super::record::{Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage};
+use super::remedy::egress_remedy;
 use super::state::BuildState;
 use crate::artifact::{ArtifactStore, OpenArtifact};
 use crate::clock::Clock;
@@ -120,7 +120,7 @@ pub enum ServiceError {
 }
 
 fn and_then(rule: &oci::EgressDenied) -> String {
-    egress_hint(rule).map(|hint| format!("; {hint}")).unwrap_or_default()
+    egress_remedy(rule).map(|remedy| format!("; {remedy}")).unwrap_or_default()
 }
 
 /// Registry credentials of one build.
