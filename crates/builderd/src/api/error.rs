@@ -102,10 +102,8 @@ impl Answer {
             }
             E::ArtifactGone => Self::new(Code::NotFound, Http::NOT_FOUND, "NOT_FOUND", error),
             E::Stopping => Self::unavailable(error),
-            E::Store(StoreError::Unavailable(cause)) => {
-                tracing::warn!(error = %chain(cause), "the database is not available");
-                Self::unavailable("the database is not available; try again")
-            }
+            E::Store(StoreError::Unavailable(cause)) => Self::no_database(cause),
+            E::Store(error @ StoreError::Unreachable { .. }) => Self::no_database(error),
             E::Store(StoreError::Full(cause)) => Self::storage_full(cause),
             E::Artifact(cause) if cause.kind() == std::io::ErrorKind::StorageFull => {
                 Self::storage_full(cause)
@@ -115,7 +113,6 @@ impl Answer {
                 | StoreError::Illegal(_)
                 | StoreError::Database(_)
                 | StoreError::DataDirectory { .. }
-                | StoreError::Unreachable { .. }
                 | StoreError::Migrate(_),
             )
             | E::Artifact(_)
@@ -242,6 +239,11 @@ impl Answer {
         );
         answer.retry_after_secs = Some(1);
         answer
+    }
+
+    fn no_database(cause: &dyn Error) -> Self {
+        tracing::warn!(error = %chain(cause), "the database is not available");
+        Self::unavailable("the database is not available; try again")
     }
 
     fn storage_full(cause: &dyn Error) -> Self {

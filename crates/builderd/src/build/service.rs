@@ -581,12 +581,13 @@ impl BuildService {
         self.artifacts.path(key)
     }
 
-    /// Whether the database takes writes.
+    /// Whether the database takes writes, within so much time.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn beat(&self) -> Result<(), StoreError> {
-        self.store.system().beat().await
+    pub async fn beat(&self, at_most: Duration) -> Result<(), StoreError> {
+        let beat = tokio::time::timeout(at_most, async { self.store.system().beat().await }).await;
+        beat.unwrap_or_else(|_| Err(self.store.late(at_most)))
     }
 
     /// How the service as a whole does.
