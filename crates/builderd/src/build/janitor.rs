@@ -13,6 +13,7 @@ use super::record::Micros;
 use super::service::ServiceRules;
 use super::worker::ATTEMPTS_MAX;
 use crate::artifact::ArtifactStore;
+use crate::causes::chain;
 use crate::clock::Clock;
 use crate::packs::{CacheError, PackCache};
 use crate::store::{Leases, Store, StoreError};

@@ -382,8 +382,10 @@ pub struct Build {
     pub updated_at: Micros,
     /// When it ended.
     pub ended_at: Option<Micros>,
-    /// What came of it.
+    /// What came of it; what is true of it stays so when the artifact is gone.
     pub result: Option<BuildResult>,
+    /// Whether the artifact is still there: the retention rules remove it.
+    pub has_artifact: bool,
     /// Why nothing came of it.
     pub failure: Option<Failure>,
     /// What it takes while it runs; of one that ended without a result, what was seen last.

@@ -548,13 +548,12 @@ impl BuildService {
         if build.state != BuildState::Completed {
             return Err(ServiceError::NoArtifact(build.state));
         }
-        let result = match build.result {
-            Some(result) => result,
-            None if build.is_whole => return Err(ServiceError::ArtifactGone),
-            None => {
-                let problem = format!("what came of {id} cannot be read");
-                return Err(ServiceError::Store(StoreError::Corrupt(problem)));
-            }
+        if !build.has_artifact {
+            return Err(ServiceError::ArtifactGone);
+        }
+        let Some(result) = build.result else {
+            let problem = format!("what came of {id} cannot be read");
+            return Err(ServiceError::Store(StoreError::Corrupt(problem)));
         };
         match self.artifacts.open(&result.artifact_key).await {
             Ok(Some(open)) => Ok((result, open)),

@@ -68,6 +68,7 @@ pub(in super::super) fn job(
     now: Micros,
 ) -> v1::BuildJob {
     let result = build.result.as_ref();
+    let kept = result.filter(|_| build.has_artifact);
     let failure = build.failure.as_ref();
     v1::BuildJob {
         build_id: build.id.to_string(),
@@ -77,7 +78,7 @@ pub(in super::super) fn job(
         created_at: timestamp(build.created_at).into(),
         started_at: build.started_at.map(timestamp).into(),
         completed_at: build.ended_at.map(timestamp).into(),
-        rootfs_path: result
+        rootfs_path: kept
             .map_or_else(String::new, |result| service.artifact_path(&result.artifact_key)),
         rootfs_size_bytes: result.map_or(0, |result| signed(result.artifact_bytes)),
         rootfs_checksum: result.map_or_else(String::new, |result| result.sha256.clone()),

@@ -99,9 +99,10 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
     // Every end has a word that all versions know (`build`'s checks in the schema): what has another
     // one has not ended.
     let state = gaps.or(row.parsed("state"), || BuildState::Queued);
-    // What came of it is told as long as it is there.
-    let has_artifact = row.maybe_text("artifact_key")?.is_some();
-    let result = match state == BuildState::Completed && has_artifact {
+    let is_completed = state == BuildState::Completed;
+    // Before its end the build only wants it.
+    let has_artifact = is_completed && row.maybe_text("artifact_key")?.is_some();
+    let result = match is_completed {
         true => gaps.or_none(row.maybe_json("result")),
         false => None,
     };
@@ -132,6 +133,7 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
         updated_at: row.at("updated_at")?,
         ended_at: row.maybe_at("ended_at")?,
         result,
+        has_artifact,
         failure: gaps.or_none(row.maybe_json("failure")),
         usage,
         traceparent: row.maybe_text("traceparent")?,

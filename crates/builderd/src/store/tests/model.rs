@@ -484,7 +484,7 @@ impl Model {
             let page = t.rows().list(&tenant(name), &super::lists::newest(100)).await.unwrap();
             let row = |build: &Build| {
                 let id = build.id.clone();
-                (id, build.state, build.attempt, build.result.is_some())
+                (id, build.state, build.attempt, build.has_artifact)
             };
             let found: Vec<_> = page.builds.iter().map(row).collect();
             let own = self.builds.iter().rev().filter(|build| build.tenant == owner);
