@@ -87,17 +87,7 @@ impl Answer {
                 Self::new(Code::DeadlineExceeded, Http::GATEWAY_TIMEOUT, "DEADLINE_EXCEEDED", error)
             }
             E::NoArtifact(state) => {
-                let word = match state {
-                    BuildState::Timeout => "BUILD_TIMEOUT",
-                    BuildState::Failed | BuildState::Cancelled => "NO_ARTIFACT",
-                    BuildState::Queued
-                    | BuildState::Preparing
-                    | BuildState::Downloading
-                    | BuildState::Building
-                    | BuildState::Optimizing
-                    | BuildState::Packaging
-                    | BuildState::Completed => "NOT_READY",
-                };
+                let word = no_artifact(*state);
                 Self::new(Code::FailedPrecondition, Http::CONFLICT, word, error)
             }
             E::ArtifactGone => Self::new(Code::NotFound, Http::NOT_FOUND, "NOT_FOUND", error),
@@ -353,6 +343,21 @@ impl IntoResponse for Answer {
 impl From<ServiceError> for Answer {
     fn from(error: ServiceError) -> Self {
         Self::of(&error)
+    }
+}
+
+/// Why a build has no artifact, in a word.
+fn no_artifact(state: BuildState) -> &'static str {
+    match state {
+        BuildState::Timeout => "BUILD_TIMEOUT",
+        BuildState::Failed | BuildState::Cancelled => "NO_ARTIFACT",
+        BuildState::Queued
+        | BuildState::Preparing
+        | BuildState::Downloading
+        | BuildState::Building
+        | BuildState::Optimizing
+        | BuildState::Packaging
+        | BuildState::Completed => "NOT_READY",
     }
 }
 
