@@ -309,6 +309,14 @@ fn tell(observer: &dyn Observer, wanted: &CommandsSpec, event: Event) {
 /// What to do about commands that failed.
 pub(super) fn hint(error: &CommandsError) -> Option<String> {
     let text = match error {
+        CommandsError::Failed { end: CommandEnd::OutOfMemory, .. } => {
+            "have it take less memory, or allow the build more (`limits.max_memory_bytes`, of which \
+             commands have seven eighths), or use a tier that does"
+        }
+        CommandsError::Failed { end: CommandEnd::DiskFull, .. } => {
+            "have it write less, or allow the build more disk (`limits.max_disk_bytes`, of which \
+             commands have half), or use a tier that does"
+        }
         CommandsError::Failed { .. } => {
             "see the command's output in the build's log; commands have no network but to the \
              hosts that the operator allows"

@@ -458,8 +458,8 @@ pub(super) fn out_of_memory(step: String, memory_bytes: u64) -> Failure {
         cause: format!("the build needs more memory than the {memory_bytes} bytes it may have"),
         blame: Blame::Yours.as_str().to_owned(),
         remedy:
-            "use a smaller image, allow the build more memory (max_memory_bytes), or use a tier \
-                 with more memory for each build"
+            "use a smaller image, allow the build more memory (`limits.max_memory_bytes`), or use a \
+             tier with more memory for each build"
                 .to_owned(),
     }
 }
@@ -467,6 +467,10 @@ pub(super) fn out_of_memory(step: String, memory_bytes: u64) -> Failure {
 /// The same failure, or the kernel's reason for it: whoever was ended because memory ran out, or
 /// was refused a thread, cannot say so itself.
 pub(super) fn explained(failure: Failure, usage: &CgroupUsage, memory_bytes: u64) -> Failure {
+    // Who knows which limit it came to says more than the kernel.
+    if failure.code == FailureCode::QuotaExceeded {
+        return failure;
+    }
     if usage.out_of_memory_kills > 0 {
         return out_of_memory(failure.step, memory_bytes);
     }
