@@ -22,7 +22,7 @@ mod tests {
 
     #[test]
     fn every_cause_is_named_once_the_outermost_first() {
-        let error = StoreError::timed_out();
+        let error = StoreError::Unavailable(sqlx::Error::PoolTimedOut);
         let inner = sqlx::Error::PoolTimedOut.to_string();
         assert_eq!(chain(&error), format!("the database is not available: {inner}"));
         assert_eq!(chain(&std::fmt::Error), std::fmt::Error.to_string());

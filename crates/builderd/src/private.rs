@@ -29,6 +29,31 @@ pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)
 }
 
+/// The same below `place`, which somebody may have made for whom he likes: open to all who may look
+/// into that one.
+///
+/// # Errors
+/// Those of the system.
+pub(crate) fn make_directory_below(place: &Path, path: &Path) -> io::Result<()> {
+    match is_open(place)? {
+        true => std::fs::create_dir_all(path),
+        false => make_directory(path),
+    }
+}
+
+/// Makes a directory that nobody else has any business with, also where it is there and open.
+///
+/// # Errors
+/// Those of the system; not when one that is there is another user's.
+pub(crate) fn make_own_directory(path: &Path) -> io::Result<()> {
+    make_directory(path)?;
+    if let Err(error) = close(path) {
+        let path = path.display();
+        tracing::warn!(%path, %error, "other users may look into this directory: that cannot be changed");
+    }
+    Ok(())
+}
+
 /// Options to open a file with that is made if need be, and keeps what is in it.
 pub(crate) fn file_options() -> OpenOptions {
     let mut options = OpenOptions::new();
@@ -107,6 +132,23 @@ mod tests {
             assert_eq!(mode(&file), private);
         }
         assert!(!close(&directory.path().join("none")).unwrap());
+    }
+
+    #[test]
+    fn a_directory_is_as_open_as_the_one_it_is_made_in_unless_it_is_ours_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for (place, most) in [(0o750, 0o750), (0o700, 0o750), (0o755, 0o777)] {
+            std::fs::set_permissions(directory.path(), Permissions::from_mode(place)).unwrap();
+            let below = at(&format!("{place:o}"));
+            make_directory_below(directory.path(), &below).unwrap();
+            assert_eq!(mode(&below) & !most, 0, "{place:o}");
+            assert_eq!(is_open(&below).unwrap(), place == 0o755);
+        }
+        for name in ["755", "new"] {
+            make_own_directory(&at(name)).unwrap();
+            assert_eq!(mode(&at(name)) & NOT_OURS_ALONE, 0, "{name}");
+        }
     }
 
     #[test]

@@ -250,29 +250,36 @@ pub struct Origin {
     pub request: String,
 }
 
+/// What a credential says of whoever shows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub(crate) tenant: TenantId,
+    /// None for whoever acts for all of the tenant's customers.
+    pub(crate) customer: Option<String>,
+    /// None where the credential names none.
+    pub(crate) organization: Option<String>,
+    /// The id of the token, or in the certificate; none where nobody is asked for one.
+    pub(crate) credential: Option<String>,
+    pub(crate) tier: Tier,
+    pub(crate) rights: BTreeSet<Right>,
+}
+
 /// Who asks, as a checked credential says. Made by `api::auth` alone.
 #[derive(Clone, Debug)]
 pub struct Principal {
     origin: Origin,
-    tenant: TenantId,
-    customer: Option<String>,
-    credential: Option<String>,
-    tier: Tier,
-    rights: BTreeSet<Right>,
+    identity: Identity,
 }
 
 impl Principal {
     /// Only who has checked a credential has a [`Checked`](crate::api::Checked).
-    pub(crate) fn new(
-        _checked: crate::api::Checked,
-        tenant: TenantId,
-        customer: Option<String>,
-        credential: Option<String>,
-        tier: Tier,
-        rights: BTreeSet<Right>,
-    ) -> Self {
-        let origin = Origin::default();
-        Self { origin, tenant, customer, credential, tier, rights }
+    pub(crate) fn new(_checked: crate::api::Checked, identity: Identity) -> Self {
+        Self { origin: Origin::default(), identity }
+    }
+
+    /// What was checked.
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// The same, asking from `origin`.
@@ -287,22 +294,32 @@ impl Principal {
 
     /// The tenant.
     pub fn tenant(&self) -> &TenantId {
-        &self.tenant
+        &self.identity.tenant
     }
 
     /// The customer within the tenant, for billing.
     pub fn customer(&self) -> Option<&str> {
-        self.customer.as_deref()
+        self.identity.customer.as_deref()
+    }
+
+    /// The organization that the tenant acts for.
+    pub fn organization(&self) -> Option<&str> {
+        self.identity.organization.as_deref()
     }
 
     /// The id of the token, or in the certificate, that was checked; none where nobody is asked for one.
     pub fn credential(&self) -> Option<&str> {
-        self.credential.as_deref()
+        self.identity.credential.as_deref()
     }
 
     /// The tenant's tier.
     pub fn tier(&self) -> Tier {
-        self.tier
+        self.identity.tier
+    }
+
+    /// What the credential allows.
+    pub fn rights(&self) -> &BTreeSet<Right> {
+        &self.identity.rights
     }
 
     /// Leave to do one kind of thing with the tenant's rows.
@@ -310,7 +327,7 @@ impl Principal {
     /// # Errors
     /// [`Denied`] if the credential does not include the right.
     pub fn permit(&self, right: Right) -> Result<Permit<'_>, Denied> {
-        match self.rights.contains(&right) {
+        match self.rights().contains(&right) {
             true => Ok(Permit { principal: self, right }),
             false => Err(Denied(right)),
         }
@@ -327,7 +344,7 @@ pub struct Permit<'a> {
 impl Permit<'_> {
     /// Whose rows.
     pub fn tenant(&self) -> &TenantId {
-        &self.principal.tenant
+        self.principal.tenant()
     }
 
     /// Who asked.

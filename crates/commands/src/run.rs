@@ -304,10 +304,13 @@ impl Watch<'_> {
         let group = self.groups.existing(&format!("{}-{index}", self.told.group));
         let usage = group.usage();
         drop(group);
-        if let Some(complaint) = complaint {
-            return Err(never_started(&complaint));
-        }
         let is_short = usage.out_of_memory_kills > 0;
+        match complaint {
+            // The runtime is in that group, too, until the command begins.
+            Some(_) if is_short => return Err(self.failed(CommandEnd::OutOfMemory)),
+            Some(complaint) => return Err(never_started(&complaint)),
+            None => {}
+        }
         match code {
             0 if is_short => {
                 let command = &self.told.order.commands[index];

@@ -439,6 +439,7 @@ fn check_quotas(doors: &Doors, wishes: &[Wish], builds: &[Value], seed: u64) -> 
         let own: Vec<&Value> = own.map(|(_, build)| build).collect();
         let artifacts: BTreeMap<String, u64> = own
             .iter()
+            .filter(|build| build["rootfsPath"].is_string())
             .map(|build| (build["rootfsPath"].to_string(), number(&build["rootfsSizeBytes"])))
             .collect();
         let mut caller = Caller::new(doors, tenant, seed);

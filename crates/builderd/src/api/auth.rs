@@ -27,7 +27,7 @@ use crate::build::service::ServiceError;
 use crate::clock::Clock;
 use crate::store::audit::{Author, DEVELOPMENT};
 use crate::store::{Store, StoreError, TenantRow, TokenRow};
-use crate::tenant::{Principal, Right, TenantId, TenantIdError, Tier};
+use crate::tenant::{Identity, Principal, Right, TenantId, TenantIdError, Tier};
 use crate::tls::{Client, Clients, Whose};
 
 /// Every token's first letters, for scanners of leaked secrets.
@@ -36,8 +36,8 @@ const TOKEN_PREFIX: &str = "bld_";
 const SECRET_DIGITS: usize = 64;
 const TENANT_HEADER: &str = "x-tenant-id";
 const CUSTOMER_HEADER: &str = "x-customer-id";
-/// Longest name of a customer; it is kept with each build.
-const CUSTOMER_BYTES_MAX: usize = 256;
+/// Longest name of a customer, or of an organization; it is kept with each build.
+const NAME_BYTES_MAX: usize = 256;
 
 /// Why somebody may not come in.
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +64,12 @@ pub(crate) enum Refusal {
     /// The request names another customer than the credential.
     #[error("the customer of this request is not the credential's")]
     OtherCustomer,
-    /// The request names a customer by more than is kept.
-    #[error("the customer of this request is longer than {} bytes", CUSTOMER_BYTES_MAX)]
-    CustomerTooLong,
+    /// The request names another organization than the credential.
+    #[error("the organization of this request is not the credential's")]
+    OtherOrganization,
+    /// The request names somebody by more than is kept.
+    #[error("the {0} of this request is longer than {max} bytes", max = NAME_BYTES_MAX)]
+    NameTooLong(&'static str),
     /// The request names something that cannot be a tenant.
     #[error(transparent)]
     TenantId(#[from] TenantIdError),
@@ -96,6 +99,8 @@ pub(crate) struct Claim {
     pub(crate) build: String,
     /// The customer; empty if it names none.
     pub(crate) customer: String,
+    /// The organization; empty if it names none.
+    pub(crate) organization: String,
     /// The tier, which development mode believes.
     pub(crate) tier: Option<Tier>,
 }
@@ -310,9 +315,15 @@ impl Auth {
             Some(tier) => tier,
             None => client.tier.unwrap_or(self.rules.default_tier),
         };
-        let (customer, credential) = (client.customer.clone(), Some(id.to_owned()));
-        let rights = client.rights.clone();
-        Ok(Principal::new(Checked(()), tenant, customer, credential, tier, rights))
+        let identity = Identity {
+            tenant,
+            customer: client.customer.clone(),
+            organization: client.organization.clone(),
+            credential: Some(id.to_owned()),
+            tier,
+            rights: client.rights.clone(),
+        };
+        Ok(Principal::new(Checked(()), identity))
     }
 
     /// The tier of a tenant, remembered for a moment; none if nobody set one.
@@ -369,11 +380,16 @@ impl Auth {
         if expired || row.revoked_at.is_some() {
             return Ok(None);
         }
-        let tier = tier.unwrap_or(self.rules.default_tier);
-        // A right that this version does not know is no right.
-        let rights = row.rights.iter().filter_map(|right| right.parse().ok()).collect();
-        let (tenant, customer) = (row.tenant, row.customer);
-        Ok(Some(Principal::new(Checked(()), tenant, customer, Some(row.id), tier, rights)))
+        let identity = Identity {
+            tenant: row.tenant,
+            customer: row.customer,
+            organization: row.organization,
+            credential: Some(row.id),
+            tier: tier.unwrap_or(self.rules.default_tier),
+            // A right that this version does not know is no right.
+            rights: row.rights.iter().filter_map(|right| right.parse().ok()).collect(),
+        };
+        Ok(Some(Principal::new(Checked(()), identity)))
     }
 
     /// Who the caller is, given what the request itself says, if the rate allows one more.
@@ -435,15 +451,20 @@ impl Auth {
         claim: &Claim,
     ) -> Result<Principal, Refusal> {
         agree(principal, &claim.tenant, &claim.customer)?;
+        // One that names no organization says nothing about it: what a request says is no more than
+        // a part of that request then.
+        if let Some(organization) = principal.organization()
+            && !["", organization].contains(&claim.organization.as_str())
+        {
+            return Err(Refusal::OtherOrganization);
+        }
         if principal.customer().is_some() {
             return Ok(principal.clone());
         }
         // A token for the whole tenant acts for whichever of its customers is named.
         let customer = named(caller, claim)?;
-        let rights = Right::ALL.into_iter().filter(|right| principal.permit(*right).is_ok());
-        let tenant = principal.tenant().clone();
-        let (credential, rights) = (principal.credential().map(str::to_owned), rights.collect());
-        Ok(Principal::new(Checked(()), tenant, customer, credential, principal.tier(), rights))
+        let identity = Identity { customer, ..principal.identity().clone() };
+        Ok(Principal::new(Checked(()), identity))
     }
 
     async fn believed(
@@ -459,10 +480,15 @@ impl Auth {
             (Some(tenant), claimed) if tenant.as_str() == claimed => tenant.clone(),
             (Some(_), _) => return Err(Refusal::OtherTenant),
         };
-        let customer = named(caller, claim)?;
-        let tier = self.believed_tier(&tenant, caller, claim.tier).await?;
-        let rights = BTreeSet::from(Right::ALL);
-        Ok(Principal::new(Checked(()), tenant, customer, None, tier, rights))
+        let identity = Identity {
+            customer: named(caller, claim)?,
+            organization: bounded("organization", &claim.organization)?,
+            credential: None,
+            tier: self.believed_tier(&tenant, caller, claim.tier).await?,
+            rights: BTreeSet::from(Right::ALL),
+            tenant,
+        };
+        Ok(Principal::new(Checked(()), identity))
     }
 
     /// The tier a tenant names, which is remembered; else the one it named last.
@@ -495,14 +521,19 @@ impl Auth {
 /// The customer that header and body name; they must not differ.
 fn named(caller: &Caller, claim: &Claim) -> Result<Option<String>, Refusal> {
     let one = match (caller.customer.as_str(), claim.customer.as_str()) {
-        ("", "") => return Ok(None),
         ("", one) | (one, "") => one,
         (one, other) if one == other => one,
         _ => return Err(Refusal::OtherCustomer),
     };
-    match one.len() <= CUSTOMER_BYTES_MAX {
-        true => Ok(Some(one.to_owned())),
-        false => Err(Refusal::CustomerTooLong),
+    bounded("customer", one)
+}
+
+/// What a request calls somebody; none if it is silent.
+fn bounded(what: &'static str, name: &str) -> Result<Option<String>, Refusal> {
+    match name.len() {
+        0 => Ok(None),
+        1..=NAME_BYTES_MAX => Ok(Some(name.to_owned())),
+        _ => Err(Refusal::NameTooLong(what)),
     }
 }
 
@@ -549,8 +580,15 @@ pub(super) mod tests {
     use super::*;
 
     pub(in super::super) fn principal(tenant: &str, tier: Tier) -> Principal {
-        let rights = BTreeSet::from(Right::ALL);
-        Principal::new(Checked(()), tenant.parse().unwrap(), None, None, tier, rights)
+        let identity = Identity {
+            tenant: tenant.parse().unwrap(),
+            customer: None,
+            organization: None,
+            credential: None,
+            tier,
+            rights: BTreeSet::from(Right::ALL),
+        };
+        Principal::new(Checked(()), identity)
     }
 
     #[test]
@@ -573,9 +611,8 @@ pub(super) mod tests {
         let whole = principal("mine", Tier::Pro);
         assert!(agree(&whole, "", "").is_ok() && agree(&whole, "mine", "any").is_ok());
         assert!(matches!(agree(&whole, "other", ""), Err(Refusal::OtherTenant)));
-        let tenant = "mine".parse().unwrap();
-        let rights = BTreeSet::from(Right::ALL);
-        let one = Principal::new(Checked(()), tenant, Some("c1".into()), None, Tier::Pro, rights);
+        let identity = Identity { customer: Some("c1".into()), ..whole.identity().clone() };
+        let one = Principal::new(Checked(()), identity);
         assert!(agree(&one, "", "c1").is_ok() && agree(&one, "", "").is_ok());
         assert!(matches!(agree(&one, "", "c2"), Err(Refusal::OtherCustomer)));
     }

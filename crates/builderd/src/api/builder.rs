@@ -139,6 +139,7 @@ impl v1::BuilderService for Door {
         let claim = Claim {
             tenant: tenant.tenant_id.clone(),
             customer: tenant.customer_id.clone(),
+            organization: tenant.organization_id.clone(),
             tier: convert::tier(tenant.tier),
             ..Claim::default()
         };

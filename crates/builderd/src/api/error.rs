@@ -87,25 +87,13 @@ impl Answer {
                 Self::new(Code::DeadlineExceeded, Http::GATEWAY_TIMEOUT, "DEADLINE_EXCEEDED", error)
             }
             E::NoArtifact(state) => {
-                let word = match state {
-                    BuildState::Timeout => "BUILD_TIMEOUT",
-                    BuildState::Failed | BuildState::Cancelled => "NO_ARTIFACT",
-                    BuildState::Queued
-                    | BuildState::Preparing
-                    | BuildState::Downloading
-                    | BuildState::Building
-                    | BuildState::Optimizing
-                    | BuildState::Packaging
-                    | BuildState::Completed => "NOT_READY",
-                };
+                let word = no_artifact(*state);
                 Self::new(Code::FailedPrecondition, Http::CONFLICT, word, error)
             }
             E::ArtifactGone => Self::new(Code::NotFound, Http::NOT_FOUND, "NOT_FOUND", error),
             E::Stopping => Self::unavailable(error),
-            E::Store(StoreError::Unavailable(cause)) => {
-                tracing::warn!(error = %chain(cause), "the database is not available");
-                Self::unavailable("the database is not available; try again")
-            }
+            E::Store(StoreError::Unavailable(cause)) => Self::no_database(cause),
+            E::Store(error @ StoreError::Unreachable { .. }) => Self::no_database(error),
             E::Store(StoreError::Full(cause)) => Self::storage_full(cause),
             E::Artifact(cause) if cause.kind() == std::io::ErrorKind::StorageFull => {
                 Self::storage_full(cause)
@@ -115,7 +103,6 @@ impl Answer {
                 | StoreError::Illegal(_)
                 | StoreError::Database(_)
                 | StoreError::DataDirectory { .. }
-                | StoreError::Unreachable { .. }
                 | StoreError::Migrate(_),
             )
             | E::Artifact(_)
@@ -129,10 +116,10 @@ impl Answer {
             Refusal::NoTenant | Refusal::NoToken | Refusal::BadToken | Refusal::GoneCertificate => {
                 (ErrorCode::Unauthenticated, StatusCode::UNAUTHORIZED, "AUTHENTICATION_REQUIRED")
             }
-            Refusal::OtherTenant | Refusal::OtherCustomer => {
+            Refusal::OtherTenant | Refusal::OtherCustomer | Refusal::OtherOrganization => {
                 (ErrorCode::PermissionDenied, StatusCode::FORBIDDEN, "PERMISSION_DENIED")
             }
-            Refusal::TenantId(_) | Refusal::CustomerTooLong | Refusal::Twice(_) => {
+            Refusal::TenantId(_) | Refusal::NameTooLong(_) | Refusal::Twice(_) => {
                 (ErrorCode::InvalidArgument, StatusCode::BAD_REQUEST, "INVALID_ARGUMENT")
             }
             Refusal::TooManyFailures { retry_after_secs } => {
@@ -244,6 +231,11 @@ impl Answer {
         answer
     }
 
+    fn no_database(cause: &dyn Error) -> Self {
+        tracing::warn!(error = %chain(cause), "the database is not available");
+        Self::unavailable("the database is not available; try again")
+    }
+
     fn storage_full(cause: &dyn Error) -> Self {
         tracing::error!(error = %chain(cause), "a disk of the service is full");
         Self::new(
@@ -351,6 +343,21 @@ impl IntoResponse for Answer {
 impl From<ServiceError> for Answer {
     fn from(error: ServiceError) -> Self {
         Self::of(&error)
+    }
+}
+
+/// Why a build has no artifact, in a word.
+fn no_artifact(state: BuildState) -> &'static str {
+    match state {
+        BuildState::Timeout => "BUILD_TIMEOUT",
+        BuildState::Failed | BuildState::Cancelled => "NO_ARTIFACT",
+        BuildState::Queued
+        | BuildState::Preparing
+        | BuildState::Downloading
+        | BuildState::Building
+        | BuildState::Optimizing
+        | BuildState::Packaging
+        | BuildState::Completed => "NOT_READY",
     }
 }
 

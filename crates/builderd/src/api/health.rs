@@ -57,8 +57,7 @@ impl Heart {
         if let Some(state) = known() {
             return state;
         }
-        let beat = tokio::time::timeout(BEAT_MAX, self.service.beat()).await;
-        let beat = beat.unwrap_or_else(|_| Err(StoreError::timed_out()));
+        let beat = self.service.beat(BEAT_MAX).await;
         let state = beat.as_ref().copied().map_err(StoreError::class);
         if *told != state {
             match &beat {

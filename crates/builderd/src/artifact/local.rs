@@ -15,6 +15,7 @@ use futures_util::stream::{self, BoxStream};
 use rustix::fs::OFlags;
 
 use super::{ArtifactStore, OpenArtifact, ReadRange, Stored};
+use crate::private;
 
 /// Bytes read at once.
 const PIECE_BYTES: u64 = 256 << 10;
@@ -31,8 +32,9 @@ impl LocalArtifacts {
     pub(crate) fn open(root: &Path) -> io::Result<Self> {
         let root = std::path::absolute(root)?;
         let (artifacts, staging) = (root.join("artifacts"), root.join("staging"));
-        fs::create_dir_all(&artifacts)?;
-        fs::create_dir_all(&staging)?;
+        private::make_directory(&root)?;
+        private::make_directory_below(&root, &artifacts)?;
+        private::make_own_directory(&staging)?;
         Ok(Self { root: artifacts, staging })
     }
 
@@ -72,10 +74,10 @@ impl ArtifactStore for LocalArtifacts {
     }
 
     async fn publish(&self, staged: &Path, key: &str) -> io::Result<()> {
-        let (staged, target) = (staged.to_owned(), self.file(key)?);
+        let (root, staged, target) = (self.root.clone(), staged.to_owned(), self.file(key)?);
         blocking(move || {
             let directory = target.parent().map(Path::to_owned).unwrap_or_default();
-            fs::create_dir_all(&directory)?;
+            private::make_directory_below(&root, &directory)?;
             if target.exists() {
                 // Younger again, so that a sweep that saw it unused leaves it alone.
                 File::options().append(true).open(&target)?.set_modified(now())?;

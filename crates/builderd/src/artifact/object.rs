@@ -15,6 +15,7 @@ use object_store::{GetOptions, ObjectStore, ObjectStoreExt as _};
 
 use super::upload::Uploads;
 use super::{ArtifactStore, OpenArtifact, ReadRange, Stored};
+use crate::private;
 
 /// Bytes of one part.
 pub(super) const PIECE_BYTES: usize = 8 << 20;
@@ -39,7 +40,7 @@ impl ObjectArtifacts {
         staging: &Path,
     ) -> io::Result<Self> {
         let staging = std::path::absolute(staging)?.join("staging");
-        std::fs::create_dir_all(&staging)?;
+        private::make_own_directory(&staging)?;
         let prefix = prefix.trim_matches('/').to_owned();
         Ok(Self { store, url: url.to_owned(), prefix, staging, uploads: Uploads::default() })
     }

@@ -307,6 +307,14 @@ fn tell(observer: &dyn Observer, wanted: &CommandsSpec, event: Event) {
 /// What to do about commands that failed.
 pub(super) fn hint(error: &CommandsError) -> Option<String> {
     let text = match error {
+        CommandsError::Failed { end: CommandEnd::OutOfMemory, .. } => {
+            "have it take less memory, or allow the build more (`limits.max_memory_bytes`, of which \
+             commands have seven eighths), or use a tier that does"
+        }
+        CommandsError::Failed { end: CommandEnd::DiskFull, .. } => {
+            "have it write less, or allow the build more disk (`limits.max_disk_bytes`, of which \
+             commands have half), or use a tier that does"
+        }
         CommandsError::Failed { .. } => {
             "see the command's output in the build's log; commands have no network but to the \
              hosts that the operator allows"
@@ -322,4 +330,19 @@ pub(super) fn hint(error: &CommandsError) -> Option<String> {
         | CommandsError::Broken(_) => return None,
     };
     Some(text.to_owned())
+}
+
+/// The same for whoever asked the service: where it runs is not his to choose.
+pub(super) fn remedy(error: &CommandsError) -> Option<String> {
+    match error {
+        CommandsError::Unable(_) => {
+            Some("leave the commands out, or ask the operator for a service that runs them".into())
+        }
+        CommandsError::Failed { .. }
+        | CommandsError::Denied { .. }
+        | CommandsError::Refused(_)
+        | CommandsError::Sandbox(_)
+        | CommandsError::Io { .. }
+        | CommandsError::Broken(_) => hint(error),
+    }
 }

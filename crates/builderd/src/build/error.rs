@@ -7,7 +7,7 @@ use std::process::ExitStatus;
 
 use ::commands::CommandsError;
 use ext4::{LayoutError, WriteError};
-use oci::{Digest, EgressDenied, PullError, Source};
+use oci::{Digest, PullError, Source};
 use rootfs::{FileTree, FlattenError, PackError, PackReadError};
 use sandbox::{CgroupUsage, Wall};
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::admission::MEMORY_BYTES_USUAL;
 use super::confined::ToldError;
 use super::record::{Failure, FailureCode};
+use super::remedy::remedy;
 use super::{Phase, commands};
 use crate::causes::chain;
 use crate::packs::CacheError;
@@ -261,7 +262,7 @@ impl BuildError {
         }
     }
 
-    /// What to do about it, where there is something to do.
+    /// What to do about it where the build is one's own, if there is something to do.
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         if self.is_out_of_space() {
@@ -275,7 +276,7 @@ impl BuildError {
             return Some(MORE_MEMORY.to_owned());
         }
         match self {
-            Self::Pull { source, .. } => pull_hint(source),
+            Self::Pull { source, .. } => source.hint(),
             Self::Told(told) => told.hint.clone(),
             Self::Commands(error) => commands::hint(error),
             Self::OutOfMemory { .. } => Some(MORE_MEMORY.to_owned()),
@@ -322,28 +323,7 @@ impl BuildError {
             step: step.as_str().to_owned(),
             cause: chain(self),
             blame: self.blame().as_str().to_owned(),
-            remedy: self.remedy(),
-        }
-    }
-
-    /// What to do for somebody who asked a service to build: he has neither its disk nor its
-    /// command line.
-    fn remedy(&self) -> String {
-        let code = self.code();
-        let usual = || usual_remedy(code, self.blame()).to_owned();
-        match code {
-            FailureCode::AuthenticationFailed
-            | FailureCode::RegistryRateLimit
-            | FailureCode::StorageFull => usual(),
-            FailureCode::QuotaExceeded
-            | FailureCode::InvalidSource
-            | FailureCode::BuildTimeout
-            | FailureCode::NetworkDenied
-            | FailureCode::NetworkError
-            | FailureCode::TemporaryResourceError
-            | FailureCode::Internal => {
-                self.hint().filter(|hint| !hint.is_empty()).unwrap_or_else(usual)
-            }
+            remedy: remedy(self),
         }
     }
 
@@ -428,43 +408,6 @@ impl BuildError {
 
 const MORE_MEMORY: &str = "use a smaller image, or allow a build more memory";
 
-/// What to do about a failure where nothing is known that helps more: there is always something.
-pub(super) fn usual_remedy(code: FailureCode, blame: Blame) -> &'static str {
-    match (code, blame) {
-        (FailureCode::QuotaExceeded, _) => {
-            "use a smaller image, or a tier that allows a build more"
-        }
-        (FailureCode::InvalidSource, Blame::Yours) => {
-            "check the image's name, and that `docker pull` takes the image; if it does not, build \
-             and push it again"
-        }
-        (FailureCode::InvalidSource, _) => {
-            "check the image's name, and ask whoever runs its registry"
-        }
-        (FailureCode::BuildTimeout, _) => {
-            "use a smaller image, or a tier whose builds may take longer"
-        }
-        (FailureCode::StorageFull, _) => "try again later: the service is out of disk space",
-        (FailureCode::NetworkDenied, _) => {
-            "use a registry that is at a public address, and leads to public addresses alone"
-        }
-        (FailureCode::AuthenticationFailed, _) => {
-            "check the image's name, and send credentials for its registry with the build: \
-             registries answer like this to private images and to ones that do not exist"
-        }
-        (FailureCode::NetworkError, _) => {
-            "try again later; if that fails in the same way, ask whoever runs the registry"
-        }
-        (FailureCode::RegistryRateLimit, _) => {
-            "wait, or send credentials for the registry with the build: limits are higher for known \
-             users"
-        }
-        (FailureCode::TemporaryResourceError | FailureCode::Internal, _) => {
-            "try again later; if that fails in the same way, tell the operator the build's id"
-        }
-    }
-}
-
 /// Why a process failed that ended in `step` without a word: what the kernel says, and the process
 /// itself on standard error.
 pub(super) fn died(
@@ -515,8 +458,8 @@ pub(super) fn out_of_memory(step: String, memory_bytes: u64) -> Failure {
         cause: format!("the build needs more memory than the {memory_bytes} bytes it may have"),
         blame: Blame::Yours.as_str().to_owned(),
         remedy:
-            "use a smaller image, allow the build more memory (max_memory_bytes), or use a tier \
-                 with more memory for each build"
+            "use a smaller image, allow the build more memory (`limits.max_memory_bytes`), or use a \
+             tier with more memory for each build"
                 .to_owned(),
     }
 }
@@ -524,6 +467,10 @@ pub(super) fn out_of_memory(step: String, memory_bytes: u64) -> Failure {
 /// The same failure, or the kernel's reason for it: whoever was ended because memory ran out, or
 /// was refused a thread, cannot say so itself.
 pub(super) fn explained(failure: Failure, usage: &CgroupUsage, memory_bytes: u64) -> Failure {
+    // Who knows which limit it came to says more than the kernel.
+    if failure.code == FailureCode::QuotaExceeded {
+        return failure;
+    }
     if usage.out_of_memory_kills > 0 {
         return out_of_memory(failure.step, memory_bytes);
     }
@@ -537,21 +484,6 @@ pub(super) fn explained(failure: Failure, usage: &CgroupUsage, memory_bytes: u64
         blame: Blame::Yours.as_str().to_owned(),
         remedy: "use a smaller image, or one with fewer layers".to_owned(),
     }
-}
-
-/// As the library has it, but for what the operator of the service does by a name of ours.
-fn pull_hint(error: &PullError) -> Option<String> {
-    if let PullError::EgressDenied { source, .. } = error {
-        return egress_hint(source);
-    }
-    error.hint()
-}
-
-/// What to do about a place that may not be reached, where there is something to do.
-pub(super) fn egress_hint(denied: &EgressDenied) -> Option<String> {
-    let hint = "use a registry on a public address, or ask the operator to allow this one \
-                (UNKEY_BUILDERD_EGRESS_ALLOWED_PRIVATE)";
-    denied.can_be_allowed().then(|| hint.to_owned())
 }
 
 /// What may pass by itself is told apart from what will not.
@@ -576,42 +508,6 @@ fn pull_code(error: &PullError) -> FailureCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn no_failure_is_without_a_remedy() {
-        for code in FailureCode::ALL {
-            for blame in [Blame::Yours, Blame::Ours, Blame::Upstream] {
-                assert!(usual_remedy(code, blame).len() > 20, "{code:?} {blame:?}");
-            }
-        }
-        let source: Source = "127.0.0.1:1/app".parse().unwrap();
-        let host = || "127.0.0.1:1".to_owned();
-        let (what, message) = (|| "the manifest of app".to_owned(), String::new);
-        let answered = |status| PullError::Status {
-            host: host(),
-            status,
-            what: what(),
-            retry_after: None,
-            message: message(),
-        };
-        let senseless =
-            PullError::Protocol { host: host(), what: what(), reason: "it is HTML".into() };
-        let missing = PullError::NotFound { host: host(), what: what(), message: message() };
-        // Of 169.254.169.254, where a redirect leads.
-        let never = EgressDenied::Never { class: "a metadata service", by_name: false };
-        let denied = PullError::EgressDenied { host: host(), source: never };
-        let pulls = [answered(503), answered(400), senseless, missing, denied];
-        let refused =
-            BuildError::Worker { phase: Phase::Layers, source: io::ErrorKind::WouldBlock.into() };
-        let digest: Digest = format!("sha256:{:064}", 0).parse().unwrap();
-        let layer = BuildError::Pack { layer: 0, digest, source: PackError::ImageDataBytes(1) };
-        let errors = pulls.into_iter().map(|error| BuildError::pull(&source, error));
-        for error in errors.chain([refused, layer, BuildError::WorkerLost { phase: Phase::Write }])
-        {
-            let failure = error.failure(Phase::Resolve);
-            assert!(failure.remedy.len() > 20, "{failure:?}");
-        }
-    }
 
     #[test]
     fn who_allows_a_build_too_little_memory_is_told_so_and_not_that_we_are_at_fault() {

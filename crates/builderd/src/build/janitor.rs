@@ -14,6 +14,7 @@ use super::record::Micros;
 use super::service::ServiceRules;
 use super::worker::ATTEMPTS_MAX;
 use crate::artifact::ArtifactStore;
+use crate::causes::chain;
 use crate::clock::Clock;
 use crate::packs::{CacheError, PackCache};
 use crate::store::{Leases, Store, StoreError};
@@ -103,12 +104,13 @@ impl Janitor {
         let (mut swept, mut counted): (Option<Instant>, Option<Instant>) = (None, None);
         while !*stop.borrow() {
             if let Err(error) = self.reap().await {
-                tracing::warn!(%error, "leases could not be looked at");
+                tracing::warn!(error = chain(&error), "leases could not be looked at");
             }
             if counted.is_none_or(|counted| counted.elapsed() >= TENANTS_EVERY) {
                 counted = Some(Instant::now());
                 if let Err(error) = self.count_tenants().await {
-                    tracing::warn!(%error, "it could not be looked what tenants use");
+                    let error = chain(&error);
+                    tracing::warn!(error, "it could not be looked what tenants use");
                 }
             }
             if swept.is_none_or(|swept| swept.elapsed() >= self.rules.sweep_every) {

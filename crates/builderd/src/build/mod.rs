@@ -25,6 +25,7 @@ mod pipeline;
 mod process;
 mod progress;
 pub mod record;
+mod remedy;
 pub mod service;
 mod shares;
 pub mod state;

@@ -350,6 +350,10 @@ pub struct Build {
     pub tenant: TenantId,
     /// The customer within the tenant.
     pub customer: Option<String>,
+    /// The organization that the tenant acts for, as the credential says that asked for it.
+    pub organization: Option<String>,
+    /// The names of that credential's rights; none where they were not written down.
+    pub rights: Vec<String>,
     /// The tenant's tier when the build was accepted.
     pub tier: Tier,
     /// What applies to it: the tenant's limits, lowered by the request.
@@ -370,14 +374,18 @@ pub struct Build {
     pub attempts: Vec<Attempt>,
     /// When it was accepted.
     pub created_at: Micros,
+    /// Before then no worker takes it.
+    pub run_at: Micros,
     /// When a worker first took it.
     pub started_at: Option<Micros>,
     /// When anything last changed.
     pub updated_at: Micros,
     /// When it ended.
     pub ended_at: Option<Micros>,
-    /// What came of it.
+    /// What came of it; what is true of it stays so when the artifact is gone.
     pub result: Option<BuildResult>,
+    /// Whether the artifact is still there: the retention rules remove it.
+    pub has_artifact: bool,
     /// Why nothing came of it.
     pub failure: Option<Failure>,
     /// What it takes while it runs; of one that ended without a result, what was seen last.
@@ -386,6 +394,14 @@ pub struct Build {
     pub traceparent: Option<String>,
     /// Whether all of it could be read; what could not be is missing, or as it is by default.
     pub is_whole: bool,
+}
+
+impl Build {
+    /// When it may be tried again, of a build that waits for that.
+    pub fn next_attempt_at(&self, now: Micros) -> Option<Micros> {
+        let waits = self.state == BuildState::Queued && !self.attempts.is_empty();
+        (waits && self.run_at > now).then_some(self.run_at)
+    }
 }
 
 /// What a tenant uses.

@@ -12,9 +12,9 @@ use secrecy::SecretString;
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
-use super::error::egress_hint;
 use super::hex;
 use super::record::{Build, BuildId, BuildRequest, BuildResult, LogLine, Micros, Stats, Usage};
+use super::remedy::egress_remedy;
 use super::state::BuildState;
 use crate::artifact::{ArtifactStore, OpenArtifact};
 use crate::clock::Clock;
@@ -120,7 +120,7 @@ pub enum ServiceError {
 }
 
 fn and_then(rule: &oci::EgressDenied) -> String {
-    egress_hint(rule).map(|hint| format!("; {hint}")).unwrap_or_default()
+    egress_remedy(rule).map(|remedy| format!("; {remedy}")).unwrap_or_default()
 }
 
 /// Registry credentials of one build.
@@ -279,6 +279,8 @@ impl BuildService {
             request: order.request,
             limits,
             customer: who.customer().map(str::to_owned),
+            organization: who.organization().map(str::to_owned),
+            rights: who.rights().clone(),
             sealed_credentials,
             idempotency_key: order.idempotency_key,
             created_by: who.credential().map(str::to_owned),
@@ -546,13 +548,12 @@ impl BuildService {
         if build.state != BuildState::Completed {
             return Err(ServiceError::NoArtifact(build.state));
         }
-        let result = match build.result {
-            Some(result) => result,
-            None if build.is_whole => return Err(ServiceError::ArtifactGone),
-            None => {
-                let problem = format!("what came of {id} cannot be read");
-                return Err(ServiceError::Store(StoreError::Corrupt(problem)));
-            }
+        if !build.has_artifact {
+            return Err(ServiceError::ArtifactGone);
+        }
+        let Some(result) = build.result else {
+            let problem = format!("what came of {id} cannot be read");
+            return Err(ServiceError::Store(StoreError::Corrupt(problem)));
         };
         match self.artifacts.open(&result.artifact_key).await {
             Ok(Some(open)) => Ok((result, open)),
@@ -579,12 +580,13 @@ impl BuildService {
         self.artifacts.path(key)
     }
 
-    /// Whether the database takes writes.
+    /// Whether the database takes writes, within so much time.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn beat(&self) -> Result<(), StoreError> {
-        self.store.system().beat().await
+    pub async fn beat(&self, at_most: Duration) -> Result<(), StoreError> {
+        let beat = tokio::time::timeout(at_most, async { self.store.system().beat().await }).await;
+        beat.unwrap_or_else(|_| Err(self.store.late(at_most)))
     }
 
     /// How the service as a whole does.

@@ -48,6 +48,7 @@ use super::record::{Build, BuildResult, Failure, FailureCode, Micros};
 use super::shares::CpuShares;
 use super::state::BuildState;
 use crate::artifact::ArtifactStore;
+use crate::causes::chain;
 use crate::clock::Clock;
 use crate::config::CommandsEgress;
 use crate::keys::TenantKeys;
@@ -195,7 +196,7 @@ impl Workers {
         match self.store.system().claim(&self.name, LEASE_SECS, self.clock.now()).await {
             Ok(claimed) => claimed,
             Err(error) => {
-                tracing::warn!(%error, "the queue cannot be read");
+                tracing::warn!(error = chain(&error), "the queue cannot be read");
                 None
             }
         }
@@ -262,7 +263,10 @@ impl Workers {
                 }
             }
             Ok(None) => tracing::warn!("the lease was lost before the build could end"),
-            Err(error) => tracing::error!(%error, "the end of the build could not be written"),
+            Err(error) => {
+                let error = chain(&error);
+                tracing::error!(error, "the end of the build could not be written");
+            }
         }
         // From here on whoever waited for it finds what was made.
         drop(turn);
@@ -301,7 +305,7 @@ impl Workers {
             let error = match tokio::time::timeout_at(give_up, finish).await {
                 Ok(Err(error)) => error,
                 Ok(Ok(state)) => return Ok(state),
-                Err(_) => return Err(StoreError::timed_out()),
+                Err(_) => return Err(self.store.late(SILENCE_MAX)),
             };
             if matches!((&error, &outcome), (StoreError::Illegal(_), Outcome::Completed(_))) {
                 // The last step could not be written when it was entered.

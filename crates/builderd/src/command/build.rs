@@ -10,7 +10,7 @@ use super::interrupt::Watched;
 use super::progress::Progress;
 use super::{Failure, cache, text};
 use crate::build::{
-    self, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, PackStorage, SumBy,
+    self, BuildReport, BuildSpec, Checksum, Compression, ImageOptions, PackStorage, SumBy, record,
 };
 use crate::config::Environment;
 use crate::packs::SharingDomain;
@@ -20,7 +20,10 @@ pub(super) fn run(args: &BuildArgs) -> Result<(), Failure> {
     let progress = Progress::new(args.progress);
     let watched = Watched::new(&progress);
     let report = build::run(&spec, &watched).inspect_err(|error| {
-        progress.failed(&error.failure(watched.phase()));
+        let failure = error.failure(watched.phase());
+        // Whoever builds here has the disk and the command line that it speaks of.
+        let remedy = error.hint().unwrap_or_else(|| failure.remedy.clone());
+        progress.failed(&record::Failure { remedy, ..failure });
     })?;
     progress.finish(&report);
     if matches!(args.progress, ProgressArg::Auto | ProgressArg::Tty | ProgressArg::Plain) {

@@ -450,6 +450,12 @@ fn show(build: &Value) {
     row("sha256", &word(&build["rootfsChecksum"]));
     row("stored as", &word(&build["rootfsPath"]));
     row("reason", &word(&build["cancelReason"]));
+    if build["nextAttemptAt"].is_string() {
+        // Until when it waits is its step; this is why.
+        let last = build["attempts"].as_array().and_then(|attempts| attempts.last());
+        let failure = &last.unwrap_or(&Value::Null)["failure"];
+        row("last try", &format!("{}: {}", word(&failure["code"]), word(&failure["cause"])));
+    }
     let failure = &build["failure"];
     row("failure", &word(&failure["code"]));
     row("cause", &word(&failure["cause"]));
@@ -487,7 +493,8 @@ async fn retry(
     }
     if let Some(tenant) = config["tenant"].as_object_mut() {
         // What the server says of a tenant is not for it to be told.
-        tenant.retain(|name, _| matches!(name.as_str(), "tenantId" | "customerId" | "tier"));
+        let whose = ["tenantId", "customerId", "organizationId", "tier"];
+        tenant.retain(|name, _| whose.contains(&name.as_str()));
     }
     config["idempotencyKey"] = new_key().into();
     order(client, config, follow, format).await

@@ -103,7 +103,8 @@ fn unnameable(error: BuildError) -> Failure {
     Failure { hint, ..failure }
 }
 
-/// A completed build has no sum once its artifact is gone: who hands artifacts out says why.
+/// A server that is older knows no sum of a build whose artifact is gone: who hands artifacts out says
+/// why.
 async fn why_no_sum(client: &Client, id: &str) -> Failure {
     let mut patience = Patience::new(TRIES);
     loop {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
@@ -397,31 +398,38 @@ pub(super) struct TokenArgs {
     pub(super) command: TokenCommand,
 }
 
+/// The token that `token create` makes.
+#[derive(Debug, Args)]
+pub(super) struct TokenCreateArgs {
+    /// Whose token
+    #[arg(long)]
+    pub(super) tenant: TenantId,
+    /// Set the tenant's tier, too [default: as it is]
+    #[arg(long, value_name = "TIER", value_parser = parse_tier)]
+    pub(super) tier: Option<Tier>,
+    /// The customer within the tenant
+    #[arg(long)]
+    pub(super) customer: Option<String>,
+    /// The organization that the tenant acts for; its builds show it
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
+    pub(super) organization: Option<String>,
+    /// What it allows; may be repeated [default: everything]
+    #[arg(long, value_name = "RIGHT", value_parser = parse_right)]
+    pub(super) permission: Vec<Right>,
+    /// How long it works, such as 90d [default: until it is revoked]
+    #[arg(long, value_name = "DURATION", value_parser = parse_life)]
+    pub(super) expires: Option<Duration>,
+    /// A note for the list
+    #[arg(long, default_value = "")]
+    pub(super) note: String,
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum TokenCommand {
     /// Make a token; it is shown once and never again
-    Create {
-        /// Whose token
-        #[arg(long)]
-        tenant: TenantId,
-        /// Set the tenant's tier, too [default: as it is]
-        #[arg(long, value_name = "TIER", value_parser = parse_tier)]
-        tier: Option<Tier>,
-        /// The customer within the tenant
-        #[arg(long)]
-        customer: Option<String>,
-        /// What it allows; may be repeated [default: everything]
-        #[arg(long, value_name = "RIGHT", value_parser = parse_right)]
-        permission: Vec<Right>,
-        /// How long it works, such as 90d [default: until it is revoked]
-        #[arg(long, value_name = "DURATION", value_parser = parse_life)]
-        expires: Option<Duration>,
-        /// A note for the list
-        #[arg(long, default_value = "")]
-        note: String,
-        #[command(flatten)]
-        format: FormatArgs,
-    },
+    Create(TokenCreateArgs),
     /// List tokens, without their secrets
     List {
         #[command(flatten)]

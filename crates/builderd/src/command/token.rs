@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::service_args::{
     FormatArgs, SettingsArgs, TenantArgs, TenantCommand, TenantSetArgs, TokenArgs, TokenCommand,
+    TokenCreateArgs,
 };
 use super::{Failure, text};
 use crate::api::REMEMBERED_SECS;
@@ -49,25 +50,13 @@ impl From<StoreError> for Failure {
 }
 
 pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
-    let prepares = matches!(args.command, TokenCommand::Create { .. });
+    let prepares = matches!(args.command, TokenCommand::Create(_));
     with_store(&args.settings, prepares, async |store, config| match &args.command {
-        TokenCommand::Create { tenant, tier, customer, permission, expires, note, format } => {
-            let tier = put_tier(&store, &config, tenant, *tier).await?;
-            let now = WallClock.now();
-            let (secret, id, secret_hash) = crate::api::new_token();
-            let token = TokenRow {
-                id,
-                secret_hash,
-                tenant: tenant.clone(),
-                customer: customer.clone(),
-                rights: rights(permission),
-                note: note.clone(),
-                created_at: now,
-                expires_at: expires.map(|life| now.plus_secs(life.as_secs())),
-                revoked_at: None,
-            };
+        TokenCommand::Create(args) => {
+            let tier = put_tier(&store, &config, &args.tenant, args.tier).await?;
+            let (secret, token) = new_token(args);
             store.system_for(&Author::command()).add_token(&token).await?;
-            created(&secret, &token, tier, format);
+            created(&secret, &token, tier, &args.format);
             Ok(())
         }
         TokenCommand::List { format } => {
@@ -146,6 +135,25 @@ async fn in_force() {
     tokio::time::sleep(Duration::from_secs(REMEMBERED_SECS)).await;
 }
 
+/// A token as the arguments want it, and its secret.
+fn new_token(args: &TokenCreateArgs) -> (String, TokenRow) {
+    let now = WallClock.now();
+    let (secret, id, secret_hash) = crate::api::new_token();
+    let token = TokenRow {
+        id,
+        secret_hash,
+        tenant: args.tenant.clone(),
+        customer: args.customer.clone(),
+        organization: args.organization.clone(),
+        rights: rights(&args.permission),
+        note: args.note.clone(),
+        created_at: now,
+        expires_at: args.expires.map(|life| now.plus_secs(life.as_secs())),
+        revoked_at: None,
+    };
+    (secret, token)
+}
+
 /// Every right unless some are named.
 fn rights(named: &[Right]) -> Vec<String> {
     let named: BTreeSet<Right> = match named.is_empty() {
@@ -206,20 +214,22 @@ fn list_tokens(tokens: &Listed<TokenRow>, format: &FormatArgs) {
         return;
     }
     put!(
-        "{:<22} {:<20} {:<12} {:<8} {:<20} {:<20} PERMISSIONS",
+        "{:<22} {:<20} {:<12} {:<12} {:<8} {:<20} {:<20} PERMISSIONS",
         "ID",
         "TENANT",
         "CUSTOMER",
+        "ORGANIZATION",
         "STATE",
         "CREATED",
         "EXPIRES"
     );
     for token in &tokens.rows {
         put!(
-            "{:<22} {:<20} {:<12} {:<8} {:<20} {:<20} {}{}",
+            "{:<22} {:<20} {:<12} {:<12} {:<8} {:<20} {:<20} {}{}",
             token.id,
             token.tenant.as_str(),
             token.customer.as_deref().map_or("-".into(), text::printable),
+            token.organization.as_deref().map_or("-".into(), text::printable),
             token_state(token, now),
             moment(token.created_at),
             token.expires_at.map_or("never".into(), moment),
@@ -257,6 +267,7 @@ fn token_json(token: &TokenRow, now: Micros) -> Value {
         "id": token.id,
         "tenant": token.tenant,
         "customer": token.customer,
+        "organization": token.organization,
         "permissions": token.rights,
         "note": token.note,
         "state": token_state(token, now),

@@ -203,6 +203,9 @@ const TABLES: &[Table] = &[
             ("unread_tries", Int),
             ("created_by", Text),
             ("revision", Int),
+            ("organization", Text),
+            ("rights", Text),
+            ("cancelled_by", Text),
         ],
     },
     Table {
@@ -245,6 +248,7 @@ const TABLES: &[Table] = &[
             ("created_at", Int),
             ("expires_at", Int),
             ("revoked_at", Int),
+            ("organization", Text),
         ],
     },
     Table { name: "master_key", keys: 1, columns: &[("id", Text), ("place", Int)] },

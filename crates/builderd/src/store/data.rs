@@ -1,10 +1,11 @@
 //! What goes into the store and comes out of it. It does not know SQL, nor who may ask.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::build::record::{Build, BuildId, BuildRequest, BuildResult, Failure, Micros};
 use crate::build::state::BuildState;
-use crate::tenant::{TenantId, TenantLimits, Tier};
+use crate::tenant::{Right, TenantId, TenantLimits, Tier};
 
 /// A build to be accepted.
 #[derive(Clone, Debug)]
@@ -17,6 +18,10 @@ pub struct NewBuild {
     pub limits: TenantLimits,
     /// The customer within the tenant.
     pub customer: Option<String>,
+    /// The organization that the tenant acts for, as its creator's credential says.
+    pub organization: Option<String>,
+    /// What that credential allows.
+    pub rights: BTreeSet<Right>,
     /// Registry credentials, sealed; erased when the build ends.
     pub sealed_credentials: Option<Vec<u8>>,
     /// Two builds of a tenant with the same key are one.
@@ -297,6 +302,8 @@ pub struct TokenRow {
     pub tenant: TenantId,
     /// The customer within the tenant.
     pub customer: Option<String>,
+    /// The organization that the tenant acts for.
+    pub organization: Option<String>,
     /// Names of [`crate::tenant::Right`]s.
     pub rights: Vec<String>,
     /// A note for people.

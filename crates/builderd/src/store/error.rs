@@ -1,6 +1,8 @@
 //! Why the store did not do it. What a caller is told of it is not decided here.
 
+use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::engine;
 use crate::build::state::IllegalTransition;
@@ -31,11 +33,11 @@ pub enum StoreError {
         /// What is wrong, and what to do.
         problem: DirectoryProblem,
     },
-    /// A database that is elsewhere lets nobody in.
-    #[error("the database at {address} cannot be used")]
+    /// A database that is elsewhere lets nobody in, or does not answer any more.
+    #[error("the database {place} cannot be reached")]
     Unreachable {
-        /// Host and port, or socket.
-        address: String,
+        /// Its name, with host and port, or socket.
+        place: String,
         /// Why.
         source: Box<StoreError>,
     },
@@ -97,8 +99,9 @@ impl StoreError {
         }
     }
 
-    /// The database took longer than its caller waits.
-    pub(crate) fn timed_out() -> Self {
-        Self::Unavailable(sqlx::Error::PoolTimedOut)
+    /// The database has not answered in time, for so many seconds.
+    pub(super) fn late(waited: Duration) -> Self {
+        let problem = format!("it has not answered for {} s", waited.as_secs());
+        Self::Unavailable(sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, problem)))
     }
 }

@@ -26,6 +26,7 @@ mod tenant;
 pub(crate) mod tests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use audit::Author;
 pub use changes::Changes;
@@ -67,7 +68,12 @@ impl Store {
         SystemStore { rows: &self.rows, author: None }
     }
 
-    /// The same, for somebody whose changes are told of in the audit log.
+    /// What is wrong with a database that its caller has waited for in vain.
+    pub(crate) fn late(&self, waited: Duration) -> StoreError {
+        self.rows.placed(StoreError::late(waited))
+    }
+
+    /// The same as [`system`](Self::system), for somebody whose changes are told of in the audit log.
     pub(crate) fn system_for<'a>(&'a self, author: &'a Author) -> SystemStore<'a> {
         SystemStore { rows: &self.rows, author: Some(author) }
     }

@@ -47,6 +47,8 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (8, "tenant_key", include_str!("../../migrations/0008_tenant_key.sql")),
     (9, "audit", include_str!("../../migrations/0009_audit.sql")),
     (10, "revision", include_str!("../../migrations/0010_revision.sql")),
+    (11, "asked_by", include_str!("../../migrations/0011_asked_by.sql")),
+    (12, "cancelled_by", include_str!("../../migrations/0012_cancelled_by.sql")),
 ];
 
 /// The last of them.
@@ -223,29 +225,45 @@ async fn postgres_pool(
         .await;
     let pool = match pool {
         Ok(pool) => pool,
-        Err(error) => return Err(unreachable(&options, error).await),
+        Err(error) => {
+            let is_in_vain = matches!(error, sqlx::Error::PoolTimedOut);
+            let error = if is_in_vain { why(&options).await } else { error };
+            let source = Box::new(error.into());
+            return Err(StoreError::Unreachable { place: place(&options), source });
+        }
     };
     migrator(Dialect::Postgres).run(&pool).await?;
     Ok(pool)
 }
 
-/// Where nobody is let in, and why: a pool that has waited in vain does not know.
-async fn unreachable(options: &PgConnectOptions, error: sqlx::Error) -> StoreError {
+/// What a database that is elsewhere is called.
+pub(super) fn place(options: &PgConnectOptions) -> String {
     let address = match options.get_socket() {
         Some(socket) => socket.display().to_string(),
         None => format!("{}:{}", options.get_host(), options.get_port()),
     };
-    let mut why = error;
-    if matches!(why, sqlx::Error::PoolTimedOut) {
-        let asked = tokio::time::timeout(POSTGRES_ONCE_MORE, options.connect()).await;
-        why = asked.map_or_else(|_| Some(silent()), Result::err).unwrap_or(why);
+    match options.get_database() {
+        Some(name) => format!("`{name}` at {address}"),
+        None => format!("at {address}"),
     }
-    StoreError::Unreachable { address, source: Box::new(why.into()) }
 }
 
-fn silent() -> sqlx::Error {
-    let secs = POSTGRES_ACQUIRE_TIMEOUT.as_secs();
-    let problem = format!("no answer within {secs} s");
+/// Why a pool has waited in vain, which does not know: it is asked once more.
+pub(super) async fn why(options: &PgConnectOptions) -> sqlx::Error {
+    match tokio::time::timeout(POSTGRES_ONCE_MORE, options.connect()).await {
+        Ok(Err(error)) => error,
+        Ok(Ok(connection)) => {
+            // Whatever it says at the end, it had let us in.
+            let _ = connection.close().await;
+            in_vain("no connection came free")
+        }
+        Err(_) => in_vain("no answer"),
+    }
+}
+
+/// So long was waited for a connection.
+pub(super) fn in_vain(what: &str) -> sqlx::Error {
+    let problem = format!("{what} within {} s", POSTGRES_ACQUIRE_TIMEOUT.as_secs());
     sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, problem))
 }
 

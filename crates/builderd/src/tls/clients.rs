@@ -15,8 +15,8 @@ use crate::tenant::{Right, TenantId, Tier};
 
 /// Longest id; the longest SPIFFE id (SPIFFE-ID, section 2.3).
 const ID_BYTES_MAX: usize = 2048;
-/// Longest name of a customer, as for a token's.
-const CUSTOMER_BYTES_MAX: usize = 256;
+/// Longest name of a customer or an organization, as for a token's.
+const NAME_BYTES_MAX: usize = 256;
 /// In the place of a tenant: whichever the request names.
 const EVERY_TENANT: &str = "*";
 
@@ -33,6 +33,8 @@ pub(crate) struct Client {
     pub(crate) tenant: Whose,
     /// The customer within the tenant; whichever the request names if none.
     pub(crate) customer: Option<String>,
+    /// The organization that the tenant acts for.
+    pub(crate) organization: Option<String>,
     /// The tier, where the database has none for the tenant.
     pub(crate) tier: Option<Tier>,
     /// What it may do.
@@ -61,6 +63,7 @@ struct WrittenClient {
     id: String,
     tenant: Option<String>,
     customer: Option<String>,
+    organization: Option<String>,
     tier: Option<String>,
     permissions: Option<Vec<String>>,
 }
@@ -119,17 +122,16 @@ fn is_writable(id: &str) -> bool {
 impl WrittenClient {
     /// None for a client that may come in, and needs a token to do anything.
     fn meant(self) -> Result<Option<Client>, String> {
+        let says_who =
+            self.customer.is_some() || self.organization.is_some() || self.tier.is_some();
         let tenant = match self.tenant.as_deref() {
-            None => {
-                let says_more =
-                    self.customer.is_some() || self.tier.is_some() || self.permissions.is_some();
-                return match says_more {
-                    true => Err("customer, tier and permissions need a tenant".to_owned()),
-                    false => Ok(None),
-                };
+            None if says_who || self.permissions.is_some() => {
+                let problem = "customer, organization, tier and permissions need a tenant";
+                return Err(problem.to_owned());
             }
-            Some(EVERY_TENANT) if self.customer.is_some() || self.tier.is_some() => {
-                return Err("customer and tier need one tenant, not `*`".to_owned());
+            None => return Ok(None),
+            Some(EVERY_TENANT) if says_who => {
+                return Err("customer, organization and tier need one tenant, not `*`".to_owned());
             }
             Some(EVERY_TENANT) => Whose::Named,
             Some(id) => Whose::One(id.parse().map_err(|error| format!("{error}"))?),
@@ -142,11 +144,13 @@ impl WrittenClient {
             Some(names) => names.iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
         };
         let tier = self.tier.as_deref().map(str::parse).transpose()?;
-        let fits = |name: &String| (1..=CUSTOMER_BYTES_MAX).contains(&name.len());
-        if !self.customer.as_ref().is_none_or(fits) {
-            return Err(format!("expected a customer of 1 to {CUSTOMER_BYTES_MAX} bytes"));
+        let Self { customer, organization, .. } = self;
+        for (what, name) in [("a customer", &customer), ("an organization", &organization)] {
+            if name.as_ref().is_some_and(|name| !(1..=NAME_BYTES_MAX).contains(&name.len())) {
+                return Err(format!("expected {what} of 1 to {NAME_BYTES_MAX} bytes"));
+            }
         }
-        Ok(Some(Client { tenant, customer: self.customer, tier, rights }))
+        Ok(Some(Client { tenant, customer, organization, tier, rights }))
     }
 }
 
@@ -175,6 +179,7 @@ mod tests {
             id = "spiffe://example.org/ci"
             tenant = "acme"
             customer = "c1"
+            organization = "acme-group"
             tier = "pro"
             permissions = ["build:create", "build:read"]
             [[client]]
@@ -187,6 +192,7 @@ mod tests {
         let one = clients.find("spiffe://example.org/ci").unwrap();
         assert_eq!(one.tenant, Whose::One("acme".parse().unwrap()));
         assert_eq!((one.customer.as_deref(), one.tier), (Some("c1"), Some(Tier::Pro)));
+        assert_eq!(one.organization.as_deref(), Some("acme-group"));
         assert_eq!(one.rights, BTreeSet::from([Right::BuildCreate, Right::BuildRead]));
         let two = clients.find("urn:uuid:f81d4fae-7dec-11d0-a765-00a0c91e6bf6").unwrap();
         assert_eq!((&two.tenant, two.rights.len()), (&Whose::Named, Right::ALL.len()));
@@ -214,7 +220,10 @@ mod tests {
             (entry("tenant = \"acme\"\npermissions = [\"build:all\"]"), "build:all"),
             (entry("tenant = \"acme\"\npermissions = []"), "empty"),
             (entry("tenant = \"acme\"\ncustomer = \"\""), "customer"),
+            (entry("tenant = \"acme\"\norganization = \"\""), "organization"),
             (entry("permissions = [\"build:read\"]"), "need a tenant"),
+            (entry("organization = \"o\""), "need a tenant"),
+            (entry("tenant = \"*\"\norganization = \"o\""), "one tenant"),
             (entry("tenant = \"*\"\ncustomer = \"c\""), "one tenant"),
             (entry(&entry("")), "twice"),
             ("[[client]]\nid = \"spiffe://e.org/ci/\"".to_owned(), "no SPIFFE id"),

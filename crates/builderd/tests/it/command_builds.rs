@@ -314,6 +314,24 @@ fn the_exit_code_says_how_a_followed_build_ended() {
 }
 
 #[test]
+fn a_build_that_waits_is_shown_with_until_when_and_why() {
+    let fake = Fake::new(|_| {
+        let mut answer = build("PENDING");
+        answer["build"]["currentStep"] = "Waiting until 2024-01-15T10:30:30Z for try 2".into();
+        answer["build"]["nextAttemptAt"] = "2024-01-15T10:30:30Z".into();
+        let failure = json!({"code": "NETWORK_ERROR", "cause": "cannot reach it\u{1b}[2J"});
+        answer["build"]["attempts"] = json!([{"attempt": 1, "failure": failure}]);
+        json_reply(&answer)
+    });
+    let output = fake.run(&Workshop::new(), &["builds", "get", ID]);
+    let said = stdout(&output);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(said.contains("Waiting until 2024-01-15T10:30:30Z for try 2"), "{said}");
+    assert!(said.contains("NETWORK_ERROR: cannot reach it"), "{said}");
+    assert!(!said.contains('\u{1b}'), "{said}");
+}
+
+#[test]
 fn what_is_asked_for_is_what_is_sent() {
     let fake = ending(json!({}));
     let workshop = Workshop::new();

@@ -362,7 +362,8 @@ fn a_list_of_tokens_tells_whose_they_are_and_until_when() {
         assert!(output.status.success(), "{}", stderr(&output));
         stdout(&output)
     };
-    run(&["token", "create", "--tenant", "acme", "--customer", "team-1", "--expires", "90d"]);
+    let whose = ["--customer", "team-1", "--organization", "group-1"];
+    run(&[&["token", "create", "--tenant", "acme", "--expires", "90d"], &whose[..]].concat());
     run(&["token", "create", "--tenant", "beta"]);
     let all: Value = serde_json::from_str(&run(&["token", "list", "-o", "json"])).unwrap();
     let expiry = |tenant: &str| {
@@ -371,11 +372,13 @@ fn a_list_of_tokens_tells_whose_they_are_and_until_when() {
     };
     let lines = run(&["token", "list"]);
     let head = lines.lines().next().unwrap();
-    for (tenant, customer) in [("acme", "team-1"), ("beta", "-")] {
+    for (tenant, customer, organization) in [("acme", "team-1", "group-1"), ("beta", "-", "-")] {
         let row = lines.lines().find(|line| line.contains(tenant)).unwrap();
-        for (column, value) in [("CUSTOMER", customer), ("EXPIRES", &expiry(tenant))] {
-            let place = row.find(&format!(" {value} "));
-            assert!(place.is_some() && place == head.find(&format!(" {column} ")), "{lines}");
+        let values =
+            [("CUSTOMER", customer), ("ORGANIZATION", organization), ("EXPIRES", &expiry(tenant))];
+        for (column, value) in values {
+            let place = head.find(&format!(" {column} ")).expect("a column");
+            assert!(row[place..].starts_with(&format!(" {value} ")), "{column}: {lines}");
         }
     }
 }

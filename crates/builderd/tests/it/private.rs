@@ -115,12 +115,12 @@ fn what_a_first_command_and_a_server_make_is_closed_under_every_umask() {
         assert!(workshop.path("data/builderd.db-wal").exists());
         assert!(workshop.path("data/builderd.db-shm").exists());
         assert_closed(&workshop.path("data"));
-        for directory in ["rootfs", "work", "work/cache", "work/cache/packs-v2"] {
-            let mode = mode(&workshop.path(directory));
-            assert_eq!(mode & 0o027, 0, "{directory} has {mode:o} under {umask}");
+        for directory in ["rootfs/artifacts", "rootfs/staging", "work/cache/packs-v2"] {
+            assert!(workshop.path(directory).is_dir(), "{directory}");
         }
-        assert_closed(&workshop.path("work"));
-        assert_eq!(mode(&workshop.path("rootfs/.lock")) & 0o027, 0);
+        for directory in ["rootfs", "work"] {
+            assert_closed(&workshop.path(directory));
+        }
         let open = server.said.iter().find(|event| event.to_string().contains("other users"));
         assert!(open.is_none(), "what is new was never open: {open:?}");
         // A copy that comes back is closed, too.
@@ -147,7 +147,8 @@ fn what_an_earlier_version_left_open_is_closed_or_named_at_the_start() {
     for file in files {
         fs::set_permissions(data.join(file), Permissions::from_mode(0o644)).unwrap();
     }
-    for directory in [&data, &packs, &earlier, &workshop.path("rootfs")] {
+    let staging = workshop.path("rootfs/staging");
+    for directory in [&data, &packs, &earlier, &workshop.path("rootfs"), &staging] {
         fs::set_permissions(directory, Permissions::from_mode(0o755)).unwrap();
     }
     let server = Server::start(&workshop, "0022");
@@ -159,6 +160,7 @@ fn what_an_earlier_version_left_open_is_closed_or_named_at_the_start() {
         assert_eq!(mode(directory), 0o750, "{}", directory.display());
         assert!(server.warned("could be read by other users", directory), "{:?}", server.said);
     }
+    assert_eq!(mode(&staging), 0o750, "nobody has any business there");
     // These an operator may have made, for whom he likes: they are named.
     for (setting, path) in [("DATABASE_DATA_DIR", "data"), ("ROOTFS_OUTPUT_DIR", "rootfs")] {
         let path = workshop.path(path);

@@ -320,6 +320,13 @@ fn what_was_pulled_with_credentials_is_not_shared_and_the_password_is_nowhere() 
     let build = server.finished("t1", &id);
     assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
     assert!(build["rootfs_path"].as_str().unwrap().contains("tenant-t1"), "{build:#}");
+    let mut wrong = order(&stage.reference("latest"));
+    wrong["config"]["source"]["docker_image"]["registry_auth"] =
+        json!({"username": "me", "password": "wrong"});
+    let answer = server.well("t2", "CreateBuild", &wrong);
+    let refused = server.finished("t2", answer["build_id"].as_str().unwrap());
+    let remedy = refused["failure"]["remedy"].as_str().unwrap();
+    assert!(remedy.starts_with("check the credentials that were sent"), "{refused:#}");
     let other = server.finished("t2", &server.create("t2", &stage.reference("latest")));
     assert_eq!(other["state"], "BUILD_STATE_FAILED");
     assert_eq!(other["failure"]["code"], "AUTHENTICATION_FAILED", "{other:#}");
@@ -406,6 +413,9 @@ fn a_running_build_is_cancelled_within_a_second_and_leaves_nothing() {
     let build = server.wait("t1", &id, &["BUILD_STATE_CANCELLED"]);
     assert!(asked.elapsed() < Duration::from_millis(1500), "took {:?}", asked.elapsed());
     assert_eq!(build["status"], "BUILD_STATUS_CANCELLED");
+    let log = server.log("t1", &id);
+    let last = "cancelled by development while it ran: changed my mind";
+    assert!(log.contains(last), "{log}");
     eventually("no build process", || stage.children() == 0);
     eventually("no staged file", || stage.staged().is_empty());
 }

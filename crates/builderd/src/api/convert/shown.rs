@@ -68,6 +68,7 @@ pub(in super::super) fn job(
     now: Micros,
 ) -> v1::BuildJob {
     let result = build.result.as_ref();
+    let kept = result.filter(|_| build.has_artifact);
     let failure = build.failure.as_ref();
     v1::BuildJob {
         build_id: build.id.to_string(),
@@ -77,7 +78,7 @@ pub(in super::super) fn job(
         created_at: timestamp(build.created_at).into(),
         started_at: build.started_at.map(timestamp).into(),
         completed_at: build.ended_at.map(timestamp).into(),
-        rootfs_path: result
+        rootfs_path: kept
             .map_or_else(String::new, |result| service.artifact_path(&result.artifact_key)),
         rootfs_size_bytes: result.map_or(0, |result| signed(result.artifact_bytes)),
         rootfs_checksum: result.map_or_else(String::new, |result| result.sha256.clone()),
@@ -87,7 +88,7 @@ pub(in super::super) fn job(
         error_message: failure.map_or_else(String::new, |failure| failure.cause.clone()),
         build_logs: log,
         progress_percent: small(build.progress_percent.into()),
-        current_step: build.step.clone(),
+        current_step: step(build, now),
         status: status(build.state).into(),
         progress: progress(build, now).into(),
         resource_usage: resource_usage(build).into(),
@@ -96,6 +97,7 @@ pub(in super::super) fn job(
         failure: failure.map(failure_message).into(),
         attempts: build.attempts.iter().map(attempt).collect(),
         cancel_reason: build.cancel_reason.clone().unwrap_or_default(),
+        next_attempt_at: build.next_attempt_at(now).map(timestamp).into(),
         ..Default::default()
     }
 }
@@ -104,11 +106,20 @@ fn progress(build: &Build, now: Micros) -> v1::BuildProgress {
     v1::BuildProgress {
         stage: stage(build.state).to_owned(),
         percentage: small(build.progress_percent.into()),
-        current_step: build.step.clone(),
+        current_step: step(build, now),
         estimated_duration: remaining_secs(build, now)
             .map_or_else(String::new, |secs| format!("{secs}s")),
         ..Default::default()
     }
+}
+
+/// What is being done, for people: of a build that waits for its next try, when that may begin.
+fn step(build: &Build, now: Micros) -> String {
+    let Some(at) = build.next_attempt_at(now) else { return build.step.clone() };
+    // The first whole second at which it may.
+    let at = Micros(at.0.saturating_add(Micros::SECOND - 1).div_euclid(Micros::SECOND));
+    let at = Micros(at.0.saturating_mul(Micros::SECOND));
+    format!("Waiting until {} for try {}", rfc3339(at), build.attempt.saturating_add(1))
 }
 
 /// What is still to come if the rest goes as fast as what was done; nothing is said of builds
@@ -129,6 +140,8 @@ pub(in super::super) fn tenant_context(build: &Build) -> v1::TenantContext {
     v1::TenantContext {
         tenant_id: build.tenant.to_string(),
         customer_id: build.customer.clone().unwrap_or_default(),
+        organization_id: build.organization.clone().unwrap_or_default(),
+        permissions: build.rights.clone(),
         tier: tier_on_the_wire(build.tier).into(),
         resource_limits: limits_message(&build.limits).into(),
         ..Default::default()

@@ -61,13 +61,20 @@ async fn an_ended_build_is_answered_as_before_until_it_changes() {
     assert_eq!(last_line(json), "old");
 
     // The retention takes its file.
+    let before = get(&server, &id).await;
     let later = Micros(WallClock.now().0 + 1);
     assert_eq!(server.store.system().expire(later).await.unwrap(), 1);
     let told = get_binary(&server, &id).await;
     let told = v1::GetBuildResponse::decode_from_slice(&told.body).unwrap();
     assert_eq!(told.build.rootfs_path, "");
     let json = get(&server, &id).await;
-    assert_eq!(json.json()["build"].get("rootfsPath"), None);
+    let (first, now) = (before.json()["build"].take(), json.json()["build"].take());
+    assert_eq!(now.get("rootfsPath"), None);
+    for what in ["rootfsSizeBytes", "rootfsChecksum", "metrics", "imageMetadata"] {
+        assert!(now.get(what).is_some() && now[what] == first[what], "{what}: {now:#}");
+    }
+    let artifact = server.plain(&format!("GetBuildArtifact/{id}")).header("x-tenant-id", "t");
+    assert_eq!(send(artifact).await.status, StatusCode::NOT_FOUND);
     assert_eq!(last_line(json), "new");
     server.stop().await;
 }

@@ -288,3 +288,36 @@ async fn whoever_keeps_guessing_must_wait() {
     assert_eq!(reply.status, StatusCode::OK, "the owner of a token is not shut out by guesses");
     server.stop().await;
 }
+
+/// What an order says of its sender, and the context that the build shows to whoever reads it.
+async fn context(server: &Server, token: &str, tenant: Value) -> Value {
+    let mut body = create_body();
+    body["config"]["tenant"] = tenant;
+    let created = send(server.rpc("CreateBuild", &body).bearer_auth(token)).await.well();
+    let reader = server.token("acme", &[Right::BuildRead]).await;
+    let asked = json!({"build_id": created["build_id"]});
+    let shown = send(server.rpc("GetBuild", &asked).bearer_auth(&reader)).await.well();
+    assert_eq!(created["tenant_context"], shown["build"]["tenant_context"]);
+    shown["build"]["tenant_context"].clone()
+}
+
+#[tokio::test]
+async fn a_build_shows_what_the_credential_said_that_asked_for_it_and_not_what_the_body_did() {
+    let server = Server::start(Mode::Tokens).await;
+    let rights = [Right::BuildCreate, Right::ArtifactRead];
+    let token = server.token_of("acme", Some("acme-group"), &rights).await;
+    let shown = context(&server, &token, json!({"permissions": ["build:delete"]})).await;
+    assert_eq!(shown["organization_id"], "acme-group");
+    assert_eq!(shown["permissions"], json!(["build:create", "artifact:read"]));
+    let same = context(&server, &token, json!({"organization_id": "acme-group"})).await;
+    assert_eq!(same, shown);
+    let mut other = create_body();
+    other["config"]["tenant"] = json!({"organization_id": "other-group"});
+    let (word, text) = meaning(server.rpc("CreateBuild", &other).bearer_auth(&token)).await;
+    assert!(word == "permission_denied" && text.contains("organization"), "{word}: {text}");
+    // Of one that names none nobody learns of any.
+    let token = server.token("acme", &rights).await;
+    let shown = context(&server, &token, json!({"organization_id": "acme-group"})).await;
+    assert!(shown["organization_id"].as_str().unwrap_or_default().is_empty(), "{shown}");
+    server.stop().await;
+}

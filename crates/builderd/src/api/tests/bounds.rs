@@ -27,7 +27,7 @@ async fn a_config_of_mebibytes_is_refused_by_name() {
 }
 
 #[tokio::test]
-async fn the_reason_of_a_cancel_and_the_name_of_a_customer_have_an_end() {
+async fn the_reason_of_a_cancel_and_the_names_of_who_asks_have_an_end() {
     let server = Server::start(Mode::Development).await;
     let id = server.create("t").await;
     let body = json!({"build_id": id, "reason": "x".repeat(3 << 20)});
@@ -36,6 +36,10 @@ async fn the_reason_of_a_cancel_and_the_name_of_a_customer_have_an_end() {
     let request = server.rpc("CreateBuild", &create_body()).header("x-tenant-id", "t");
     let reply = send(request.header("x-customer-id", "x".repeat(257))).await;
     assert!(wrong(&reply).contains("customer"));
+    let mut body = create_body();
+    body["config"]["tenant"] = json!({"organization_id": "x".repeat(257)});
+    let reply = send(server.rpc("CreateBuild", &body).header("x-tenant-id", "t")).await;
+    assert!(wrong(&reply).contains("organization"));
     server.stop().await;
 }
 

@@ -12,6 +12,7 @@ const CLIENTS: &str = r#"
 [[client]]
 id = "spiffe://example.org/ci"
 tenant = "acme"
+organization = "acme-group"
 [[client]]
 id = "spiffe://example.org/reader"
 tenant = "acme"
@@ -147,6 +148,9 @@ async fn a_known_certificate_is_a_credential_of_its_tenant() {
     // What the request says may only agree.
     assert_eq!(Caller::status(ci.create().header("x-tenant-id", "other")).await, 403);
     assert_eq!(Caller::status(ci.create().header("x-tenant-id", "acme")).await, 200);
+    let shown = send(ci.create()).await.well()["tenant_context"].clone();
+    assert_eq!(shown["organization_id"], "acme-group");
+    assert_eq!(shown["permissions"].as_array().map(Vec::len), Some(Right::ALL.len()));
     // Another with fewer rights, of one customer.
     let reader = site.client("spiffe://example.org/reader");
     let get = json!({"build_id": build});

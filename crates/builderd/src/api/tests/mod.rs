@@ -198,6 +198,16 @@ impl Server {
 
     /// A token of a tenant for some rights.
     pub(super) async fn token(&self, tenant: &str, rights: &[Right]) -> String {
+        self.token_of(tenant, None, rights).await
+    }
+
+    /// The same, of an organization.
+    pub(super) async fn token_of(
+        &self,
+        tenant: &str,
+        organization: Option<&str>,
+        rights: &[Right],
+    ) -> String {
         let (secret, id, secret_hash) = new_token();
         let tenant: TenantId = tenant.parse().unwrap();
         let system = self.store.system();
@@ -208,6 +218,7 @@ impl Server {
             secret_hash,
             tenant,
             customer: None,
+            organization: organization.map(str::to_owned),
             rights: rights.iter().map(|right| right.as_str().to_owned()).collect(),
             note: String::new(),
             created_at: WallClock.now(),

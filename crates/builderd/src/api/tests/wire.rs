@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Server, create_body, send};
 use crate::api::Mode;
-use crate::build::record::{BuildMetrics, Failure, FailureCode, Isolation, LiveUsage};
+use crate::build::record::{BuildMetrics, Failure, FailureCode, Isolation, LiveUsage, Micros};
 use crate::clock::{Clock as _, WallClock};
 use crate::store::Outcome;
 use crate::tenant::{Right, Tier};
@@ -144,7 +144,9 @@ async fn programs_get_canonical_json_and_nothing_else() {
 async fn unknown_names_are_ignored_and_camel_case_is_taken() {
     let server = Server::start(Mode::Development).await;
     let body = json!({"config": {
-        "tenant": {"tenantId": "t1", "customerId": "c1", "tier": "TENANT_TIER_PRO"},
+        "tenant": {
+            "tenantId": "t1", "customerId": "c1", "organizationId": "o1", "tier": "TENANT_TIER_PRO",
+        },
         "source": {"dockerImage": {"imageUri": "docker.io/library/nginx:alpine", "novelty": 1}},
         "target": {"microvmRootfs": {"initStrategy": "INIT_STRATEGY_DIRECT", "novelty": "NEW"}},
         "strategy": {"dockerExtract": {"flattenFilesystem": true}},
@@ -154,6 +156,13 @@ async fn unknown_names_are_ignored_and_camel_case_is_taken() {
     let created = send(server.rpc("CreateBuild", &body)).await.well();
     assert_eq!(created["tenant_context"]["tier"], "TENANT_TIER_PRO");
     assert_eq!(created["tenant_context"]["customer_id"], "c1");
+    assert_eq!(created["tenant_context"]["organization_id"], "o1");
+    let all = Right::ALL.map(Right::as_str);
+    assert_eq!(
+        created["tenant_context"]["permissions"],
+        json!(all),
+        "development mode asks nobody"
+    );
     let asked = json!({"build_id": created["build_id"], "tenant_id": "t1"});
     let config = send(server.rpc("GetBuild", &asked)).await.well()["build"]["config"].clone();
     assert_eq!(config["labels"], json!({"camelKey": "x", "snake_key": "y"}));
@@ -457,5 +466,38 @@ async fn the_newest_builds_of_a_stretch_of_time_are_of_that_time() {
     assert_eq!(recent(json!({"end_time": "2999-01-01T00:00:00Z"})).await, 1);
     assert_eq!(recent(json!({"start_time": "2999-01-01T00:00:00Z"})).await, 0);
     assert_eq!(recent(json!({"end_time": "2020-01-01T00:00:00Z"})).await, 0);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_build_that_waits_for_its_next_try_says_until_when() {
+    let server = Server::start(Mode::Development).await;
+    let id = server.create("t").await;
+    let shown = async || {
+        let get = server.rpc("GetBuild", &json!({ "build_id": id })).header("x-tenant-id", "t");
+        send(get).await.well()["build"].take()
+    };
+    assert!(shown().await.get("next_attempt_at").is_none(), "nothing was tried");
+    let claimed = server.claim().await;
+    let failure = Failure {
+        code: FailureCode::NetworkError,
+        step: "resolve".into(),
+        cause: "it broke".into(),
+        blame: "upstream".into(),
+        remedy: "try again later".into(),
+    };
+    // 4001-01-01T00:00:00.5Z
+    let run_at = Micros(64_092_211_200_500_000);
+    let outcome = Outcome::Retry { failure: Some(failure), run_at };
+    server.store.lease(&claimed.lease).finish(None, outcome, WallClock.now()).await.unwrap();
+    let waiting = shown().await;
+    assert_eq!(waiting["next_attempt_at"], "4001-01-01T00:00:00.500Z");
+    let step = "Waiting until 4001-01-01T00:00:01Z for try 2";
+    assert_eq!(
+        (&waiting["current_step"], &waiting["progress"]["current_step"]),
+        (&json!(step), &json!(step))
+    );
+    let page = send(server.plain("ListBuilds").header("x-tenant-id", "t")).await.well();
+    assert_eq!(page["builds"][0]["current_step"], step);
     server.stop().await;
 }

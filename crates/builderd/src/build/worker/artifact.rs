@@ -17,7 +17,7 @@ use crate::build::progress::STORING;
 use crate::build::record::{BuildMetrics, BuildResult, Failure, FailureCode};
 use crate::build::state::BuildState;
 use crate::build::{DEFAULT_FREE_SPACE_BYTES, ENGINE, Phase, hex};
-use crate::store::{ArtifactDomain, ArtifactName, NewFile, Reserved, StoreError};
+use crate::store::{ArtifactDomain, ArtifactName, NewFile, Reserved};
 
 impl Running<'_> {
     /// Who may share the artifact, and what decides its bytes.
@@ -116,8 +116,8 @@ impl Running<'_> {
                     self.journal.say("info", "packager", line.into());
                 }
                 // Whoever keeps the lease knows when to give up.
-                Ok(Reserved::BeingRemoved)
-                | Err(StoreError::Unavailable(_) | StoreError::Full(_)) => {}
+                Ok(Reserved::BeingRemoved) => {}
+                Err(error) if error.may_pass() => {}
                 Err(error) => return Err(internal(&error.to_string())),
             }
             tokio::time::sleep(HEARTBEAT).await;

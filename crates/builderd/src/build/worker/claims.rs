@@ -7,8 +7,8 @@ use serde_json::Error;
 
 use crate::build::child::{ChildLine, ChildReport};
 use crate::build::confined::{NUMBER_MAX, passed};
-use crate::build::error::usual_remedy;
 use crate::build::record::Failure;
+use crate::build::remedy::usual_remedy;
 use crate::build::{Blame, BuildEvent, Phase};
 
 /// Lines of one process: there is one for each MiB of its layers, so these are enough for 4 TiB, and of

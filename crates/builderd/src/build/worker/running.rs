@@ -207,7 +207,8 @@ impl<'a> Running<'a> {
                 let line = format!("{} failed: {}{remedy}", failure.step, failure.cause);
                 self.journal.say("error", "builder", line);
             }
-            End::Cancelled => self.journal.say("warn", "queue", "cancelled".into()),
+            // Whoever writes the end down says by whom.
+            End::Cancelled => {}
             End::Released => {
                 self.journal.say("info", "queue", "the service stops; back to the queue".into());
             }

@@ -167,9 +167,10 @@ async fn insert(
     let query = sql("INSERT INTO build (tenant_id, id, state, created_at, run_at, updated_at, \
          attempt, wall_us, progress_percent, lease_token, event_seq, log_lines, log_bytes, \
          log_is_cut, step, tier, customer, traceparent, idempotency_key, request_hash, \
-         created_by, sealed_credentials, limits, request, attempts) \
+         created_by, sealed_credentials, limits, request, organization, rights, attempts) \
          VALUES ($1, $2, 'queued', $3, $3, $3, 0, 0, 0, 0, 1, 0, 0, 0, '', $4, $5, $6, $7, $8, \
-         $9, $10, $11, $12, '[]')");
+         $9, $10, $11, $12, $13, $14, '[]')");
+    let rights: Vec<&str> = build.rights.iter().map(|right| right.as_str()).collect();
     let query = query
         .text(tenant.as_str())
         .text(build.id.as_str())
@@ -182,7 +183,9 @@ async fn insert(
         .maybe_text(build.created_by.as_deref())
         .bytes(build.sealed_credentials.clone())
         .text(&to_json(&build.limits)?)
-        .text(&to_json(&build.request)?);
+        .text(&to_json(&build.request)?)
+        .maybe_text(build.organization.as_deref())
+        .text(&to_json(&rights)?);
     tx.execute(query).await?;
     Ok(())
 }

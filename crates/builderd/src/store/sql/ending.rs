@@ -207,6 +207,9 @@ impl Rows {
                     return Ok(Some(BuildState::Queued));
                 }
             };
+            if ending.happening == Happening::Cancelled {
+                held.tell_cancel(&mut tx, now).await?;
+            }
             let state = ending.apply(&mut tx, &held, now).await?;
             tx.commit().await?;
             Ok(Some(state))
@@ -236,15 +239,18 @@ impl Rows {
                 let action = Action::BuildCancel;
                 entries.push(AuditEntry::done(Some(tenant), author, action, id.as_str(), now));
                 let query = sql("UPDATE build SET cancel_requested_at = $4, cancel_reason = $5, \
-                     updated_at = $4 WHERE tenant_id = $1 AND id = $2 AND state = $3");
-                was_held(tx.execute(held.key(query).at(now).text(reason)).await?)?;
+                     cancelled_by = $6, updated_at = $4 \
+                     WHERE tenant_id = $1 AND id = $2 AND state = $3");
+                let query = held.key(query).at(now).text(reason).text(&author.subject);
+                was_held(tx.execute(query).await?)?;
             }
             let done = match held.state.is_running() {
                 true => Cancel::Requested,
                 false => {
                     // Nobody works on it who could say so.
                     if gaps.none_in(()).is_ok() {
-                        add_to_log(&mut tx, &held, &[cancelled(author, reason, now)]).await?;
+                        let line = cancelled(&author.subject, "while it waited", reason, now);
+                        add_to_log(&mut tx, &held, &[line]).await?;
                     }
                     Ending::by("tenant", Happening::Cancelled).apply(&mut tx, &held, now).await?;
                     Cancel::Done
@@ -296,19 +302,26 @@ impl Rows {
     }
 }
 
-/// What the log says of a build that is cancelled in the queue.
-fn cancelled(author: &Author, reason: &str, now: Micros) -> LogLine {
-    let by = match author.subject.as_str() {
-        "" => String::new(),
-        subject => format!(" by {subject}"),
-    };
+impl Held {
+    /// Says in the log of a running build that it ends as it was cancelled: in the transaction of its
+    /// end, whoever makes it, so that a worker that died, or was done already, leaves nobody asking.
+    pub(super) async fn tell_cancel(&self, tx: &mut Tx, now: Micros) -> Result<(), StoreError> {
+        let by = self.cancelled_by.as_deref().unwrap_or_default();
+        let reason = self.cancel_reason.as_deref().unwrap_or_default();
+        add_to_log(tx, self, &[cancelled(by, "while it ran", reason, now)]).await
+    }
+}
+
+/// What the log of a build says last that was cancelled.
+fn cancelled(by: &str, when: &str, reason: &str, now: Micros) -> LogLine {
+    let by = if by.is_empty() { String::new() } else { format!(" by {by}") };
     let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
     LogLine {
         offset: 0,
         at: now,
         level: "warn".into(),
         component: "queue".into(),
-        message: format!("cancelled{by} while it waited{why}"),
+        message: format!("cancelled{by} {when}{why}"),
     }
 }
 

@@ -34,12 +34,11 @@ pub(super) use audit::AUDIT_PAGE;
 pub(super) use queue::{LOG_BYTES_MAX, LOG_LINE_BYTES_MAX, LOG_LINES_MAX};
 
 use std::future::Future;
-use std::io;
 use std::time::Duration;
 
 use super::changes::Announcer;
 use super::engine::{Engine, Row, Tx, is_conflict, signed, sql};
-use super::open::DirectoryLock;
+use super::open::{DirectoryLock, in_vain, place, why};
 use super::{Lease, Listed, StoreError, Unread};
 use crate::build::record::{BuildId, Micros};
 use crate::build::state::BuildState;
@@ -57,13 +56,42 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Rows {
     pub(super) engine: Engine,
     pub(super) announcer: Announcer,
+    /// Held by the one who asks why nobody is let in.
+    asking: tokio::sync::Mutex<()>,
     /// Keeps other servers away.
     _lock: Option<DirectoryLock>,
 }
 
 impl Rows {
     pub(super) fn new(engine: Engine, announcer: Announcer, lock: Option<DirectoryLock>) -> Self {
-        Self { engine, announcer, _lock: lock }
+        Self { engine, announcer, asking: tokio::sync::Mutex::new(()), _lock: lock }
+    }
+
+    /// The error, with the place of a database that is elsewhere and not available.
+    pub(super) fn placed(&self, error: StoreError) -> StoreError {
+        match (&self.engine, error) {
+            (Engine::Postgres(pool), error @ StoreError::Unavailable(_)) => {
+                let place = place(&pool.connect_options());
+                StoreError::Unreachable { place, source: Box::new(error) }
+            }
+            (_, error) => error,
+        }
+    }
+
+    /// The same, and why: who has waited in vain for a connection was told by nobody. One asks at a
+    /// time: where all connections are just taken, there are none to spare for questions.
+    async fn explained(&self, error: StoreError) -> StoreError {
+        let error = match (&self.engine, error) {
+            (Engine::Postgres(pool), StoreError::Unavailable(sqlx::Error::PoolTimedOut)) => {
+                let why = match self.asking.try_lock() {
+                    Ok(_one) => why(&pool.connect_options()).await,
+                    Err(_) => in_vain("no connection"),
+                };
+                StoreError::Unavailable(why)
+            }
+            (_, error) => error,
+        };
+        self.placed(error)
     }
 
     /// Does `work`, a transaction, until no other one gets in its way.
@@ -74,13 +102,10 @@ impl Rows {
         let mut tries = 0;
         loop {
             tries += 1;
-            let done = tokio::time::timeout(PATIENCE, work()).await.unwrap_or_else(|_| {
-                let late = format!("it has not answered for {} s", PATIENCE.as_secs());
-                let late = io::Error::new(io::ErrorKind::TimedOut, late);
-                Err(StoreError::Unavailable(sqlx::Error::Io(late)))
-            });
-            match done {
+            let done = tokio::time::timeout(PATIENCE, work()).await;
+            match done.unwrap_or_else(|_| Err(StoreError::late(PATIENCE))) {
                 Err(error) if is_conflict(&error) && tries < CONFLICT_TRIES => {}
+                Err(error) => return Err(self.explained(error).await),
                 done => return done,
             }
         }
@@ -109,6 +134,8 @@ struct Held {
     lease_expires_at: Option<Micros>,
     created_at: Micros,
     is_cancel_requested: bool,
+    cancel_reason: Option<String>,
+    cancelled_by: Option<String>,
     unread_tries: i64,
     artifact_key: Option<String>,
     event_seq: i64,
@@ -140,8 +167,8 @@ impl Held {
         gaps: &mut Gaps,
     ) -> Result<Option<Self>, StoreError> {
         let query = sql("SELECT state, lease_token, attempt, attempt_started_at, lease_owner, \
-             lease_expires_at, created_at, cancel_requested_at, unread_tries, artifact_key, \
-             event_seq, progress_percent, step, attempts, log_lines, log_bytes, log_is_cut \
+             lease_expires_at, created_at, cancel_requested_at, cancel_reason, cancelled_by, \
+             unread_tries, artifact_key, event_seq, progress_percent, step, attempts, log_lines, log_bytes, log_is_cut \
              FROM build WHERE tenant_id = $1 AND id = $2 FOR NO KEY UPDATE");
         let row = tx.optional(query.text(tenant.as_str()).text(id.as_str())).await?;
         row.map(|row| Self::read(tenant, id, &row, gaps)).transpose()
@@ -170,6 +197,8 @@ impl Held {
             lease_expires_at: row.maybe_at("lease_expires_at")?,
             created_at: row.at("created_at")?,
             is_cancel_requested: row.maybe_int("cancel_requested_at")?.is_some(),
+            cancel_reason: row.maybe_text("cancel_reason")?,
+            cancelled_by: row.maybe_text("cancelled_by")?,
             unread_tries: row.maybe_int("unread_tries")?.unwrap_or(0),
             artifact_key: row.maybe_text("artifact_key")?,
             event_seq: row.int("event_seq")?,

@@ -294,6 +294,7 @@ impl Rows {
         let token = held.token + 1;
         let failure = worker_lost(&held);
         if held.is_cancel_requested {
+            held.tell_cancel(&mut tx, now).await?;
             let ending = Ending { token, ..Ending::by("reaper", Happening::Cancelled) };
             ending.apply(&mut tx, &held, now).await?;
         } else if held.attempt >= attempts_max {

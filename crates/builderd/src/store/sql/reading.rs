@@ -19,8 +19,9 @@ const UNREAD_STEP: &str = "What is stored of this build cannot be read";
 macro_rules! build_columns {
     () => {
         "tenant_id, id, customer, tier, limits, request, state, progress_percent, step, \
-         cancel_requested_at, cancel_reason, attempt, attempts, created_at, started_at, \
-         updated_at, ended_at, artifact_key, result, failure, live_usage, traceparent"
+         cancel_requested_at, cancel_reason, attempt, attempts, created_at, run_at, started_at, \
+         updated_at, ended_at, artifact_key, result, failure, live_usage, traceparent, \
+         organization, rights"
     };
 }
 pub(super) use build_columns;
@@ -98,9 +99,10 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
     // Every end has a word that all versions know (`build`'s checks in the schema): what has another
     // one has not ended.
     let state = gaps.or(row.parsed("state"), || BuildState::Queued);
-    // What came of it is told as long as it is there.
-    let has_artifact = row.maybe_text("artifact_key")?.is_some();
-    let result = match state == BuildState::Completed && has_artifact {
+    let is_completed = state == BuildState::Completed;
+    // Before its end the build only wants it.
+    let has_artifact = is_completed && row.maybe_text("artifact_key")?.is_some();
+    let result = match is_completed {
         true => gaps.or_none(row.maybe_json("result")),
         false => None,
     };
@@ -114,6 +116,8 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
         id: row.parsed("id")?,
         tenant: row.parsed("tenant_id")?,
         customer: row.maybe_text("customer")?,
+        organization: row.maybe_text("organization")?,
+        rights: gaps.or_none(row.maybe_json("rights")).unwrap_or_default(),
         tier,
         limits: gaps.or(row.json("limits"), || tier.limits()),
         request: gaps.or(row.json("request"), BuildRequest::default),
@@ -124,10 +128,12 @@ fn read(row: &Row, gaps: &mut Gaps) -> Result<Build, StoreError> {
         attempt: gaps.or(row.small("attempt"), || 0),
         attempts: gaps.or(row.json("attempts"), Vec::new),
         created_at: row.at("created_at")?,
+        run_at: row.at("run_at")?,
         started_at: row.maybe_at("started_at")?,
         updated_at: row.at("updated_at")?,
         ended_at: row.maybe_at("ended_at")?,
         result,
+        has_artifact,
         failure: gaps.or_none(row.maybe_json("failure")),
         usage,
         traceparent: row.maybe_text("traceparent")?,

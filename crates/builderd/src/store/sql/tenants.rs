@@ -98,8 +98,8 @@ impl Rows {
         token: &TokenRow,
     ) -> Result<(), StoreError> {
         let query = sql("INSERT INTO api_token (id, secret_hash, tenant_id, customer, rights, \
-             note, created_at, expires_at, revoked_at) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)");
+             note, created_at, expires_at, revoked_at, organization) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)");
         let query = query
             .text(&token.id)
             .text(&token.secret_hash)
@@ -109,7 +109,8 @@ impl Rows {
             .text(&token.note)
             .at(token.created_at)
             .at(token.expires_at)
-            .at(token.revoked_at);
+            .at(token.revoked_at)
+            .maybe_text(token.organization.as_deref());
         let (tenant, action) = (Some(&token.tenant), Action::TokenCreate);
         let entry = AuditEntry::done(tenant, author, action, &token.id, token.created_at);
         self.change_audited(&query, &entry).await?;
@@ -121,7 +122,7 @@ impl Rows {
         secret_hash: &str,
     ) -> Result<Option<(TokenRow, Option<Tier>)>, StoreError> {
         let query = sql("SELECT k.id, k.secret_hash, k.tenant_id, k.customer, k.rights, k.note, \
-             k.created_at, k.expires_at, k.revoked_at, t.tier FROM api_token k \
+             k.created_at, k.expires_at, k.revoked_at, k.organization, t.tier FROM api_token k \
              LEFT JOIN tenant t ON t.id = k.tenant_id AND t.is_set_up = 1 \
              WHERE k.secret_hash = $1");
         let query = query.text(secret_hash);
@@ -135,7 +136,7 @@ impl Rows {
     pub(crate) async fn tokens(&self) -> Result<Listed<TokenRow>, StoreError> {
         let query = || {
             sql("SELECT id, secret_hash, tenant_id, customer, rights, note, created_at, \
-                 expires_at, revoked_at FROM api_token ORDER BY created_at, id")
+                 expires_at, revoked_at, organization FROM api_token ORDER BY created_at, id")
         };
         listed(&self.again(|| self.engine.all(query())).await?, token_row)
     }
@@ -174,6 +175,7 @@ fn token_row(row: &Row) -> Result<TokenRow, StoreError> {
         secret_hash: row.text("secret_hash")?,
         tenant: row.parsed("tenant_id")?,
         customer: row.maybe_text("customer")?,
+        organization: row.maybe_text("organization")?,
         rights: row.json("rights")?,
         note: row.text("note")?,
         created_at: row.at("created_at")?,

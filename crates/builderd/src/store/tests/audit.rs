@@ -41,6 +41,7 @@ fn token() -> TokenRow {
         secret_hash: "hash".into(),
         tenant: tenant("a"),
         customer: None,
+        organization: None,
         rights: Vec::new(),
         note: String::new(),
         created_at: STORY_BEGIN,

@@ -48,6 +48,17 @@ pub(super) async fn pages_follow_each_other(t: &TestStore) {
     assert_eq!((nothing.builds.len(), nothing.total, nothing.has_more), (0, 7, true));
 }
 
+pub(super) async fn a_build_says_who_asked_for_it(t: &TestStore) {
+    let build = t.create("a").await;
+    let asked = t.get(&build).await;
+    assert_eq!(asked.organization.as_deref(), Some("organization-1"));
+    assert_eq!(asked.rights, ["build:create", "build:read"]);
+    // As an older node writes it.
+    t.damage("UPDATE build SET organization = NULL, rights = NULL WHERE id = $1", &build).await;
+    let older = t.get(&build).await;
+    assert!(older.is_whole && older.organization.is_none() && older.rights.is_empty());
+}
+
 pub(super) async fn a_build_that_cannot_be_read_is_shown_as_what_it_is(t: &TestStore) {
     let (plain, strange) = (t.create("a").await, t.create("a").await);
     let damages = [

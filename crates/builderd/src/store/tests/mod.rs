@@ -17,6 +17,7 @@ mod revisions;
 #[path = "../../../tests/it/support/postgres.rs"]
 mod postgres;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use futures_util::future::BoxFuture;
@@ -32,7 +33,7 @@ use crate::build::record::{
     RetryPolicy,
 };
 use crate::build::state::BuildState;
-use crate::tenant::{TenantId, TenantLimits, Tier};
+use crate::tenant::{Right, TenantId, TenantLimits, Tier};
 
 /// A day's beginning.
 const STORY_BEGIN: Micros = Micros(1_700_006_400 * Micros::SECOND);
@@ -167,6 +168,12 @@ impl TestStore {
         self.rows().get(&build.tenant, &build.id).await.unwrap().expect("the build is there")
     }
 
+    /// The message of the last line of its log.
+    async fn last_line(&self, build: &Build) -> String {
+        let log = self.rows().log(&build.tenant, &build.id, 0, 1000).await.unwrap();
+        log.last().map_or_else(String::new, |line| line.message.clone())
+    }
+
     async fn state(&self, build: &Build) -> BuildState {
         self.get(build).await.state
     }
@@ -294,6 +301,8 @@ fn new_build(now: Micros) -> NewBuild {
         },
         limits: Tier::Pro.limits(),
         customer: Some("customer-1".into()),
+        organization: Some("organization-1".into()),
+        rights: BTreeSet::from([Right::BuildCreate, Right::BuildRead]),
         sealed_credentials: Some(vec![1, 2, 0, 255]),
         idempotency_key: None,
         request_hash: "hash".into(),
@@ -387,6 +396,7 @@ stories! {
     lists:
         pages_follow_each_other,
         a_build_that_cannot_be_read_is_shown_as_what_it_is,
+        a_build_says_who_asked_for_it,
         a_state_of_another_version_hides_no_build,
         a_page_ends_early_where_its_builds_are_large,
         filters_find_rare_states,

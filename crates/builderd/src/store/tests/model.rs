@@ -88,6 +88,14 @@ struct Kept {
     lines: u64,
 }
 
+impl Kept {
+    /// Its log says by whom.
+    fn end_cancelled(&mut self) {
+        (self.state, self.artifact) = (BuildState::Cancelled, None);
+        self.lines += 1;
+    }
+}
+
 #[derive(Default)]
 struct Model {
     builds: Vec<Kept>,
@@ -314,7 +322,7 @@ impl Model {
         };
         if build.cancel {
             prop_assert_eq!(done.unwrap(), Some(BuildState::Cancelled));
-            (build.state, build.artifact) = (BuildState::Cancelled, None);
+            build.end_cancelled();
         } else if build.state == BuildState::Packaging {
             prop_assert_eq!(done.unwrap(), Some(BuildState::Completed));
             build.state = BuildState::Completed;
@@ -368,7 +376,7 @@ impl Model {
         prop_assert_eq!(done, Some(state));
         build.artifact = None;
         if build.cancel {
-            build.state = BuildState::Cancelled;
+            build.end_cancelled();
         } else {
             build.state = BuildState::Queued;
             build.run_at = run_at.0;
@@ -392,9 +400,7 @@ impl Model {
         prop_assert_eq!(Some(expected), done);
         build.cancel |= !build.state.is_terminal();
         if build.state == BuildState::Queued {
-            build.state = BuildState::Cancelled;
-            // It says who cancelled it.
-            build.lines += 1;
+            build.end_cancelled();
         }
         Ok(())
     }
@@ -423,7 +429,7 @@ impl Model {
             build.token += 1;
             build.artifact = None;
             if build.cancel {
-                build.state = BuildState::Cancelled;
+                build.end_cancelled();
             } else if build.attempt >= ATTEMPTS_MAX {
                 build.state = BuildState::Failed;
             } else {
@@ -478,7 +484,7 @@ impl Model {
             let page = t.rows().list(&tenant(name), &super::lists::newest(100)).await.unwrap();
             let row = |build: &Build| {
                 let id = build.id.clone();
-                (id, build.state, build.attempt, build.result.is_some())
+                (id, build.state, build.attempt, build.has_artifact)
             };
             let found: Vec<_> = page.builds.iter().map(row).collect();
             let own = self.builds.iter().rev().filter(|build| build.tenant == owner);

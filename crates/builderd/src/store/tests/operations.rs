@@ -6,6 +6,7 @@ use super::postgres::Postgres;
 use super::{LONG, TestStore, failure, new_build, only_reads, plenty, result, tenant};
 use crate::build::record::{FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::BuildState;
+use crate::causes::chain;
 use crate::store::admin::{self, AdminError};
 use crate::store::engine::{Query, sql};
 use crate::store::{Accepted, NewBuild, Outcome, Store, StoreError, TenantRow, TokenRow};
@@ -35,6 +36,7 @@ fn token(id: &str) -> TokenRow {
         secret_hash: format!("hash of {id}"),
         tenant: tenant("a"),
         customer: Some("c".into()),
+        organization: Some("o".into()),
         rights: vec!["build:read".into()],
         note: "for the tests".into(),
         created_at: Micros(7),
@@ -293,10 +295,19 @@ pub(super) async fn a_lost_database_comes_back(postgres: &mut Postgres) {
     let before = t.create("a").await;
     let claimed = t.claim().await;
     postgres.crash();
-    let answer = t.rows().get(&before.tenant, &before.id).await;
-    assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
-    let answer = t.rows().create(&tenant("a"), Tier::Pro, &plenty(), &new_build(t.now())).await;
-    assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
+    let place = postgres.place();
+    let said = |error: &StoreError| {
+        assert!(error.may_pass() && error.class() == "database_unavailable", "{error:?}");
+        let said = chain(error);
+        assert!(said.contains(&place) && said.contains("cannot be reached"), "{place}: {said}");
+        said
+    };
+    said(&t.rows().get(&before.tenant, &before.id).await.unwrap_err());
+    let order = new_build(t.now());
+    let late = t.rows().create(&tenant("a"), Tier::Pro, &plenty(), &order).await.unwrap_err();
+    let late = said(&late);
+    assert!(!late.contains("pool") && late.contains("No such file"), "why: {late}");
+    said(&t.store.late(Duration::from_secs(5)));
     postgres.restart();
     // What was answered is still there, and the same store goes on.
     assert_eq!(t.state(&before).await, BuildState::Preparing);
@@ -353,7 +364,7 @@ async fn a_file_that_takes_no_writes_is_known() {
     a_database_that_takes_no_writes_is_known(&t).await;
     let full = StoreError::Full(sqlx::Error::PoolTimedOut);
     assert_eq!(full.class(), "database_full");
-    assert_eq!(StoreError::timed_out().class(), "database_unavailable");
+    assert_eq!(t.store.late(Duration::from_secs(5)).class(), "database_unavailable");
     t.check().await;
 }
 

@@ -513,6 +513,9 @@ pub(super) async fn a_cancelled_build_is_never_queued_again(t: &TestStore) {
     assert_eq!(t.state(&second).await, BuildState::Cancelled);
     assert_eq!(t.finish(&lost, Outcome::Cancelled).await, Fenced::Lost);
     assert!(t.try_claim(LONG).await.is_none());
+    for build in [&first, &second] {
+        assert_eq!(t.last_line(build).await, "cancelled by service while it ran: no need");
+    }
 }
 
 pub(super) async fn a_queued_build_is_cancelled_at_once(t: &TestStore) {
@@ -529,8 +532,7 @@ pub(super) async fn a_queued_build_is_cancelled_at_once(t: &TestStore) {
     let log = t.rows().log(&build.tenant, &build.id, 0, 10).await.unwrap();
     assert_eq!(log.len(), 1, "no worker says it: {log:?}");
     assert_eq!((&*log[0].level, &*log[0].component), ("warn", "queue"));
-    let said = &log[0].message;
-    assert!(said.starts_with("cancelled") && said.ends_with(": mistake"), "{said}");
+    assert_eq!(log[0].message, "cancelled by service while it waited: mistake");
 }
 
 pub(super) async fn a_cancelled_build_never_completes(t: &TestStore) {
@@ -547,6 +549,7 @@ pub(super) async fn a_cancelled_build_never_completes(t: &TestStore) {
     assert_eq!(t.finish(&claimed, outcome).await, Fenced::Written);
     let cancelled = t.get(&build).await;
     assert_eq!((cancelled.state, cancelled.result), (BuildState::Cancelled, None));
+    assert_eq!(t.last_line(&build).await, "cancelled by service while it ran: stop");
     assert!(!t.rows().artifact_is_referenced("tenant-a/late").await.unwrap());
     let usage = t.rows().usage(&build.tenant, t.now()).await.unwrap();
     assert_eq!((usage.storage_bytes, usage.completed_today), (0, 0));
@@ -581,8 +584,10 @@ pub(super) async fn a_retry_waits_until_its_time(t: &TestStore) {
     assert_eq!(waiting.attempts.len(), 1);
     assert_eq!(waiting.attempts[0].failure, why);
     assert_eq!(waiting.attempts[0].ended_at, t.now());
+    assert_eq!(waiting.next_attempt_at(t.now()), Some(run_at));
     assert!(t.try_claim(LONG).await.is_none());
     t.advance_secs(30);
+    assert_eq!(t.get(&build).await.next_attempt_at(t.now()), None, "it may begin");
     let again = t.claim().await;
     assert_eq!((again.build.attempt, again.build.id), (2, build.id));
 }

@@ -97,6 +97,30 @@ fn a_command_that_fails_fails_the_build_by_its_name() {
 }
 
 #[test]
+fn a_command_that_needs_more_memory_than_the_build_may_have_fails_it_by_that_limit() {
+    let Some(stage) = stage() else { return };
+    let server = serve(&stage);
+    let built = |command: &str| {
+        let mut order = order_with(&stage, &[command]);
+        order["config"]["limits"] = json!({"max_memory_bytes": 64 << 20});
+        let answer = server.well("t1", "CreateBuild", &order);
+        server.finished("t1", answer["build_id"].as_str().unwrap())
+    };
+    // What the runtime reserves for itself is no memory.
+    let small = built("echo small > small");
+    assert_eq!(small["state"], "BUILD_STATE_COMPLETED", "{small:#}");
+    let large = built("text=x; while :; do text=$text$text; done");
+    assert_eq!(large["failure"]["code"], "QUOTA_EXCEEDED", "{large:#}");
+    assert_eq!(large["failure"]["blame"], "yours");
+    assert_eq!(large["failure"]["step"], "commands");
+    let (cause, remedy) = (&large["failure"]["cause"], &large["failure"]["remedy"]);
+    assert!(cause.as_str().unwrap().contains("more memory"), "{large:#}");
+    assert!(remedy.as_str().unwrap().contains("limits.max_memory_bytes"), "{large:#}");
+    assert!(large["attempts"].as_array().is_none_or(Vec::is_empty), "it would end so again");
+    assert_eq!(stage.staged(), Vec::<String>::new());
+}
+
+#[test]
 fn what_a_command_says_last_is_in_the_log_however_much_it_said() {
     let Some(stage) = stage() else { return };
     let server = serve(&stage);

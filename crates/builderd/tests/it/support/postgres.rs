@@ -119,6 +119,11 @@ impl Postgres {
         }
     }
 
+    /// Where it is.
+    pub(crate) fn place(&self) -> String {
+        self.directory.path().display().to_string()
+    }
+
     /// Makes an empty database; gives its address.
     pub(crate) fn database(&self) -> String {
         let name = format!("test{}", self.databases.fetch_add(1, Ordering::Relaxed));
