@@ -17,7 +17,7 @@ pub(crate) fn test(mut arguments: Arguments) -> Result<()> {
     arguments.end()?;
     // Tests of the store want a database, those of the metrics their checker.
     if with_stories {
-        machine::require(&[machine::DEMO, machine::STORIES, machine::SERVICE])?;
+        machine::require(machine::ALL)?;
     }
     let mut tally = Tally::default();
     tally.add(step("cargo fmt --check", cargo().args(["fmt", "--all", "--check"])));
@@ -61,7 +61,7 @@ fn run_stories(size: Size) -> Result<Tally> {
              tenant here and in a machine with version 2 of cgroups"
         }
     });
-    machine::require(&[machine::DEMO, machine::STORIES, machine::SERVICE])?;
+    machine::require(machine::ALL)?;
     stories::run(size, "", None, None)
 }
 

@@ -50,6 +50,9 @@ pub(crate) const SERVICE: &[Need] = &[
     ("promtool", "prometheus"),
 ];
 
+/// For everything that is tested.
+pub(crate) const ALL: &[&[Need]] = &[DEMO, STORIES, SERVICE];
+
 /// Makes sure that every program is there: installs as root, else says what to run.
 pub(crate) fn require(needs: &[&[Need]]) -> Result<()> {
     let mut missing: Vec<&str> = needs

@@ -104,7 +104,9 @@ fn stories(mut arguments: Arguments) -> Result<()> {
     let size = if arguments.flag("--full") { stories::Size::Full } else { stories::Size::Reduced };
     let binary = arguments.value("--binary")?.map(Into::into);
     let seed = arguments.number("--seed")?;
-    let tally = stories::run(size, &arguments.rest()?.join(" "), binary, seed)?;
+    let words = arguments.rest()?.join(" ");
+    machine::require(machine::ALL)?;
+    let tally = stories::run(size, &words, binary, seed)?;
     println!("{tally}");
     if tally.failed > 0 {
         bail!("{} stories failed", tally.failed);

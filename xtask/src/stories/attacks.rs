@@ -23,6 +23,7 @@ use super::Verdict;
 use super::lab::{Lab, root_needed};
 use super::walls::{Held, carry, groups};
 use crate::arguments::Arguments;
+use crate::machine;
 use crate::process::Program;
 
 /// The last line of a suite in which everything went as it should.
@@ -109,6 +110,7 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
     let scratch = match arguments.value("--dir")? {
         Some(dir) => (PathBuf::from(dir), None),
         None => {
+            machine::require(&[machine::DEMO, machine::SERVICE])?;
             let dir = crate::chores::scratch()?;
             (dir.path().join("attacks"), Some(dir))
         }

@@ -17,7 +17,7 @@ fn fails(workshop: &Workshop, arguments: &[&str], code: i32, words: &[&str]) {
         assert!(text.contains(word), "`{word}` is not in: {text}");
     }
     assert!(!workshop.path("out").exists());
-    let left = workshop.names("cache/packs-v2/local");
+    let left = workshop.names("cache/packs-v3/local");
     assert!(
         left.iter().all(|name| name.ends_with(".pack") || name.ends_with(".stamp")),
         "{left:?}"

@@ -115,7 +115,7 @@ fn what_a_first_command_and_a_server_make_is_closed_under_every_umask() {
         assert!(workshop.path("data/builderd.db-wal").exists());
         assert!(workshop.path("data/builderd.db-shm").exists());
         assert_closed(&workshop.path("data"));
-        for directory in ["rootfs/artifacts", "rootfs/staging", "work/cache/packs-v2"] {
+        for directory in ["rootfs/artifacts", "rootfs/staging", "work/cache/packs-v3"] {
             assert!(workshop.path(directory).is_dir(), "{directory}");
         }
         for directory in ["rootfs", "work"] {
@@ -139,7 +139,7 @@ fn what_a_first_command_and_a_server_make_is_closed_under_every_umask() {
 fn what_an_earlier_version_left_open_is_closed_or_named_at_the_start() {
     let workshop = Workshop::new();
     drop(Server::start(&workshop, "0022"));
-    let (data, packs) = (workshop.path("data"), workshop.path("work/cache/packs-v2"));
+    let (data, packs) = (workshop.path("data"), workshop.path("work/cache/packs-v3"));
     let earlier = workshop.path("work/cache/packs-v1");
     fs::create_dir_all(earlier.join("local")).unwrap();
     // It was killed, so they are there still.
@@ -190,7 +190,7 @@ fn packs_are_closed_in_any_directory_and_an_image_is_the_same_under_every_umask(
             sums.push(sha256(&workshop.read("out.ext4")));
         }
         assert_eq!(workshop.packs().len(), 1);
-        assert_closed(&cache.join("packs-v2"));
+        assert_closed(&cache.join("packs-v3"));
         assert_eq!(mode(&cache), 0o777, "it is not ours");
         let most = 0o666 & !u32::from_str_radix(umask, 8).unwrap();
         assert_eq!(mode(&workshop.path("out.ext4")), most, "the image is its user's to share");

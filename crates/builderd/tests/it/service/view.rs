@@ -5,7 +5,7 @@ use super::*;
 /// What the process of a build that fetches has of the host, as the host shows it.
 pub(super) fn sees_its_own_files_alone(stage: &Stage, process: &Path, id: &str) {
     // What another tenant has had built.
-    std::fs::create_dir_all(stage.workshop.path("cache/packs-v2/tenant-other")).unwrap();
+    std::fs::create_dir_all(stage.workshop.path("cache/packs-v3/tenant-other")).unwrap();
     // The host's files as this process sees them.
     let seen = |path: PathBuf| process.join("root").join(path.strip_prefix("/").unwrap());
     let names = |path: &str| -> Vec<String> {
@@ -16,9 +16,9 @@ pub(super) fn sees_its_own_files_alone(stage: &Stage, process: &Path, id: &str) 
     assert_eq!(names("rootfs"), ["staging"]);
     assert_eq!(names("rootfs/staging").len(), 1);
     assert!(names("rootfs/staging")[0].starts_with(id));
-    let all = std::fs::read_dir(stage.workshop.path("cache/packs-v2")).unwrap().count();
-    assert_eq!((names("cache/packs-v2").len(), all), (1, 2), "layers that it may use alone");
-    assert!(!seen(stage.workshop.path("cache/packs-v2/tenant-other")).exists());
+    let all = std::fs::read_dir(stage.workshop.path("cache/packs-v3")).unwrap().count();
+    assert_eq!((names("cache/packs-v3").len(), all), (1, 2), "layers that it may use alone");
+    assert!(!seen(stage.workshop.path("cache/packs-v3/tenant-other")).exists());
     assert!(stage.workshop.path("data/builderd.db").exists());
     assert!(!seen(stage.workshop.path("data")).exists());
     assert!(!seen("/etc/shadow".into()).exists());
@@ -57,7 +57,7 @@ fn the_whole_cache_is_held_to_its_limit_though_a_build_sees_its_own_part() {
     let id = server.create("t1", &stage.reference("latest"));
     server.finished("t1", &id);
     // What the service looks at by itself it has looked at.
-    let other = stage.workshop.path("cache/packs-v2/tenant-other");
+    let other = stage.workshop.path("cache/packs-v3/tenant-other");
     std::fs::create_dir_all(&other).unwrap();
     let pack = other.join(format!("{}.pack", "a".repeat(64)));
     let made = std::fs::File::create(&pack).unwrap();
