@@ -202,6 +202,7 @@ mod tests {
     #[tokio::test]
     async fn what_nobody_waits_for_any_more_is_waited_for_by_nobody_else() {
         let readers = readers();
+        assert_eq!(count(&readers, 1).await, 1, "opened, so that what is left is a statement");
         let long = tokio::time::timeout(Duration::from_millis(1), count(&readers, 300_000));
         assert!(long.await.is_err());
         for _ in 0..10 {
