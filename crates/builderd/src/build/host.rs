@@ -182,7 +182,7 @@ pub(crate) async fn clear_leftovers() {
     aside(clear_leftovers_here).await;
 }
 
-/// The same at the start and at the end of the service, when there is nobody to hold up.
+/// The same on this thread: who calls it is aside of the others already.
 #[expect(clippy::disallowed_methods, reason = "the place that all others ask")]
 fn clear_leftovers_here() {
     commands::clear_leftovers();

@@ -1,4 +1,5 @@
-//! Orders of workers, and who watches them: for tests, and for fuzz targets.
+//! Orders of workers, and who watches them: for tests, and for fuzz targets. It does not know what is
+//! tried with them.
 
 use std::sync::Mutex;
 
