@@ -22,7 +22,7 @@ use crate::artifact::{
     ArtifactStore, LocalArtifacts, MeteredArtifacts, ObjectArtifacts, SealedArtifacts,
 };
 use crate::build::child::RegistrySpec;
-use crate::build::host::Host;
+use crate::build::host::{Host, aside};
 use crate::build::janitor::{Janitor, JanitorRules};
 use crate::build::kept::SealedPacks;
 use crate::build::service::{BuildService, STOP_WAIT, ServiceRules};
@@ -206,8 +206,7 @@ pub(crate) async fn serve(
     make_directory("UNKEY_BUILDERD_DATABASE_DATA_DIR", &config.data_dir)?;
     make_directory(output_setting(&config), &config.rootfs_output_dir)?;
     let _ours = claim_directory(&config.rootfs_output_dir)?;
-    let host = Arc::new(host);
-    aside(&host, Host::sweep).await;
+    let host = swept(host).await;
     let store = open_store(&config).await?;
     let key = Arc::new(master_key(&config.master_key, &store).await?);
     let artifacts = sealed(metered(open_artifacts(&config)?, &config, &metrics), &store, &key);
@@ -269,16 +268,16 @@ pub(crate) async fn serve(
     let ended = parts.run(stopped).await;
     written.wait().await;
     artifacts.settle().await;
-    aside(&host, Host::close).await;
+    aside(move || host.close()).await;
     Ok(ended?)
 }
 
-/// Has the host do what waits for its kernel, on no thread that others need meanwhile.
-async fn aside(host: &Arc<Host>, work: impl FnOnce(&Host) + Send + 'static) {
-    let host = Arc::clone(host);
-    if let Err(error) = tokio::task::spawn_blocking(move || work(&host)).await {
-        tracing::error!(%error, "what builds have left was not cleared away");
-    }
+/// The host, without what an earlier service has left on it.
+async fn swept(host: Host) -> Arc<Host> {
+    let host = Arc::new(host);
+    let left = Arc::clone(&host);
+    aside(move || left.sweep()).await;
+    host
 }
 
 /// What whoever starts the service should see.

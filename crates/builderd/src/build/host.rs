@@ -189,9 +189,10 @@ fn clear_leftovers_here() {
 }
 
 /// Has the kernel work for us, which takes its time: not a time to hold up others.
-async fn aside(work: fn()) {
-    // A panic there has been printed.
-    let _ = tokio::task::spawn_blocking(work).await;
+pub(crate) async fn aside(work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = tokio::task::spawn_blocking(work).await {
+        tracing::error!(%error, "what the kernel was to do is not done");
+    }
 }
 
 fn group_name(place: &Path) -> String {
