@@ -22,12 +22,21 @@ const DIRTY_BYTES_MAX: u64 = 64 << 20;
 /// Every block device, and below each what the kernel knows of it: kernel documentation
 /// "ABI/stable/sysfs-block" and "ABI/testing/sysfs-class-bdi".
 const DEVICES: &str = "/sys/block";
-/// As the kernel has a device at first: files of its `bdi`, and what is in them. The last of them is
-/// what the device may keep for itself of all that waits for disks, in millionths.
+/// As the kernel has a device at first: files of it, and what is in them. The last of them is what the
+/// device may keep for itself of all that waits for disks, in millionths.
 const FREE: [(&str, &str); 3] =
-    [("strict_limit", "0"), ("max_ratio_fine", "1000000"), ("min_ratio_fine", "0")];
+    [("bdi/strict_limit", "0"), ("bdi/max_ratio_fine", "1000000"), ("bdi/min_ratio_fine", "0")];
 /// Says that the bound of a device is from here: next to nothing, and a number that nobody else writes.
-const MARK: (&str, &str) = ("min_ratio_fine", "7");
+const MARK: (&str, &str) = ("bdi/min_ratio_fine", "7");
+/// On their way to the disk at once, at the most: so many requests of so many KiB. The least that the
+/// kernel allows, and 1 MiB with it: it keeps a disk of 1 GB/s at work, and whoever writes beside it
+/// waits for that much and not for a hundred times more.
+const QUEUE: [(&str, &str); 2] = [("queue/nr_requests", "4"), (REQUEST_KIB, "256")];
+/// As the kernel has it at first.
+const FREE_QUEUE: (&str, &str) = ("queue/nr_requests", "128");
+const REQUEST_KIB: &str = "queue/max_sectors_kb";
+/// What brings back the kernel's own choice: from Linux 6.4 on the first, before it what that was.
+const FREE_REQUEST_KIB: [&str; 2] = ["0", "1280"];
 /// How often, and how long after one another, a device is looked at that somebody is just setting.
 const TURNS_MAX: u32 = 1000;
 const TURN_POLL: Duration = Duration::from_millis(1);
@@ -72,8 +81,8 @@ impl LoopDevice {
     ///
     /// Where the file's own file system can, the device writes past the page cache: what is written
     /// to it waits in one cache and not in two. And on Linux 6.2 or later 64 MiB wait there at the
-    /// most. So little is on its way to the disk when somebody else needs it. The kernel keeps that
-    /// bound for whoever has the device next: [`LoopDevice::unbound_free`] takes it away.
+    /// most, and 1 MiB is on its way to the disk when somebody else needs it. The kernel keeps these
+    /// bounds for whoever has the device next: [`LoopDevice::unbound_free`] takes them away.
     ///
     /// # Errors
     /// [`SandboxError`] when the host has no loop devices, or none is free.
@@ -141,8 +150,7 @@ fn is_number(text: &str) -> bool {
 /// Where the kernel is too old, or its settings cannot be written, it does as with any other device;
 /// and where somebody else has set it already, as he wants it.
 fn bound(device: &Path) {
-    let bdi = device.join("bdi");
-    let Ok(turn) = turn(&bdi) else { return };
+    let Ok(turn) = turn(device) else { return };
     for _ in 0..TURNS_MAX {
         // Who takes away the bound of its last user must be done, or would take away this one.
         if turn.try_lock().is_ok() {
@@ -150,36 +158,44 @@ fn bound(device: &Path) {
         }
         std::thread::sleep(TURN_POLL);
     }
-    if has(&bdi, MARK) || FREE.into_iter().all(|setting| has(&bdi, setting)) {
-        let most = DIRTY_BYTES_MAX.to_string();
-        // Without the last the one before counts only once all memory is full of what is to be written.
-        set(&bdi, &[MARK, ("max_bytes", &most), ("strict_limit", "1")]);
+    if !has(device, MARK) && !FREE.into_iter().all(|setting| has(device, setting)) {
+        return;
+    }
+    let most = DIRTY_BYTES_MAX.to_string();
+    // Without the last the one before counts only once all memory is full of what is to be written.
+    set(device, &[MARK, ("bdi/max_bytes", &most), ("bdi/strict_limit", "1")]);
+    if has(device, FREE_QUEUE) {
+        set(device, &QUEUE);
     }
 }
 
-/// Gives back the bound of a device that nobody has.
+/// Gives back the bounds of a device that nobody has.
 fn unbound(device: &Path) {
-    let bdi = device.join("bdi");
-    let Ok(turn) = turn(&bdi) else { return };
+    let Ok(turn) = turn(device) else { return };
     // Whoever sets it just now has it.
     let is_free = turn.try_lock().is_ok() && !device.join("loop/backing_file").exists();
-    if is_free && has(&bdi, MARK) {
-        set(&bdi, &FREE);
+    if !is_free || !has(device, MARK) {
+        return;
     }
+    if has(device, QUEUE[0]) {
+        let _ = FREE_REQUEST_KIB.iter().find(|size| set(device, &[(REQUEST_KIB, size)]));
+        set(device, &[FREE_QUEUE]);
+    }
+    set(device, &FREE);
 }
 
 /// What is locked while a device is set: it is held as long as this is.
-fn turn(bdi: &Path) -> io::Result<File> {
-    File::open(bdi.join(MARK.0))
+fn turn(device: &Path) -> io::Result<File> {
+    File::open(device.join(MARK.0))
 }
 
-fn has(bdi: &Path, (file, value): (&str, &str)) -> bool {
-    fs::read_to_string(bdi.join(file)).is_ok_and(|text| text.trim() == value)
+fn has(device: &Path, (file, value): (&str, &str)) -> bool {
+    fs::read_to_string(device.join(file)).is_ok_and(|text| text.trim() == value)
 }
 
-/// As far as it goes: what is left half set has the mark still, or has it already.
-fn set(bdi: &Path, settings: &[(&str, &str)]) {
-    let _ = settings.iter().try_for_each(|(file, value)| fs::write(bdi.join(file), value));
+/// As far as it goes: what is left half set has the mark still, or has it already. Whether all went.
+fn set(device: &Path, settings: &[(&str, &str)]) -> bool {
+    settings.iter().try_for_each(|(file, value)| fs::write(device.join(file), value)).is_ok()
 }
 
 #[cfg(test)]
@@ -189,33 +205,42 @@ mod tests {
     /// A device as the kernel shows it, with these settings.
     fn device(settings: &[(&str, &str)]) -> tempfile::TempDir {
         let device = tempfile::tempdir().unwrap();
-        fs::create_dir_all(device.path().join("bdi")).unwrap();
-        fs::create_dir_all(device.path().join("loop")).unwrap();
-        set(&device.path().join("bdi"), settings);
+        for part in ["bdi", "loop", "queue"] {
+            fs::create_dir_all(device.path().join(part)).unwrap();
+        }
+        set(device.path(), settings);
         device
     }
 
     fn settings(device: &Path) -> [String; 3] {
-        FREE.map(|(file, _)| fs::read_to_string(device.join("bdi").join(file)).unwrap())
+        FREE.map(|(file, _)| fs::read_to_string(device.join(file)).unwrap())
+    }
+
+    fn queue(device: &Path) -> [String; 2] {
+        QUEUE.map(|(file, _)| fs::read_to_string(device.join(file)).unwrap())
     }
 
     #[test]
     fn a_bound_is_set_and_taken_away_when_nobody_has_the_device() {
         let device = device(&FREE);
-        let (device, bdi) = (device.path(), device.path().join("bdi"));
+        let device = device.path();
+        set(device, &[FREE_QUEUE, (REQUEST_KIB, "4096")]);
         bound(device);
         assert_eq!(settings(device), ["1", "1000000", "7"]);
-        assert_eq!(fs::read_to_string(bdi.join("max_bytes")).unwrap(), "67108864");
+        assert_eq!(queue(device), ["4", "256"]);
+        assert_eq!(fs::read_to_string(device.join("bdi/max_bytes")).unwrap(), "67108864");
         fs::write(device.join("loop/backing_file"), "").unwrap();
         unbound(device);
         assert_eq!(settings(device), ["1", "1000000", "7"], "somebody has it");
+        assert_eq!(queue(device), ["4", "256"], "somebody has it");
         fs::remove_file(device.join("loop/backing_file")).unwrap();
         // The kernel tells by this how much it is.
-        fs::write(bdi.join("max_ratio_fine"), "14880").unwrap();
+        fs::write(device.join("bdi/max_ratio_fine"), "14880").unwrap();
         unbound(device);
         assert_eq!(settings(device), FREE.map(|(_, value)| value));
+        assert_eq!(queue(device), ["128", "0"]);
         // One who was killed between two settings has left some.
-        fs::write(bdi.join(MARK.0), MARK.1).unwrap();
+        fs::write(device.join(MARK.0), MARK.1).unwrap();
         unbound(device);
         assert_eq!(settings(device), FREE.map(|(_, value)| value));
     }
@@ -231,27 +256,35 @@ mod tests {
             bound(device.path());
             assert_eq!(settings(device.path()), theirs);
             assert!(!device.path().join("bdi/max_bytes").exists());
+            assert!(!device.path().join(QUEUE[0].0).exists());
         }
         // Nor is there anything to be set on an older kernel.
-        let device = device(&FREE[..1]);
-        bound(device.path());
-        unbound(device.path());
-        let files = fs::read_dir(device.path().join("bdi")).unwrap();
-        assert_eq!(files.count(), 1);
+        let old = device(&FREE[..1]);
+        bound(old.path());
+        unbound(old.path());
+        assert_eq!(fs::read_dir(old.path().join("bdi")).unwrap().count(), 1);
+        // A queue of another depth is theirs, whoever bounds the rest.
+        let device = device(&FREE);
+        let theirs = [(QUEUE[0].0, "64"), (REQUEST_KIB, "4096")];
+        set(device.path(), &theirs);
+        for turn in [bound, unbound] {
+            turn(device.path());
+            assert_eq!(queue(device.path()), ["64", "4096"]);
+        }
     }
 
     #[test]
     fn who_sets_a_device_and_who_gives_it_back_wait_for_each_other() {
         let device = device(&FREE);
         bound(device.path());
-        let other = turn(&device.path().join("bdi")).unwrap();
+        let other = turn(device.path()).unwrap();
         other.lock().unwrap();
         unbound(device.path());
         assert_eq!(settings(device.path()), ["1", "1000000", "7"], "at the next look");
         std::thread::scope(|scope| {
             let binds = scope.spawn(|| bound(device.path()));
             std::thread::sleep(TURN_POLL * 10);
-            set(&device.path().join("bdi"), &FREE);
+            set(device.path(), &FREE);
             other.unlock().unwrap();
             binds.join().unwrap();
         });

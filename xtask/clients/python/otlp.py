@@ -5,6 +5,7 @@ usage: otlp.py PORT
 
 import json
 import sys
+import threading
 from concurrent import futures
 
 import grpc
@@ -18,8 +19,13 @@ def attributes(pairs):
     return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
 
 
+# Spans and metrics come at once, each in a thread of its own; print() is two writes.
+one_line_at_a_time = threading.Lock()
+
+
 def say(**line):
-    print(json.dumps(line, default=str), flush=True)
+    with one_line_at_a_time:
+        print(json.dumps(line, default=str), flush=True)
 
 
 def flat(resources, scopes, items):

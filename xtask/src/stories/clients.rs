@@ -191,18 +191,22 @@ pub(super) fn a_collector_is_told_of_a_build_and_its_steps(lab: &Lab) -> Result<
     if !server.stop(Duration::from_secs(20))?.success() {
         bail!("the service did not stop well:\n{}", last_lines(&log));
     }
-    let told = || -> Vec<Value> {
-        let text = std::fs::read_to_string(&told).unwrap_or_default();
-        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    let told = || -> Result<Vec<Value>> {
+        let text = std::fs::read_to_string(&told)?;
+        // The last line may still be written.
+        let lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        lines.map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
     };
     let mut problem = None;
     until("all is handed on", Duration::from_secs(20), || {
-        let checked = check_trace(&told(), id).and_then(|()| check_metrics(&told()));
-        problem = checked.err();
+        let told = told()?;
+        let checked = check_trace(&told, id).and_then(|()| check_metrics(&told));
+        problem = checked.err().map(|error| error.to_string());
         Ok(problem.is_none().then_some(()))
     })
-    .with_context(|| format!("{problem:?}\n{:#?}", told()))?;
-    println!("      ok rotel: {} spans and metrics", told().len());
+    .with_context(|| format!("{problem:?}\nthe service: {}", last_lines(&log)))
+    .with_context(|| std::fs::read_to_string(&said).unwrap_or_default())?;
+    println!("      ok rotel: {} spans and metrics", told()?.len());
     Ok(Verdict::Passed)
 }
 

@@ -110,6 +110,9 @@ fn a_loop_device_writes_past_the_page_cache_and_goes_with_its_last_user() {
         assert_eq!(fs::read_to_string(flag).unwrap().trim(), "1");
     }
     let strict = size.with_file_name("bdi").join("strict_limit");
+    let queue = |file| {
+        fs::read_to_string(size.with_file_name("queue").join(file)).unwrap().trim().to_owned()
+    };
     // Linux 6.2 and later.
     let is_bounded = strict.exists();
     if is_bounded {
@@ -117,8 +120,11 @@ fn a_loop_device_writes_past_the_page_cache_and_goes_with_its_last_user() {
         let most = fs::read_to_string(strict.with_file_name("max_bytes")).unwrap();
         let most: u64 = most.trim().parse().unwrap();
         assert!((60 << 20..=65 << 20).contains(&most), "{most}: the kernel rounds");
+        assert_eq!(queue("nr_requests"), "4");
+        assert_eq!(queue("max_sectors_kb"), "256");
         LoopDevice::unbound_free();
         assert_eq!(fs::read_to_string(&strict).unwrap().trim(), "1", "somebody has it");
+        assert_eq!(queue("nr_requests"), "4", "somebody has it");
     }
     drop(device);
     let patience = Instant::now() + Duration::from_secs(20);
@@ -127,7 +133,9 @@ fn a_loop_device_writes_past_the_page_cache_and_goes_with_its_last_user() {
         assert!(Instant::now() < patience, "it is still there");
         std::thread::yield_now();
     }
-    while is_bounded && fs::read_to_string(&strict).unwrap().trim() == "1" {
+    let is_still =
+        || fs::read_to_string(&strict).unwrap().trim() == "1" || queue("nr_requests") == "4";
+    while is_bounded && is_still() {
         assert!(Instant::now() < patience, "whoever has it next is bounded as well");
         LoopDevice::unbound_free();
     }
