@@ -30,7 +30,7 @@ pub(crate) fn test(mut arguments: Arguments) -> Result<()> {
     for tool in TOOLS {
         tally.add(optional(tool, install));
     }
-    tally.add(fuzz_targets_compile());
+    tally.add(fuzz_targets_compile()?);
     if with_stories {
         tally.add(run_stories(Size::Reduced)?);
     }
@@ -202,12 +202,12 @@ fn optional(tool: &Tool, install: bool) -> Tally {
     step(&what, Program::new(program).args(words).dir(workspace::top()))
 }
 
-fn fuzz_targets_compile() -> Tally {
+fn fuzz_targets_compile() -> Result<Tally> {
     let what = "fuzz targets compile";
     if !process::found("c++") {
-        return skip(what, "no C++ compiler: apt-get install g++");
+        return Ok(skip(what, "no C++ compiler: apt-get install g++"));
     }
-    step(what, fuzz::compile_check())
+    Ok(step(what, fuzz::compile_check()?))
 }
 
 #[cfg(test)]

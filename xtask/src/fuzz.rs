@@ -35,11 +35,11 @@ const SECONDS_DEFAULT: u64 = 60;
 /// The largest input that is tried.
 const INPUT_BYTES_MAX: usize = 256 * 1024;
 
-/// `cargo check` of the targets, without the fuzzer's instrumentation.
-pub(crate) fn compile_check() -> Program {
-    Program::new("cargo")
-        .args(["check", "--quiet", "--manifest-path", "fuzz/Cargo.toml"])
-        .dir(workspace::top())
+/// `cargo check` of the targets, without the fuzzer's instrumentation. Their libraries are those of the
+/// workspace, which clippy has checked already.
+pub(crate) fn compile_check() -> Result<Program> {
+    let program = workspace::cargo().env("CARGO_TARGET_DIR", workspace::cargo_target()?);
+    Ok(program.args(["check", "--quiet", "--manifest-path", "fuzz/Cargo.toml"]))
 }
 
 pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
