@@ -119,7 +119,8 @@ fn process(order: &Order, base: &Base, command: &str, door: Option<SocketAddr>) 
     })
 }
 
-fn environment(base: &Base, door: Option<SocketAddr>) -> Vec<String> {
+/// The variables of a command.
+pub(crate) fn environment(base: &Base, door: Option<SocketAddr>) -> Vec<String> {
     // What is no variable in an image's config is nobody's.
     let is_variable = |entry: &&String| {
         !entry.contains('\0') && entry.split_once('=').is_some_and(|(name, _)| !name.is_empty())
