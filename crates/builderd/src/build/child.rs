@@ -7,8 +7,9 @@
 //! commands need more than that is done by another process, which it starts first.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -366,6 +367,9 @@ fn shut_in(spec: &ChildSpec) -> io::Result<()> {
         return Ok(());
     }
     let packs = spec.packs.as_ref().map(own_packs).transpose()?;
+    if spec.users.is_some() {
+        packs.as_deref().map_or(Ok(()), take_over)?;
+    }
     let staging = spec.output.parent();
     let kept: Vec<&Path> = staging.into_iter().chain(packs.as_deref()).collect();
     sandbox::narrow(&kept, processes(spec.has_own_processes), spec.users)
@@ -378,6 +382,24 @@ fn shut_in(spec: &ChildSpec) -> io::Result<()> {
 fn own_packs(packs: &PackSpec) -> io::Result<PathBuf> {
     let cache = PackCache::open(&packs.directory).map_err(io::Error::other)?;
     cache.directory_of(&SharingDomain::named(&packs.domain)).map_err(io::Error::other)
+}
+
+/// Makes root's what lies in a directory that another user has made, whom a server ran as before: of
+/// what is his nothing can be used as a user of its own.
+fn take_over(directory: &Path) -> io::Result<()> {
+    let root = Some(0);
+    if fs::metadata(directory)?.uid() == 0 {
+        return Ok(());
+    }
+    for entry in fs::read_dir(directory)? {
+        match lchown(entry?.path(), root, root) {
+            // Pruned meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            done => done?,
+        }
+    }
+    // The last, or who is ended before would leave the rest as it is.
+    lchown(directory, root, root)
 }
 
 fn limit(resource: Resource, bytes: u64) -> io::Result<()> {

@@ -145,3 +145,26 @@ fn a_server_whose_file_system_has_no_idmapped_mounts_says_so_and_builds() {
     let said = &server.said;
     assert!(said.contains("is one user to the kernel") && said.contains("idmapped"), "{said}");
 }
+
+#[test]
+fn a_cache_that_a_server_of_another_user_has_made_is_used_by_a_root_that_takes_over() {
+    let mut stage = Stage::new();
+    if !rustix::process::geteuid().is_root() || !sandbox::can_isolate() {
+        println!("skipped: this needs root and namespaces");
+        return;
+    }
+    let server = stage.serve(&[]);
+    let build = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let mut places = vec![stage.workshop.path("cache")];
+    while let Some(place) = places.pop() {
+        std::os::unix::fs::lchown(&place, Some(4321), Some(4321)).unwrap();
+        if place.is_dir() {
+            places.extend(std::fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+    let layers = [Layer::new().file("more", b"more")];
+    let image = stage.push_other("more", layers.into());
+    let build = server.finished("t1", &server.create("t1", &image));
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+}
