@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use sandbox::{CgroupRoot, LoopDevice, Sandbox, Users};
+use sandbox::{Cgroup, CgroupLimits, CgroupRoot, LoopDevice, Sandbox, Users};
 
 use crate::counting::{BYTES_PER_FILE, Counting, guard};
 use crate::judge::{self, BASE_BYTES_MAX};
@@ -94,6 +94,10 @@ fn run(
     // With our copies open the layer would never end, and a door that is not opened never fail.
     drop((layer, scratch, outside));
     let group = format!("{}-{}", std::process::id(), sandbox.pid());
+    // Others who end remove the place of all groups when none is in it, and a runtime that is just making
+    // one does not find it.
+    let place = groups.create(&format!("{group}-place"), &CgroupLimits::default());
+    let place = place.map_err(Unable::NoLimits)?;
     // Files of other builds that run belong to others, until this returns.
     let held = Users::hold()?;
     let users = held.users();
@@ -116,7 +120,7 @@ fn run(
         let _ = order::send(&mut watch.stdin, &watch.told);
         watch.listen(pipes.stdout, pipes.stderr, counting)
     });
-    watch.clean_up();
+    watch.clean_up(place);
     drop(watched);
     ended
 }
@@ -413,12 +417,13 @@ impl Watch<'_> {
     }
 
     /// The end of the keeper was the end of everything but the groups.
-    fn clean_up(mut self) {
+    fn clean_up(mut self, place: Cgroup) {
         self.sandbox.kill();
         let _ = self.sandbox.wait();
         for index in 0..self.told.order.commands.len() {
             drop(self.groups.existing(&format!("{}-{index}", self.told.group)));
         }
+        drop(place);
         self.groups.remove();
     }
 }
