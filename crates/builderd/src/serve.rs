@@ -219,6 +219,7 @@ pub(crate) async fn serve(
     let caches = config.storage.cache_enabled;
     let packs = caches.then(|| open_packs(&config)).transpose()?;
     let (service_rules, mut worker_rules) = rules(&config, &host)?;
+    worker_rules.has_own_users = has_own_users(&host, &config).await;
     worker_rules.sealed_packs = caches.then(|| sealed_packs(&config, &store, &key)).transpose()?;
     let service = Arc::new(BuildService::new(
         store.clone(),
@@ -278,6 +279,27 @@ async fn swept(host: Host) -> Arc<Host> {
     let left = Arc::clone(&host);
     aside(move || left.sweep()).await;
     host
+}
+
+/// Whether what fetches for a build is a user of its own to the kernel, in the directories that are there.
+async fn has_own_users(host: &Arc<Host>, config: &Config) -> bool {
+    let (host, storage) = (Arc::clone(host), &config.storage);
+    let cache = storage.cache_enabled.then(|| storage.cache_dir.clone());
+    let places: Vec<PathBuf> =
+        cache.into_iter().chain([config.rootfs_output_dir.clone()]).collect();
+    let tried = tokio::task::spawn_blocking(move || {
+        let places: Vec<&Path> = places.iter().map(PathBuf::as_path).collect();
+        host.give_own_users(&places)
+    });
+    let refused = tried.await.map_err(|error| error.to_string()).flatten().err();
+    if let Some(why) = &refused {
+        tracing::warn!(
+            why,
+            "what fetches for builds is one user to the kernel: a build can use up for the others what \
+             is counted by user"
+        );
+    }
+    refused.is_none()
 }
 
 /// What whoever starts the service should see.
@@ -584,6 +606,7 @@ fn worker_rules(config: &Config, host: Arc<Host>) -> Result<WorkerRules, ServeEr
         }),
         sealed_packs: None,
         cache_enabled: storage.cache_enabled,
+        has_own_users: false,
         host,
         program,
         runtime: None,

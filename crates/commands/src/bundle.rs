@@ -1,9 +1,10 @@
 //! The configuration of a command's container (OCI runtime specification, "Configuration").
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use rustix::process::Resource;
+use rustix::process::{Resource, Rlimit};
 use sandbox::Users;
 use serde_json::{Value, json};
 
@@ -46,6 +47,9 @@ const MASKED: [&str; 13] = [
 const READ_ONLY: [&str; 5] =
     ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 const OPEN_FILES: u64 = 65_536;
+/// At once. All containers of a host together have 3072 by default, and one would take them all:
+/// kernel documentation, "The Devpts Filesystem".
+const TERMINALS: &str = "max=64";
 /// What is smaller than a page is no core; and 1 alone keeps the kernel from starting the host's
 /// program for cores, as root and outside, where core_pattern names one (kernel: fs/coredump.c).
 const CORE_BYTES: u64 = 1;
@@ -59,27 +63,40 @@ const NO_PROXY: &str = "localhost,127.0.0.1,::1";
 const SOCK_TYPE_MASK: u64 = 0xf;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The configuration of the container that runs `command` on the tree at `root`, in the cgroup
-/// `group`. Its only way out of the network is `door`.
+/// What is around a command.
+pub(crate) struct Surroundings<'a> {
+    /// The tree.
+    pub(crate) root: &'a Path,
+    pub(crate) group: &'a str,
+    pub(crate) users: Users,
+    /// Their namespace, where the runtime does not make one.
+    pub(crate) namespace: Option<&'a Path>,
+    /// The only way out of the network.
+    pub(crate) door: Option<SocketAddr>,
+}
+
+/// The configuration of the container that runs `command`.
 pub(crate) fn config(
     order: &Order,
     base: &Base,
     command: &str,
-    root: &Path,
-    users: Users,
-    group: &str,
-    door: Option<SocketAddr>,
+    around: &Surroundings<'_>,
 ) -> Value {
+    let Surroundings { root, group, users, namespace, door } = *around;
     let map = json!([{ "containerID": 0, "hostID": users.first, "size": users.count }]);
     let mut namespaces: Vec<Value> =
-        ["user", "pid", "ipc", "uts", "mount", "cgroup"].map(|kind| json!({ "type": kind })).into();
+        ["pid", "ipc", "uts", "mount", "cgroup"].map(|kind| json!({ "type": kind })).into();
+    namespaces.push(match namespace {
+        None => json!({ "type": "user" }),
+        Some(path) => json!({ "type": "user", "path": path }),
+    });
     namespaces.push(match door {
         None => json!({ "type": "network" }),
         Some(_) => json!({ "type": "network", "path": KEEPERS_NETWORK }),
     });
     json!({
         "ociVersion": "1.0.2",
-        "process": process(order, base, command, door),
+        "process": process(order, base, command, around),
         "root": { "path": root, "readonly": false },
         "hostname": "build",
         "mounts": mounts(),
@@ -97,7 +114,7 @@ pub(crate) fn config(
     })
 }
 
-fn process(order: &Order, base: &Base, command: &str, door: Option<SocketAddr>) -> Value {
+fn process(order: &Order, base: &Base, command: &str, around: &Surroundings<'_>) -> Value {
     let directory = match base.working_directory.as_str() {
         absolute if absolute.starts_with('/') => absolute.to_owned(),
         relative => format!("/{relative}"),
@@ -106,20 +123,27 @@ fn process(order: &Order, base: &Base, command: &str, door: Option<SocketAddr>) 
         .map(|set| (set.to_owned(), json!(CAPABILITIES)))
         .into_iter()
         .collect();
+    let limits: Vec<Value> = match around.namespace {
+        None => limits(order).iter().map(shown).collect(),
+        // Those of the keeper: over processes in a namespace that is not root's the runtime has no power
+        // where root is without CAP_SYS_RESOURCE.
+        Some(_) => Vec::new(),
+    };
     json!({
         "terminal": false,
         "user": { "uid": 0, "gid": 0 },
         "args": ["/bin/sh", "-c", command],
-        "env": environment(base, door),
+        "env": environment(base, around.door),
         "cwd": directory,
         "capabilities": sets,
         "noNewPrivileges": true,
         "oomScoreAdj": 500,
-        "rlimits": limits(order),
+        "rlimits": limits,
     })
 }
 
-fn environment(base: &Base, door: Option<SocketAddr>) -> Vec<String> {
+/// The variables of a command.
+pub(crate) fn environment(base: &Base, door: Option<SocketAddr>) -> Vec<String> {
     // What is no variable in an image's config is nobody's.
     let is_variable = |entry: &&String| {
         !entry.contains('\0') && entry.split_once('=').is_some_and(|(name, _)| !name.is_empty())
@@ -142,23 +166,37 @@ fn environment(base: &Base, door: Option<SocketAddr>) -> Vec<String> {
     environment
 }
 
-fn limits(order: &Order) -> Vec<Value> {
+/// A limit of a command's processes, by its name in a configuration.
+type Limit = (&'static str, Resource, u64);
+
+fn limits(order: &Order) -> Vec<Limit> {
     let mut limits = vec![
-        limit("RLIMIT_CORE", Resource::Core, CORE_BYTES),
-        limit("RLIMIT_MEMLOCK", Resource::Memlock, 64 << 10),
-        limit("RLIMIT_NOFILE", Resource::Nofile, OPEN_FILES),
+        ("RLIMIT_CORE", Resource::Core, CORE_BYTES),
+        ("RLIMIT_MEMLOCK", Resource::Memlock, 64 << 10),
+        ("RLIMIT_NOFILE", Resource::Nofile, OPEN_FILES),
     ];
     if order.scratch == Scratch::Watched {
-        limits.push(limit("RLIMIT_FSIZE", Resource::Fsize, order.disk_bytes));
+        limits.push(("RLIMIT_FSIZE", Resource::Fsize, order.disk_bytes));
+    }
+    // Never above the present hard limit, which not every service may raise.
+    for (_, resource, wanted) in &mut limits {
+        let most = rustix::process::getrlimit(*resource).maximum;
+        *wanted = most.map_or(*wanted, |most| most.min(*wanted));
     }
     limits
 }
 
-/// Never above the present hard limit, which not every service may raise.
-fn limit(name: &str, resource: Resource, wanted: u64) -> Value {
-    let most = rustix::process::getrlimit(resource).maximum;
-    let value = most.map_or(wanted, |most| most.min(wanted));
-    json!({ "type": name, "hard": value, "soft": value })
+/// Sets the limits of commands for this process and those that it starts.
+pub(crate) fn set_limits(order: &Order) -> io::Result<()> {
+    for (_, resource, most) in limits(order) {
+        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+        rustix::process::setrlimit(resource, limit)?;
+    }
+    Ok(())
+}
+
+fn shown(&(name, _, most): &Limit) -> Value {
+    json!({ "type": name, "hard": most, "soft": most })
 }
 
 fn mounts() -> Value {
@@ -175,7 +213,8 @@ fn mounts() -> Value {
         tmpfs("/dev", "size=64k", "mode=755", &["strictatime"]),
         tmpfs("/dev/shm", "size=64m", "mode=1777", &["nodev", "noexec"]),
         { "destination": "/dev/pts", "type": "devpts", "source": "devpts",
-          "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"] },
+          "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620",
+                      TERMINALS] },
         { "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
           "options": ["nosuid", "noexec", "nodev"] },
     ])

@@ -19,6 +19,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use sandbox::{LoopDevice, Outcome, Sandbox};
 use serde::Serialize;
 
+use crate::bundle::Surroundings;
 use crate::drain::Drain;
 use crate::order::{
     self, Base, Event, KeeperOrder, LINE_BYTES_MAX, LayerOrder, Line, Trouble, UnpackOrder,
@@ -70,6 +71,8 @@ struct Keeper {
     watched: Option<OwnedFd>,
     /// Where the way out is, if there is one.
     door: Option<SocketAddr>,
+    /// That of the commands' users, where the runtime can go there.
+    namespace: Option<File>,
 }
 
 impl Keeper {
@@ -98,7 +101,12 @@ impl Keeper {
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
         rustix::mount::mount("tmpfs", base, "tmpfs", flags, Some(c"size=64m,mode=0755"))
             .map_err(failed)?;
-        Ok(Self { order, program, base: base.into(), watched, door })
+        // Before runc 1.2 nobody can who is to share the keeper's network as well: it has given up the
+        // rights for that by then.
+        let namespace = door.is_none().then(|| order.users.namespace()).transpose();
+        let namespace =
+            namespace.map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
+        Ok(Self { order, program, base: base.into(), watched, door, namespace })
     }
 
     fn run(&self, scratch: File, layer: File, packs: &[File]) -> Result<Vec<String>, Trouble> {
@@ -108,6 +116,10 @@ impl Keeper {
         tell(Event::Unpacked)?;
         let merged = self.mount_overlay()?;
         let mut output = Output::default();
+        if self.namespace.is_some() {
+            bundle::set_limits(&self.order.order)
+                .map_err(|error| Trouble::of("limit the commands", error))?;
+        }
         for index in 0..self.order.order.commands.len() {
             self.command(index, &merged, &mut output)?;
         }
@@ -224,8 +236,18 @@ impl Keeper {
         make_directory(&bundle, 0o700)?;
         let group = format!("{}/{name}", self.order.place);
         let told = &self.order;
-        let config =
-            bundle::config(order, &told.base, command, merged, told.users, &group, self.door);
+        // As the runtime finds the keeper, which is the first process.
+        let namespace = self.namespace.as_ref();
+        let namespace =
+            namespace.map(|file| PathBuf::from(format!("/proc/1/fd/{}", file.as_raw_fd())));
+        let around = Surroundings {
+            root: merged,
+            group: &group,
+            users: told.users,
+            namespace: namespace.as_deref(),
+            door: self.door,
+        };
+        let config = bundle::config(order, &told.base, command, &around);
         let text = serde_json::to_vec(&config).map_err(|error| Trouble::ours(error.to_string()))?;
         fs::write(bundle.join("config.json"), text)
             .map_err(|error| Trouble::of("write the container's configuration", error))?;

@@ -6,10 +6,11 @@
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use sandbox::{CgroupRoot, LoopDevice, Sandbox, Users};
+use sandbox::{Cgroup, CgroupLimits, CgroupRoot, LoopDevice, Sandbox, Users};
 
 use crate::counting::{BYTES_PER_FILE, Counting, guard};
 use crate::judge::{self, BASE_BYTES_MAX};
@@ -61,6 +62,7 @@ fn take_on(
     let count = judge::files(&order, &base)?;
     let packs = handing::take(&outside, count).map_err(io("take the layers of the image"))?;
     judge::packs(&base, &packs)?;
+    judge::image(&order, &base)?;
     let (layer, sink) = io::pipe().map_err(io("make a pipe"))?;
     handing::hand(&outside, &[layer.as_fd()]).map_err(io("hand the layer out"))?;
     drop(layer);
@@ -92,6 +94,10 @@ fn run(
     // With our copies open the layer would never end, and a door that is not opened never fail.
     drop((layer, scratch, outside));
     let group = format!("{}-{}", std::process::id(), sandbox.pid());
+    // Others who end remove the place of all groups when none is in it, and a runtime that is just making
+    // one does not find it.
+    let place = groups.create(&format!("{group}-place"), &CgroupLimits::default());
+    let place = place.map_err(Unable::NoLimits)?;
     // Files of other builds that run belong to others, until this returns.
     let held = Users::hold()?;
     let users = held.users();
@@ -114,7 +120,7 @@ fn run(
         let _ = order::send(&mut watch.stdin, &watch.told);
         watch.listen(pipes.stdout, pipes.stderr, counting)
     });
-    watch.clean_up();
+    watch.clean_up(place);
     drop(watched);
     ended
 }
@@ -150,14 +156,46 @@ fn has_ended(pid: u32) -> bool {
     program.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
-/// What the runtime complains of, where a command was not even started.
-fn never_started(complaint: &str) -> CommandsError {
-    match complaint.contains("/bin/sh") && complaint.contains("no such file") {
-        true => {
-            CommandsError::Refused("the image has no /bin/sh, which commands are run by".to_owned())
-        }
-        false => CommandsError::Broken(format!("the OCI runtime says: {complaint}")),
+/// What the runtime complains of, where a command was not even started: of the image's shell, or of
+/// the directory that its config names, whatever the words of the runtime for it are. What the host is
+/// short of is nobody's who made an image.
+fn never_started(complaint: &str, working_directory: &str) -> CommandsError {
+    const SHORT: [&str; 5] = [
+        "cannot allocate memory",
+        "input/output error",
+        "no space left on device",
+        "resource temporarily unavailable",
+        "too many open files",
+    ];
+    let lower = complaint.to_lowercase();
+    let is_host_short = SHORT.iter().any(|words| lower.contains(words));
+    if complaint.contains("/bin/sh") && lower.contains("no such file") {
+        let text = "the image has no /bin/sh, which commands are run by".to_owned();
+        return CommandsError::Refused(text);
     }
+    if complaint.contains("/bin/sh") && !is_host_short {
+        return CommandsError::Refused(format!(
+            "the image's /bin/sh, which commands are run by, cannot be started: {complaint}"
+        ));
+    }
+    if is_of_directory(complaint, working_directory) && !is_host_short {
+        return CommandsError::Refused(format!(
+            "no command can be run in the working directory of the image (WorkingDir of its config): \
+             build the image with another one: {complaint}"
+        ));
+    }
+    CommandsError::Broken(format!("the OCI runtime says: {complaint}"))
+}
+
+/// Whether a runtime complains of the directory: it makes what is not there, one above the other, and
+/// goes there.
+fn is_of_directory(complaint: &str, working_directory: &str) -> bool {
+    let path = Path::new("/").join(working_directory);
+    let is_above = |word: &str| {
+        let named = Path::new(word.trim_matches(|letter| ":\"'`()".contains(letter)));
+        named.is_absolute() && named != Path::new("/") && path.starts_with(named)
+    };
+    complaint.contains("chdir") || complaint.split_whitespace().any(is_above)
 }
 
 /// The command that runs, and since when.
@@ -308,7 +346,12 @@ impl Watch<'_> {
         match complaint {
             // The runtime is in that group, too, until the command begins.
             Some(_) if is_short => return Err(self.failed(CommandEnd::OutOfMemory)),
-            Some(complaint) => return Err(never_started(&complaint)),
+            // It makes the directories that it mounts on.
+            Some(_) if is_full => return Err(self.failed(CommandEnd::DiskFull)),
+            Some(complaint) => {
+                let directory = &self.told.base.working_directory;
+                return Err(never_started(&complaint, directory));
+            }
             None => {}
         }
         match code {
@@ -374,12 +417,13 @@ impl Watch<'_> {
     }
 
     /// The end of the keeper was the end of everything but the groups.
-    fn clean_up(mut self) {
+    fn clean_up(mut self, place: Cgroup) {
         self.sandbox.kill();
         let _ = self.sandbox.wait();
         for index in 0..self.told.order.commands.len() {
             drop(self.groups.existing(&format!("{}-{index}", self.told.group)));
         }
+        drop(place);
         self.groups.remove();
     }
 }
@@ -387,6 +431,35 @@ impl Watch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_runtime_complains_of_is_the_images_fault_or_the_hosts() {
+        let is_theirs = |complaint: &str, directory: &str| {
+            let error = never_started(complaint, directory);
+            assert!(error.to_string().contains("image") == error.is_theirs(), "{error}");
+            error.is_theirs()
+        };
+        for complaint in [
+            "exec: \"/bin/sh\": stat /bin/sh: no such file or directory",
+            "exec: \"/bin/sh\": permission denied",
+            "exec /bin/sh: exec format error",
+            "exec /bin/sh: argument list too long",
+            "error during container init: mkdir /srv/file: not a directory",
+            "mkdir /srv: too many levels of symbolic links",
+            "chdir to cwd (\"/srv/file/x\") set in config.json failed: permission denied",
+        ] {
+            assert!(is_theirs(complaint, "srv/file/x"), "{complaint}");
+        }
+        for complaint in [
+            "exec /bin/sh: cannot allocate memory",
+            "mkdir /srv: input/output error",
+            "mkdir /sys/fs/cgroup/x: no such file or directory",
+            "mkdir /: read-only file system",
+            "unable to apply cgroup configuration",
+        ] {
+            assert!(!is_theirs(complaint, "/srv/file/x"), "{complaint}");
+        }
+    }
 
     #[test]
     fn who_has_ended_and_was_not_asked_about_it_has_ended() {

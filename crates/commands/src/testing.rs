@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use rootfs::TreeLimits;
 use sandbox::Users;
 
+use crate::bundle::{self, Surroundings};
 use crate::judge::{self, BASE_BYTES_MAX};
+use crate::keeper;
 use crate::order::{self, Base, CommandLimits, Order, Scratch};
-use crate::{bundle, keeper};
 
 /// Reads what commands are said to be run on, handed over with files of these sizes.
 ///
@@ -33,16 +34,24 @@ pub fn read_base(text: &[u8], sizes: &[u64]) {
             assert!(end.is_some_and(|end| end <= handed_over[part.file]), "{part:?}");
         }
     }
-    check_bundle(&order, &base);
+    if judge::image(&order, &base).is_ok() {
+        check_bundle(&order, &base);
+    }
+}
+
+fn is_path(cwd: &str) -> bool {
+    cwd.starts_with('/') && !cwd.contains('\0') && cwd.len() < 4096
 }
 
 /// The container of a command: a working directory that is one, and variables that are.
 fn check_bundle(order: &Order, base: &Base) {
     let users = Users { first: 1, count: 1 };
     for door in [None, Some(([127, 0, 0, 1], 1).into())] {
-        let config = bundle::config(order, base, "true", Path::new("/root"), users, "group", door);
+        let around =
+            Surroundings { root: Path::new("/root"), group: "group", users, namespace: None, door };
+        let config = bundle::config(order, base, "true", &around);
         let process = &config["process"];
-        assert!(process["cwd"].as_str().is_some_and(|cwd| cwd.starts_with('/')));
+        assert!(process["cwd"].as_str().is_some_and(is_path));
         let environment = process["env"].as_array().into_iter().flatten();
         let mut ways = 0;
         for entry in environment.filter_map(|entry| entry.as_str()) {

@@ -141,9 +141,7 @@ impl CgroupRoot {
         // Dropped on an error, it removes what was made so far.
         for (controller, (directory, version)) in &group.places {
             let place = &self.places[controller].0;
-            // Gone when another service has cleared away what nobody used.
-            let result = make_place(place, controller, *version)
-                .and_then(|()| make(directory))
+            let result = make_below(place, controller, *version, directory)
                 .and_then(|()| set(controller, directory, *version, limits));
             result.map_err(|source| {
                 SandboxError::new(&format!("make the cgroup {}", directory.display()), source)
@@ -524,6 +522,26 @@ fn make_place(place: &Path, controller: &str, version: Version) -> io::Result<()
         Version::V1 => Ok(()),
         Version::V2 => write(place, "cgroup.subtree_control", &format!("+{controller}")),
     }
+}
+
+/// Makes a group in its place. That is gone when somebody else has cleared away what nobody used, or
+/// does so now: from then on it stays.
+fn make_below(
+    place: &Path,
+    controller: &str,
+    version: Version,
+    directory: &Path,
+) -> io::Result<()> {
+    const TRIES: u32 = 16;
+    let make_both = || make_place(place, controller, version).and_then(|()| make(directory));
+    let mut made = make_both();
+    for _ in 1..TRIES {
+        match &made {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => made = make_both(),
+            _ => break,
+        }
+    }
+    made
 }
 
 /// Removes the places of services that were killed and never came back: those with a name like

@@ -23,6 +23,7 @@
 )]
 #![warn(clippy::undocumented_unsafe_blocks, unsafe_op_in_unsafe_fn)]
 
+mod account;
 mod apart;
 mod cgroup;
 mod confine;

@@ -49,6 +49,20 @@ fn try_namespaces() -> io::Result<()> {
     sandbox.wait().map(drop)
 }
 
+/// A user namespace in which nobody is, with this map of users and of groups. It belongs to the user that
+/// this process is now.
+pub(crate) fn user_namespace(map: &str) -> io::Result<File> {
+    let flags = u64::from(libc::CLONE_NEWUSER.unsigned_abs());
+    let (mut sandbox, release) = start(flags, &Image::nothing())?;
+    let place = format!("/proc/{}", sandbox.pid);
+    std::fs::write(format!("{place}/gid_map"), map)?;
+    std::fs::write(format!("{place}/uid_map"), map)?;
+    let namespace = File::open(format!("{place}/ns/user"))?;
+    drop(release);
+    sandbox.wait()?;
+    Ok(namespace)
+}
+
 const NAMESPACES: u64 = (libc::CLONE_NEWUSER
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET

@@ -4,14 +4,16 @@
 //! one holder at a time (unix(7), abstract sockets), so nothing of it is left when the holder ends,
 //! however it ends. Services that share a host but no network do not see each other's names.
 
+use std::fs::File;
 use std::io;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::SandboxError;
+use crate::{SandboxError, account};
 
 /// The first of all: above what systems give to people, services and dynamic users (systemd.io,
 /// "Users, Groups, UIDs and GIDs on systemd Systems").
@@ -50,6 +52,27 @@ impl Users {
     pub fn hold() -> Result<HeldUsers, SandboxError> {
         hold(&MANY).map_err(|source| SandboxError::new("find users that nobody else has", source))
     }
+
+    /// A thousand of the same kind, for a process [that fetches](crate::narrow) and its workers. It
+    /// must not be that process which holds them: taken over, it could let go of them and stay.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when more than sixteen thousand are in use.
+    pub fn hold_few() -> Result<HeldUsers, SandboxError> {
+        hold(&SINGLE).map_err(|source| SandboxError::new("find users that nobody else has", source))
+    }
+
+    /// A user namespace in which the first is root and the others follow. It is the first one's, outside:
+    /// what the kernel counts for a namespace's owner as well as inside of it (instances of inotify(7),
+    /// signals that wait, namespaces below), it counts for nobody else. Needs root.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the kernel refuses.
+    pub fn namespace(self) -> Result<File, SandboxError> {
+        let map = format!("0 {} {}", self.first, self.count);
+        account::namespace(self, &map)
+            .map_err(|source| SandboxError::new("make a user namespace", source))
+    }
 }
 
 /// Users that are nobody else's for as long as this lives.
@@ -68,8 +91,11 @@ impl HeldUsers {
 }
 
 fn hold(kind: &Kind) -> io::Result<HeldUsers> {
+    /// How many this process has held. Who was given up last may still be somebody's that is ending.
+    static HELD_SO_FAR: AtomicU32 = AtomicU32::new(0);
+    let so_far = HELD_SO_FAR.fetch_add(1, Ordering::Relaxed);
     // Others began elsewhere, mostly.
-    let begin = std::process::id() % kind.ranges;
+    let begin = std::process::id().wrapping_add(so_far) % kind.ranges;
     for number in (begin..kind.ranges).chain(0..begin) {
         let name = format!("builderd-users-{}-{number}", kind.name);
         match UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name)?) {
@@ -86,27 +112,47 @@ fn hold(kind: &Kind) -> io::Result<HeldUsers> {
     Err(io::ErrorKind::AddrInUse.into())
 }
 
-/// Users of the processes that this one starts, and how many were given.
-static HELD: Mutex<Option<(HeldUsers, u32)>> = Mutex::new(None);
+/// Users of the processes that this one starts.
+struct Own {
+    users: Users,
+    given: u32,
+    /// None where somebody else holds them for as long as this process runs.
+    _held: Option<HeldUsers>,
+}
+
+impl Own {
+    fn held() -> io::Result<Self> {
+        let held = hold(&SINGLE)?;
+        Ok(Self { users: held.users(), given: 0, _held: Some(held) })
+    }
+}
+
+static OWN: Mutex<Option<Own>> = Mutex::new(None);
 
 /// Takes the users of the processes that this one will start, before it may take no more names.
 pub(crate) fn hold_own() -> io::Result<()> {
-    let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-    if held.is_none() {
-        *held = Some((hold(&SINGLE)?, 0));
+    let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if own.is_none() {
+        *own = Some(Own::held()?);
     }
     Ok(())
 }
 
+/// Those of the processes that this one will start are these, which somebody holds for it.
+pub(crate) fn take(users: Users) {
+    let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+    *own = Some(Own { users, given: 0, _held: None });
+}
+
 /// A user for one more process that this one starts: another one than its last thousand had.
 pub(crate) fn next() -> io::Result<u32> {
-    let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-    let (held, given) = match &mut *held {
-        Some(held) => held,
-        None => held.insert((hold(&SINGLE)?, 0)),
+    let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let own = match &mut *own {
+        Some(own) => own,
+        None => own.insert(Own::held()?),
     };
-    let user = held.users.first + *given % held.users.count;
-    *given = given.wrapping_add(1);
+    let user = own.users.first + own.given % own.users.count;
+    own.given = own.given.wrapping_add(1);
     Ok(user)
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
@@ -14,8 +14,9 @@ use rustix::mount::{
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
+use crate::account::{Account, without_cores};
 use crate::confine::{EMPTY, MOUNT_POINTS, drop_capabilities, keep_to_itself};
-use crate::{SandboxError, apart, seccomp, users};
+use crate::{SandboxError, Users, apart, seccomp, users};
 
 /// What a program needs to run, to look names up and to check certificates; where it is there.
 const READ: [&str; 18] = [
@@ -150,15 +151,27 @@ const REFUSED: &[libc::c_long] = &[
 /// alone. The one that called waits outside and ends as this one does; when it is ended, this one and
 /// all that it has started are ended by the kernel.
 ///
+/// With `users`, which [somebody else holds](Users::hold_few), who is root goes on as the first of them
+/// and as root of them alone: what the kernel counts by user it counts for this process and its
+/// workers, and no capability reaches another user. What is root's in `kept` is its own, and what it
+/// makes there is root's. For that the file systems of `kept` must know idmapped mounts, and a
+/// program of the host is not started when it crashes. Who is not root has one user in any case.
+///
 /// To be called before the first thread is started, with absolute paths. Descriptors that are open
 /// stay open. The working directory is `/` afterwards.
 ///
 /// # Errors
 /// [`SandboxError`] when this host does not let it; the process is not to go on then, since part
 /// of it may be done.
-pub fn narrow(kept: &[&Path], processes: Processes) -> Result<(), SandboxError> {
+pub fn narrow(
+    kept: &[&Path],
+    processes: Processes,
+    users: Option<Users>,
+) -> Result<(), SandboxError> {
     let failed = |action: &'static str| move |source: io::Error| SandboxError::new(action, source);
     let is_root = rustix::process::geteuid().is_root();
+    let account = users.filter(|_| is_root).map(Account::open).transpose();
+    let account = account.map_err(failed("have users of its own"))?;
     own_namespaces(is_root, processes).map_err(failed(match processes {
         Processes::Own => "have mounts and processes of its own",
         Processes::All => "have mounts of its own",
@@ -166,10 +179,17 @@ pub fn narrow(kept: &[&Path], processes: Processes) -> Result<(), SandboxError> 
     if processes == Processes::Own {
         apart::go_inside().map_err(failed("go on among processes of its own"))?;
     }
-    see_only(kept, is_root, processes).map_err(failed("leave the host's files"))?;
+    let seen = see_only(kept, is_root, processes, account.as_ref());
+    seen.map_err(failed("leave the host's files"))?;
+    let has_account = account.is_some();
+    if let Some(account) = account {
+        without_cores()
+            .and_then(|()| account.enter())
+            .map_err(failed("go on as a user of its own"))?;
+    }
     let keeps = if is_root { ROOT_KEEPS } else { CapabilitySet::empty() };
     drop_capabilities(keeps).map_err(failed("give up capabilities"))?;
-    if is_root {
+    if is_root && !has_account {
         // Others of its kind are root with the same capabilities: they must not reach its memory.
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
             .map_err(|source| SandboxError::new("refuse to be traced", source))?;
@@ -177,7 +197,9 @@ pub fn narrow(kept: &[&Path], processes: Processes) -> Result<(), SandboxError> 
     rustix::thread::set_no_new_privs(true)
         .map_err(|source| SandboxError::new("give up new privileges", source))?;
     keep_to_itself();
-    users::hold_own().map_err(failed("find users that nobody else has"))?;
+    if !has_account {
+        users::hold_own().map_err(failed("find users that nobody else has"))?;
+    }
     seccomp::refuse(REFUSED).map_err(failed("filter system calls"))
 }
 
@@ -253,7 +275,12 @@ fn read_only(place: &Path) -> io::Result<()> {
 }
 
 /// A new root with the directories in it, in place of the host's.
-fn see_only(kept: &[&Path], is_root: bool, processes: Processes) -> io::Result<()> {
+fn see_only(
+    kept: &[&Path],
+    is_root: bool,
+    processes: Processes,
+    account: Option<&Account>,
+) -> io::Result<()> {
     // What is mounted below a directory cannot be left out in a user namespace.
     let is_deep = !is_root;
     let mut parts = Vec::new();
@@ -267,7 +294,10 @@ fn see_only(kept: &[&Path], is_root: bool, processes: Processes) -> io::Result<(
         parts.push(Part::of(Path::new(device), false, false)?);
     }
     for path in kept {
-        parts.push(Part::of(path, is_deep, false).map_err(named(path))?);
+        let part = Part::of(path, is_deep, false).map_err(named(path))?;
+        let own = account.map_or(Ok(()), |account| account.show_as_own(part.tree.as_fd()));
+        own.map_err(|error| no_idmapped_mount(path, &error))?;
+        parts.push(part);
     }
     // A directory before what lies in it.
     parts.sort_by_key(|part| part.path.components().count());
@@ -289,6 +319,11 @@ fn see_only(kept: &[&Path], is_root: bool, processes: Processes) -> io::Result<(
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     rustix::mount::mount_remount("/", flags | MountFlags::RDONLY, "")?;
     Ok(rustix::process::chdir("/")?)
+}
+
+fn no_idmapped_mount(path: &Path, error: &io::Error) -> io::Error {
+    let path = path.display();
+    io::Error::new(error.kind(), format!("{path}: its file system has no idmapped mounts: {error}"))
 }
 
 fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {

@@ -7,8 +7,9 @@
 //! commands need more than that is done by another process, which it starts first.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use oci::{AllowedPlace, ClientOptions, Credentials, Platform, Source};
 use rootfs::TreeLimits;
 use rustix::process::{Resource, Rlimit, Signal};
-use sandbox::{Pipes, Processes, Sandbox, Wall};
+use sandbox::{Pipes, Processes, Sandbox, Users, Wall};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,7 @@ use super::{
 };
 use crate::causes::chain;
 use crate::packs::{PackCache, SharingDomain};
+use crate::staged::Staged;
 use crate::tenant::TenantId;
 
 /// Longest line that the service reads from a child.
@@ -191,6 +193,19 @@ pub(crate) struct ChildSpec {
     /// Whether it lets it name the build's own processes alone.
     #[serde(default)]
     pub(crate) has_own_processes: bool,
+    /// Whose the process and its workers are to the kernel, where this host lets them be of their own. The
+    /// service holds them for as long as they run.
+    #[serde(default)]
+    pub(crate) users: Option<Users>,
+}
+
+/// What is asked of a process that tries to be a user of its own.
+#[derive(Debug, Serialize, Deserialize)]
+struct UsersTrial {
+    users: Users,
+    has_own_processes: bool,
+    /// Where builds read and write.
+    places: Vec<PathBuf>,
 }
 
 /// What a process says that tried to be shut in, as one line of JSON: why it could not.
@@ -237,6 +252,9 @@ pub(crate) fn main() -> io::Result<()> {
     if let Ok(wall) = serde_json::from_str(&text) {
         return try_wall(wall);
     }
+    if let Ok(trial) = serde_json::from_str(&text) {
+        return try_users(&trial);
+    }
     let spec: ChildSpec = serde_json::from_str(&text)?;
     drop(text);
     limit(Resource::Fsize, spec.disk_bytes)?;
@@ -257,30 +275,64 @@ pub(crate) fn main() -> io::Result<()> {
 
 /// Tries a wall around this process, and says what came of it.
 fn try_wall(wall: Wall) -> io::Result<()> {
-    let processes = if wall == Wall::OwnProcesses { Processes::Own } else { Processes::All };
-    let refused = sandbox::narrow(&[], processes).err().map(|error| chain(&error));
+    let tried = sandbox::narrow(&[], processes(wall == Wall::OwnProcesses), None);
+    tell(tried.err().map(|error| chain(&error)))
+}
+
+/// The same with users of its own: whether it can write where builds do, and give a worker another one.
+fn try_users(trial: &UsersTrial) -> io::Result<()> {
+    let places: Vec<&Path> = trial.places.iter().map(PathBuf::as_path).collect();
+    let narrowed = sandbox::narrow(&places, processes(trial.has_own_processes), Some(trial.users));
+    if let Err(error) = narrowed {
+        return tell(Some(chain(&error)));
+    }
+    for place in places {
+        if let Err(error) = Staged::create_private_in(place) {
+            return tell(Some(format!("cannot write in {}: {error}", place.display())));
+        }
+    }
+    tell((!sandbox::can_isolate()).then(|| "its workers get no users of their own".to_owned()))
+}
+
+fn tell(refused: Option<String>) -> io::Result<()> {
     println!("{}", serde_json::to_string(&Tried { refused })?);
     Ok(())
+}
+
+fn processes(are_own: bool) -> Processes {
+    if are_own { Processes::Own } else { Processes::All }
 }
 
 /// The walls that this host gives the process of a build, and why not the others: whether it can
 /// see the build's own directories alone, and name the build's own processes alone.
 pub(super) fn probe() -> [(Wall, Result<(), String>); 2] {
-    let (files, processes) = match probe_wall(Wall::OwnProcesses) {
+    let (files, processes) = match asked(&Wall::OwnProcesses) {
         // They are tried together.
         Ok(()) => (Ok(()), Ok(())),
-        refused => (probe_wall(Wall::OwnFiles), refused),
+        refused => (asked(&Wall::OwnFiles), refused),
     };
     [(Wall::OwnFiles, files), (Wall::OwnProcesses, processes)]
 }
 
-fn probe_wall(wall: Wall) -> Result<(), String> {
+/// Whether this host lets the process of a build be a user of its own, who reads and writes in `places`.
+pub(super) fn probe_users(has_own_processes: bool, places: &[&Path]) -> Result<(), String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("the server is not root".to_owned());
+    }
+    let absolute = places.iter().map(std::path::absolute).collect::<io::Result<_>>();
+    let places = absolute.map_err(|error| chain(&error))?;
+    let held = Users::hold_few().map_err(|error| chain(&error))?;
+    asked(&UsersTrial { users: held.users(), has_own_processes, places })
+}
+
+/// Has a process try what it is asked.
+fn asked(question: &impl Serialize) -> Result<(), String> {
     let failed = |error: &dyn std::error::Error| chain(error);
     let program = File::open("/proc/self/exe").map_err(|error| failed(&error))?;
     let arguments = [c"builderd", c"build-child"];
     let (process, mut pipes) =
         Sandbox::spawn_beside(&program, &arguments, &[]).map_err(|error| failed(&error))?;
-    let question = serde_json::to_vec(&wall).map_err(|error| failed(&error))?;
+    let question = serde_json::to_vec(question).map_err(|error| failed(&error))?;
     // One that has ended already says so by its end.
     let _ = pipes.stdin.write_all(&question);
     tried(process, pipes)
@@ -314,11 +366,14 @@ fn shut_in(spec: &ChildSpec) -> io::Result<()> {
     if !spec.has_own_files {
         return Ok(());
     }
-    let processes = if spec.has_own_processes { Processes::Own } else { Processes::All };
     let packs = spec.packs.as_ref().map(own_packs).transpose()?;
+    if spec.users.is_some() {
+        packs.as_deref().map_or(Ok(()), take_over)?;
+    }
     let staging = spec.output.parent();
     let kept: Vec<&Path> = staging.into_iter().chain(packs.as_deref()).collect();
-    sandbox::narrow(&kept, processes).map_err(io::Error::other)?;
+    sandbox::narrow(&kept, processes(spec.has_own_processes), spec.users)
+        .map_err(io::Error::other)?;
     // By the name that was kept: another one of the same directory leads nowhere now.
     staging.map_or(Ok(()), std::env::set_current_dir)
 }
@@ -327,6 +382,24 @@ fn shut_in(spec: &ChildSpec) -> io::Result<()> {
 fn own_packs(packs: &PackSpec) -> io::Result<PathBuf> {
     let cache = PackCache::open(&packs.directory).map_err(io::Error::other)?;
     cache.directory_of(&SharingDomain::named(&packs.domain)).map_err(io::Error::other)
+}
+
+/// Makes root's what lies in a directory that another user has made, whom a server ran as before: of
+/// what is his nothing can be used as a user of its own.
+fn take_over(directory: &Path) -> io::Result<()> {
+    let root = Some(0);
+    if fs::metadata(directory)?.uid() == 0 {
+        return Ok(());
+    }
+    for entry in fs::read_dir(directory)? {
+        match lchown(entry?.path(), root, root) {
+            // Pruned meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            done => done?,
+        }
+    }
+    // The last, or who is ended before would leave the rest as it is.
+    lchown(directory, root, root)
 }
 
 fn limit(resource: Resource, bytes: u64) -> io::Result<()> {

@@ -72,6 +72,18 @@ impl Host {
         &self.missing
     }
 
+    /// Whether the processes of a build that fetch can be users of their own, who read and write in
+    /// `places`; if not, why.
+    ///
+    /// # Errors
+    /// The reason.
+    pub(crate) fn give_own_users(&self, places: &[&Path]) -> Result<(), String> {
+        match self.stand.contains(&Wall::OwnFiles) {
+            true => child::probe_users(self.stand.contains(&Wall::OwnProcesses), places),
+            false => Err(format!("there is no wall {}", Wall::OwnFiles)),
+        }
+    }
+
     /// Ends what builds of a service that died have left, and removes their groups.
     pub(crate) fn sweep(&self) {
         let left = self.groups.as_ref().map(CgroupRoot::sweep).unwrap_or_default();

@@ -25,6 +25,8 @@ struct Server {
     child: Child,
     address: String,
     http: reqwest::blocking::Client,
+    /// In its log, up to the line that it listens.
+    said: String,
 }
 
 impl Server {
@@ -72,7 +74,7 @@ impl Server {
             }
         });
         let http = reqwest::blocking::Client::builder().no_proxy().build().unwrap();
-        Self { child, address, http }
+        Self { child, address, http, said }
     }
 
     fn call(&self, tenant: &str, method: &str, body: &Value) -> (u16, Value) {

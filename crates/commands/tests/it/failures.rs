@@ -194,3 +194,50 @@ fn a_runtime_with_known_holes_is_refused_until_each_is_accepted_by_name() {
     assert!(check("1.3.3", &[]).unwrap().accepted.is_empty());
     assert!(check("", &[]).unwrap_err().contains("commands need the program"), "no version");
 }
+
+#[test]
+fn a_directory_or_an_environment_that_no_program_can_have_is_the_images_fault() {
+    if !can_run() {
+        return;
+    }
+    let loop_of_links =
+        |layer: Layer| layer.entry("loop", tar::EntryType::Symlink, 0o777, (0, 0), b"", "loop");
+    let on = |directory: &str, environment: Vec<String>| {
+        let lower = loop_of_links(Layer::busybox()).file("file", 0o644, b"x").bytes();
+        let mut run = Run::on(vec![lower], &["echo begun"]);
+        run.base.working_directory = directory.to_owned();
+        run.base.environment.extend(environment);
+        run.end()
+    };
+    let deep = "/d".repeat(2048);
+    for (directory, words) in [
+        ("/srv\0x", "has a NUL character"),
+        (deep.as_str(), "has 4096 bytes"),
+        ("/file/below", "WorkingDir"),
+        ("/file", "WorkingDir"),
+        ("/loop/below", "WorkingDir"),
+        ("/proc/none", "WorkingDir"),
+    ] {
+        let ended = on(directory, Vec::new());
+        let error = ended.error.unwrap();
+        assert!(error.starts_with("theirs: ") && error.contains(words), "{directory:?}: {error}");
+        assert!(error.contains("build the image with another one"), "{error}");
+        assert!(ended.tar.is_empty());
+    }
+    let word = |bytes: usize, number: usize| {
+        let name = format!("LONG{number}=");
+        format!("{name}{}", "x".repeat(bytes - name.len()))
+    };
+    let most = 32 * rustix::param::page_size() - 1;
+    let error = on("/", vec![word(most + 1, 0)]).error.unwrap();
+    assert!(error.starts_with("theirs: ") && error.contains("\"LONG0\""), "{error}");
+    let many = (0..64).map(|number| word(most, number)).collect();
+    let error = on("/", many).error.unwrap();
+    assert!(error.starts_with("theirs: ") && error.contains("Env of its config"), "{error}");
+    // What the kernel takes is taken: the longest variable, and as many as there is room for.
+    let stack = rustix::process::getrlimit(rustix::process::Resource::Stack).current;
+    let all = usize::try_from(stack.map_or(6 << 20, |stack| (stack / 4).min(6 << 20))).unwrap();
+    let many = (0..(all - (32 << 10)) / (most + 16)).map(|number| word(most, number)).collect();
+    let ended = on("/", many).well();
+    assert_eq!(ended.output(), ["begun"]);
+}

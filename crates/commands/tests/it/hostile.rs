@@ -279,3 +279,29 @@ fn odd_names_and_kinds_of_files_come_into_the_layer_as_they_are() {
     assert!(text.contains("linkpath=x\ny\n"), "a link's target with a newline");
     assert_eq!(paths.iter().filter(|path| path.starts_with(b"tmp/s")).count(), 2);
 }
+
+#[test]
+fn a_builds_commands_share_its_own_user_namespace() {
+    if !can_run() {
+        return;
+    }
+    // One that their keeper has made as their user. A runtime makes one for each, and as root: what the
+    // kernel counts for the owner of a namespace all builds would share then.
+    let ask = "readlink /proc/self/ns/user";
+    let ended = Run::busybox(&[ask, ask]).end().well();
+    let output = ended.output();
+    assert_eq!(output.len(), 2, "{output:?}");
+    assert_eq!(output[0], output[1]);
+    assert_ne!(output[0], std::fs::read_link("/proc/self/ns/user").unwrap().to_str().unwrap());
+}
+
+#[test]
+fn commands_take_so_many_terminals_and_leave_the_rest_to_others() {
+    if !can_run() {
+        return;
+    }
+    // Each call has one more open than who called it.
+    let script = "f() { n=$1; [ $n -ge 200 ] || f $((n + 1)) < /dev/ptmx; }; f 0; echo $n";
+    let ended = Run::busybox(&[script]).end().well();
+    assert_eq!(ended.output().last(), Some(&"64"), "{:?}", ended.output());
+}

@@ -121,3 +121,18 @@ fn a_watched_disk_is_held_to_its_size_though_nobody_listens() {
     let error = fs::read_to_string(run.directory.path().join("error")).unwrap();
     assert!(error.ends_with("needs more disk than commands may have"), "{error}");
 }
+
+#[test]
+fn the_place_of_groups_stays_as_long_as_a_build_may_need_it() {
+    let directory = tempfile::tempdir().unwrap();
+    // What another build does that ends meanwhile.
+    let script =
+        "group=$(grep -E '[:,]memory[:,]|^0::' /proc/self/cgroup | head -n 1 | cut -d : -f 3-)
+        for place in /sys/fs/cgroup$group/commands /sys/fs/cgroup/memory$group/commands; do
+            rmdir $place 2> /dev/null
+            test -d $place && echo kept
+        done; true";
+    let Some(runtime) = runtime(directory.path(), script) else { return };
+    let ended = run(runtime, &["one"]).end().well();
+    assert_eq!(ended.output(), ["kept"]);
+}

@@ -25,8 +25,10 @@ fn run(directory: &Path) -> std::io::Result<()> {
     let order: Order = serde_json::from_slice(&std::fs::read(directory.join("order.json"))?)?;
     let order = Order { has_door: has("door"), ..order };
     let overseer = Overseer::start(&order).map_err(std::io::Error::other)?;
+    let held = sandbox::Users::hold_few().map_err(std::io::Error::other)?;
     if has("narrow") {
-        sandbox::narrow(&[directory], sandbox::Processes::Own).map_err(std::io::Error::other)?;
+        sandbox::narrow(&[directory], sandbox::Processes::Own, Some(held.users()))
+            .map_err(std::io::Error::other)?;
     }
     let base: Base = serde_json::from_slice(&std::fs::read(directory.join("base.json"))?)?;
     let mut events = Vec::new();

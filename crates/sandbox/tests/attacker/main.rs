@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::FromRawFd as _;
 
+use narrow::View;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use sandbox::{Access, SandboxPolicy};
 
@@ -26,15 +27,20 @@ fn main() {
     match attack.as_str() {
         "narrow" => {
             let [kept, secret, other] = [3, 4, 5].map(word);
-            let processes = narrow::processes(&word(2));
+            let view = View::of(&word(2));
             let other = other.parse().unwrap();
-            return narrow::narrow(processes, kept.as_ref(), secret.as_ref(), other);
+            return narrow::narrow(view, kept.as_ref(), secret.as_ref(), other);
         }
-        "outlive" => return narrow::outlive(narrow::processes(&word(2)), &word(3)),
-        "end" => return narrow::end(&word(2)),
-        "keep-worker" => return narrow::keep_worker(),
+        "outlive" => return narrow::outlive(View::of(&word(2)), &word(3)),
+        "end" => return narrow::end(View::of(&word(2)), &word(3)),
+        "keep-worker" => return narrow::keep_worker(View::of(&word(2))),
+        "crowd" => return narrow::crowd(View::of(&word(2)), word(3).parse().unwrap()),
+        "change" => {
+            return narrow::change(View::of(&word(2)), word(3).as_ref(), word(4).parse().unwrap());
+        }
         "sleep" => return narrow::sleep(&word(2)),
         "landlock-version" => return narrow::landlock_version(),
+        "notices" => return notices(),
         "look" => return reach(&policy, Access::Look),
         "fill" => return reach(&policy, Access::Fill),
         _ => {}
@@ -80,6 +86,24 @@ fn reach(policy: &SandboxPolicy, access: Access) {
     ] {
         println!("{name} {}", if result.is_ok() { "done" } else { "refused" });
     }
+}
+
+/// Takes as many instances of inotify(7) as there are, as root of the namespace that was handed over;
+/// keeps them as long as somebody listens.
+fn notices() {
+    // SAFETY: the test hands a namespace over as descriptor 3, which nobody else uses.
+    let namespace = unsafe { File::from_raw_fd(3) };
+    let user = Some(rustix::thread::LinkNameSpaceType::User);
+    let namespace = std::os::fd::AsFd::as_fd(&namespace);
+    rustix::thread::move_into_link_name_space(namespace, user).unwrap();
+    rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).unwrap();
+    let mut count = 0;
+    // SAFETY: no memory is passed; what is made ends with this process.
+    while unsafe { libc::inotify_init1(0) } >= 0 {
+        count += 1;
+    }
+    println!("{count} {}", std::io::Error::last_os_error().raw_os_error().unwrap());
+    drop(std::io::stdin().read(&mut [0]));
 }
 
 /// What a worker does: reads its input, uses its files, starts threads, tells.

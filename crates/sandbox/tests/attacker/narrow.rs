@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
-use std::io::Read as _;
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::process::CommandExt as _;
@@ -12,24 +12,44 @@ use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::mount::MountFlags;
-use sandbox::{Pipes, Processes, Sandbox};
+use sandbox::{HeldUsers, Pipes, Processes, Sandbox, Users};
 
-pub(crate) fn processes(word: &str) -> Processes {
-    match word {
-        "own" => Processes::Own,
-        "all" => Processes::All,
-        other => panic!("no processes are called {other}"),
+/// Which processes it can name afterwards, and whether it goes on as a user of its own.
+#[derive(Clone, Copy)]
+pub(crate) struct View {
+    processes: Processes,
+    has_own_users: bool,
+}
+
+impl View {
+    pub(crate) fn of(words: &str) -> Self {
+        let (processes, users) = words.split_once('+').unwrap_or((words, ""));
+        let processes = match processes {
+            "own" => Processes::Own,
+            "all" => Processes::All,
+            other => panic!("no processes are called {other}"),
+        };
+        Self { processes, has_own_users: users == "users" }
+    }
+
+    /// What holds the users stays open, here alone: nobody else knows how long they are needed.
+    fn narrow(self, kept: &[&Path]) -> Option<Users> {
+        let held = self.has_own_users.then(|| Users::hold_few().unwrap());
+        let users = held.as_ref().map(HeldUsers::users);
+        std::mem::forget(held);
+        sandbox::narrow(kept, self.processes, users).unwrap();
+        users
     }
 }
 
 /// Narrows the view to a directory, then tries what should and should not work. Beside the
 /// directory lies a file `secret`; the arguments are both, and the number of another process.
-pub(crate) fn narrow(processes: Processes, kept: &Path, secret: &Path, other: u32) {
+pub(crate) fn narrow(view: View, kept: &Path, secret: &Path, other: u32) {
     let program = File::open("/proc/self/exe").unwrap();
     let had_hosts = Path::new("/etc/hosts").exists();
     let shared = || fs::read_link("/proc/self/ns/ipc").unwrap();
     let of_host = shared();
-    sandbox::narrow(&[kept], processes).unwrap();
+    view.narrow(&[kept]);
     let sysctl = "/proc/sys/kernel/core_pattern";
     let no_path = std::ptr::null::<libc::c_char>();
     // SAFETY: system calls without memory of this process.
@@ -221,8 +241,8 @@ fn sockets() -> [(&'static str, bool); 10] {
 
 /// Starts a program that would outlive it, does not want to be ended with its parent, says so, and
 /// waits.
-pub(crate) fn outlive(processes: Processes, seconds: &str) {
-    sandbox::narrow(&[], processes).unwrap();
+pub(crate) fn outlive(view: View, seconds: &str) {
+    view.narrow(&[]);
     rustix::process::set_parent_process_death_signal(None).unwrap();
     // The one program that is certainly there.
     let mut sleep = Command::new("/proc/self/exe");
@@ -248,8 +268,8 @@ pub(crate) fn landlock_version() {
 }
 
 /// Ends in a way that should be told outside.
-pub(crate) fn end(how: &str) {
-    sandbox::narrow(&[], Processes::Own).unwrap();
+pub(crate) fn end(view: View, how: &str) {
+    view.narrow(&[]);
     match how {
         "7" => std::process::exit(7),
         _ => std::process::abort(),
@@ -257,13 +277,110 @@ pub(crate) fn end(how: &str) {
 }
 
 /// Starts a worker, says which user it is outside, and keeps it as long as somebody listens.
-pub(crate) fn keep_worker() {
+pub(crate) fn keep_worker(view: View) {
     let program = File::open("/proc/self/exe").unwrap();
-    sandbox::narrow(&[], Processes::Own).unwrap();
+    view.narrow(&[]);
     let (worker, pipes) = Sandbox::spawn(&program, &[c"attacker", c"wait"], &[]).unwrap();
     let map = fs::read_to_string(format!("/proc/{}/uid_map", worker.pid())).unwrap();
     println!("{}", map.split_whitespace().nth(1).unwrap());
     drop(std::io::stdin().read(&mut [0]));
     let Pipes { stdin, .. } = pipes;
     drop((stdin, worker));
+}
+
+/// Lets as many descriptors be on their way through sockets as the kernel lets a user have there, or
+/// `most`; says how many it could send in one message at least, as long as somebody listens.
+pub(crate) fn crowd(view: View, most: usize) {
+    /// More than those that it sends at once: the kernel lets a user have as many on their way as
+    /// one process may have open.
+    const OPEN_MAX: u64 = 300;
+    const AT_ONCE: usize = 250;
+    rustix::process::setrlimit(
+        rustix::process::Resource::Nofile,
+        rustix::process::Rlimit { current: Some(OPEN_MAX), maximum: Some(OPEN_MAX) },
+    )
+    .unwrap();
+    let null = File::open("/dev/null").unwrap();
+    view.narrow(&[]);
+    let mut ends = [0; 2];
+    // SAFETY: the kernel writes two numbers.
+    assert_eq!(
+        unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM, 0, ends.as_mut_ptr()) },
+        0
+    );
+    let files = vec![std::os::fd::AsRawFd::as_raw_fd(&null); AT_ONCE.min(most)];
+    let (mut sent, mut refused) = (0, None);
+    while sent < most && refused.is_none() {
+        match send(ends[0], &files) {
+            Ok(()) => sent += files.len(),
+            Err(error) => refused = error.raw_os_error(),
+        }
+    }
+    println!("{sent} {}", refused.unwrap_or(0));
+    drop(io::stdin().read(&mut [0]));
+}
+
+/// Sends a byte and files with it: unix(7).
+fn send(to: libc::c_int, files: &[libc::c_int]) -> io::Result<()> {
+    let mut byte = [1u8];
+    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+    let size = size_of_val(files);
+    // Aligned as the header is.
+    let mut space = vec![0u64; 256];
+    // SAFETY: the message leads to memory that lives across the call; the space is larger than a header
+    // and 250 numbers of files.
+    unsafe {
+        let size = u32::try_from(size).unwrap();
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = space.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(size) as _;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(size) as _;
+        std::ptr::copy_nonoverlapping(files.as_ptr(), libc::CMSG_DATA(header).cast(), files.len());
+        match libc::sendmsg(to, &raw const message, libc::MSG_DONTWAIT) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Says which user it is outside, by a file that it makes, and whether it or a child of its can be
+/// another one.
+pub(crate) fn change(view: View, kept: &Path, other: u32) {
+    let users = view.narrow(&[kept]);
+    fs::write(kept.join("made"), b"x").unwrap();
+    println!("first {}", users.map_or(0, |users| users.first));
+    let names = [("root", 0), ("other", other), ("own", users.map_or(0, |users| users.first + 9))];
+    for (name, user) in names {
+        println!("{name}-child {}", if child_is(user) { "done" } else { "refused" });
+    }
+    for (name, user) in names {
+        // SAFETY: no memory is passed.
+        let is_it = unsafe { libc::syscall(libc::SYS_setresuid, -1, user, -1) } == 0;
+        println!("{name} {}", if is_it { "done" } else { "refused" });
+    }
+}
+
+/// Whether a child can be a user in a namespace of its own.
+fn child_is(user: u32) -> bool {
+    let none = std::ptr::null::<libc::c_void>();
+    let (mut wait, mut go) = io::pipe().unwrap();
+    // SAFETY: without a stack and without CLONE_VM it is a fork of the only thread; the child reads one
+    // byte and ends.
+    unsafe {
+        let with = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
+        let child = libc::syscall(libc::SYS_clone, with, none, none, none, none);
+        if child == 0 {
+            let _ = wait.read(&mut [0]);
+            libc::_exit(0);
+        }
+        let is_mapped = fs::write(format!("/proc/{child}/uid_map"), format!("0 {user} 1")).is_ok();
+        go.write_all(&[1]).unwrap();
+        libc::waitpid(i32::try_from(child).unwrap(), std::ptr::null_mut(), 0);
+        is_mapped
+    }
 }

@@ -1,7 +1,8 @@
 //! A process that keeps one directory, and one that keeps others.
 
 use std::fs::{self, File, Permissions};
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -138,5 +139,28 @@ fn a_loop_device_writes_past_the_page_cache_and_goes_with_its_last_user() {
     while is_bounded && is_still() {
         assert!(Instant::now() < patience, "whoever has it next is bounded as well");
         LoopDevice::unbound_free();
+    }
+}
+
+#[test]
+fn what_is_counted_for_the_owner_of_a_namespace_is_counted_for_one_build_alone() {
+    if !is_root() {
+        return;
+    }
+    let most = std::fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").unwrap();
+    let all = format!("{} {}\n", most.trim(), libc::EMFILE);
+    let program = File::open(env!("CARGO_BIN_EXE_attacker")).unwrap();
+    let held = [(); 2].map(|()| Users::hold().unwrap());
+    let takers = held.each_ref().map(|held| {
+        let namespace = held.users().namespace().unwrap();
+        let arguments = [c"attacker", c"notices"];
+        let (taker, pipes) =
+            Sandbox::spawn_beside(&program, &arguments, &[namespace.as_fd()]).unwrap();
+        let mut line = String::new();
+        BufReader::new(&pipes.stdout).read_line(&mut line).unwrap();
+        (taker, pipes, line)
+    });
+    for (_, _, line) in &takers {
+        assert_eq!(*line, all, "each has as many as one user may have");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,6 +18,13 @@ fn can_narrow() -> bool {
         println!("skipped: this needs root and namespaces");
     }
     can
+}
+
+/// The words for who narrows, and the user it is before: root who stays root, root who goes on as a user
+/// of its own, and a user that has nothing.
+fn narrowed(processes: &str) -> [(String, Option<u32>); 3] {
+    let of_its_own = format!("{processes}+users");
+    [(processes.to_owned(), None), (of_its_own, None), (processes.to_owned(), Some(4321))]
 }
 
 fn attacker(user: Option<u32>, arguments: &[&str]) -> Command {
@@ -120,14 +128,14 @@ fn who_speaks_to_the_network_keeps_its_directories_and_no_other_file() {
     if !can_narrow() {
         return;
     }
-    for user in [None, Some(4321)] {
-        let mut tried = tried("all", user);
+    for (view, user) in narrowed("all") {
+        let mut tried = tried(&view, user);
         for names in [&mut tried.done, &mut tried.refused] {
             names.retain(|name| !BY_NAME.contains(&name.as_str()));
         }
-        assert_eq!(tried.done, DONE, "as {user:?}");
+        assert_eq!(tried.done, DONE, "{view} as {user:?}");
         let refused = [&REFUSED[..], &SOCKETS, &OF_OTHERS, &OF_ALL].concat();
-        assert_eq!(tried.refused, refused, "as {user:?}");
+        assert_eq!(tried.refused, refused, "{view} as {user:?}");
         all_walls_stand(&tried);
     }
 }
@@ -137,12 +145,12 @@ fn who_speaks_to_the_network_names_the_processes_that_it_starts_and_no_others() 
     if !can_narrow() {
         return;
     }
-    for user in [None, Some(4321)] {
-        let tried = tried("own", user);
-        assert_eq!(tried.done, DONE, "as {user:?}");
+    for (view, user) in narrowed("own") {
+        let tried = tried(&view, user);
+        assert_eq!(tried.done, DONE, "{view} as {user:?}");
         let names = [&REFUSED[..], &OF_OTHERS, &BY_NAME, &SOCKETS, &OF_ALL].concat();
         let missing = names.iter().filter(|name| !tried.refused.contains(&(**name).to_owned()));
-        assert_eq!(missing.collect::<Vec<_>>(), Vec::<&&str>::new(), "as {user:?}");
+        assert_eq!(missing.collect::<Vec<_>>(), Vec::<&&str>::new(), "{view} as {user:?}");
         all_walls_stand(&tried);
     }
 }
@@ -158,10 +166,10 @@ fn who_can_name_other_processes_cannot_signal_them_where_landlock_knows_signals(
         println!("landlock {version} of this kernel knows no signals");
         return;
     }
-    for user in [None, Some(4321)] {
-        let tried = tried("all", user);
+    for (view, user) in narrowed("all") {
+        let tried = tried(&view, user);
         assert_eq!(tried.done.last().map(String::as_str), Some("list"), "it can name them");
-        assert!(tried.refused.iter().any(|name| name == "signal-thread"), "as {user:?}");
+        assert!(tried.refused.iter().any(|name| name == "signal-thread"), "{view}, {user:?}");
     }
 }
 
@@ -192,17 +200,17 @@ fn nothing_that_it_starts_outlives_the_one_that_was_started_whatever_it_does() {
     if !can_narrow() {
         return;
     }
-    for (user, seconds) in [(None, 1), (Some(4321), 2)] {
-        let seconds = format!("7{}{seconds}", std::process::id());
+    for (number, (view, user)) in narrowed("own").into_iter().enumerate() {
+        let seconds = format!("7{}{number}", std::process::id());
         let sleep = format!("attacker sleep {seconds}");
-        let (mut child, line) = started(attacker(user, &["outlive", "own", &seconds]));
+        let (mut child, line) = started(attacker(user, &["outlive", &view, &seconds]));
         assert_eq!(line, "ready");
         eventually("it runs", || runs(&sleep));
         // By nobody's leave.
         child.kill().unwrap();
         child.wait().unwrap();
         eventually("it is gone", || !runs(&sleep));
-        let itself = format!("{} outlive own {seconds}", env!("CARGO_BIN_EXE_attacker"));
+        let itself = format!("{} outlive {view} {seconds}", env!("CARGO_BIN_EXE_attacker"));
         eventually("the attacker is gone", || !runs(&itself));
     }
 }
@@ -212,11 +220,11 @@ fn who_goes_on_among_its_own_processes_ends_outside_as_it_ends_inside() {
     if !can_narrow() {
         return;
     }
-    for user in [None, Some(4321)] {
-        let status = attacker(user, &["end", "7"]).status().unwrap();
-        assert_eq!(status.code(), Some(7), "as {user:?}");
-        let status = attacker(user, &["end", "abort"]).status().unwrap();
-        assert_eq!(status.signal(), Some(libc::SIGABRT), "as {user:?}");
+    for (view, user) in narrowed("own") {
+        let status = attacker(user, &["end", &view, "7"]).status().unwrap();
+        assert_eq!(status.code(), Some(7), "{view} as {user:?}");
+        let status = attacker(user, &["end", &view, "abort"]).status().unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGABRT), "{view} as {user:?}");
     }
 }
 
@@ -225,12 +233,57 @@ fn workers_of_two_builds_have_users_apart_though_their_numbers_are_the_same() {
     if !can_narrow() {
         return;
     }
-    let keepers = [(); 2].map(|()| started(attacker(None, &["keep-worker"])));
-    let users: Vec<u32> = keepers.iter().map(|(_, user)| user.parse().unwrap()).collect();
-    assert!(users.iter().all(|user| *user >= 0x6400_0000), "{users:?}");
-    assert_ne!(users[0], users[1]);
-    for (mut keeper, _) in keepers {
-        drop(keeper.stdin.take());
-        assert!(keeper.wait().unwrap().success());
+    for view in ["own", "own+users"] {
+        let keepers = [(); 2].map(|()| started(attacker(None, &["keep-worker", view])));
+        let users: Vec<u32> = keepers.iter().map(|(_, user)| user.parse().unwrap()).collect();
+        assert!(users.iter().all(|user| *user >= 0x6400_0000), "{view}: {users:?}");
+        assert_ne!(users[0], users[1], "{view}");
+        keepers.into_iter().for_each(|(keeper, _)| stop(keeper));
     }
+}
+
+fn stop(mut keeper: Child) {
+    drop(keeper.stdin.take());
+    assert!(keeper.wait().unwrap().success());
+}
+
+#[test]
+fn descriptors_on_their_way_in_one_build_take_nothing_from_another() {
+    if !can_narrow() {
+        return;
+    }
+    const TOO_MANY: &str = "1000000";
+    let full = libc::ETOOMANYREFS.to_string();
+    // Of what has one user to the kernel the other gets nothing: else this test would show nothing.
+    for (view, left) in [("own", format!("0 {full}")), ("own+users", "1 0".to_owned())] {
+        let (first, line) = started(attacker(None, &["crowd", view, TOO_MANY]));
+        assert!(line.ends_with(&full), "{view}: all that there is: {line}");
+        let (second, line) = started(attacker(None, &["crowd", view, "1"]));
+        assert_eq!(line, left, "{view}");
+        stop(first);
+        stop(second);
+    }
+}
+
+#[test]
+fn who_fetches_is_no_user_of_another_build_nor_root_and_its_files_are_roots() {
+    if !can_narrow() {
+        return;
+    }
+    let held = sandbox::Users::hold_few().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut attacker = attacker(None, &["change", "own+users"]);
+    let output = attacker.arg(directory.path()).arg(held.users().first.to_string()).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = said.lines().skip(1).collect();
+    // Root is what it is called itself; a namespace of its kind needs one more capability.
+    let children = ["root-child refused", "other-child refused", "own-child done"];
+    assert_eq!(lines[..3], children);
+    assert_eq!(lines[3..], ["root done", "other refused", "own done"]);
+    let first = said.lines().next().and_then(|line| line.strip_prefix("first ")).unwrap();
+    assert_ne!(first.parse(), Ok(held.users().first));
+    let made = fs::metadata(directory.path().join("made")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (0, 0));
 }

@@ -31,6 +31,7 @@ pub(super) fn run(ground: &Ground, table: &mut Table) -> Result<()> {
     table.add("files of the host, with commands", "own-files", files(ground, &process));
     table.add("processes of the host, with commands", "own-processes", processes(&process));
     table.add("rights on the host, with commands", "capabilities", rights(&process));
+    table.add("what the kernel counts by user", "users of its own", user(&process));
     ground.attacker.ask("CancelBuild", &json!({"buildId": id}))?;
     ground.attacker.wait_for(&id, &["CANCELLED"], BUILD)?;
     table.healthy(ground);
@@ -110,4 +111,31 @@ fn rights(process: &Path) -> Result<String> {
         }
     }
     Ok("none but to start workers".into())
+}
+
+/// Which user it is on the host: nobody whom another build has, nor root.
+fn user(process: &Path) -> Result<String> {
+    /// Above what systems give to people and services.
+    const OWN: u32 = 0x6400_0000;
+    let users = |name: &str| {
+        let status = std::fs::read_to_string(process.join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let numbers = line.context("no such line")?.split_whitespace();
+        Ok::<Vec<u32>, anyhow::Error>(numbers.filter_map(|number| number.parse().ok()).collect())
+    };
+    for name in ["Uid:", "Gid:"] {
+        let users = users(name)?;
+        if users.len() != 4 || users.iter().any(|user| *user < OWN) {
+            bail!("{name} {users:?}");
+        }
+    }
+    let map = std::fs::read_to_string(process.join("uid_map"))?;
+    let mut ranges = map.lines().map(|line| line.split_whitespace().nth(1));
+    let is_own = |first: Option<&str>| {
+        first.is_some_and(|first| first.parse().is_ok_and(|first: u32| first >= OWN))
+    };
+    match ranges.all(is_own) {
+        true => Ok("none but its own".into()),
+        false => bail!("it can be others: {map}"),
+    }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oci::Image;
-use sandbox::Wall;
+use sandbox::{HeldUsers, Users, Wall};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -107,6 +107,7 @@ impl Running<'_> {
             walls: rules.host.worker_walls(),
             has_own_files: rules.host.stand().contains(&Wall::OwnFiles),
             has_own_processes: rules.host.stand().contains(&Wall::OwnProcesses),
+            users: None,
         })
     }
 
@@ -157,7 +158,7 @@ impl Running<'_> {
         registry: RegistrySpec,
         own: Option<&OwnPacks>,
     ) -> Result<ChildReport, Failure> {
-        let spec = self.child_spec(image, registry, own)?;
+        let mut spec = self.child_spec(image, registry, own)?;
         let failed = |error: io::Error| Failure {
             code: FailureCode::TemporaryResourceError,
             step: "start".into(),
@@ -169,6 +170,9 @@ impl Running<'_> {
         if spec.commands.is_some() {
             tokio::fs::create_dir_all(self.scratch()).await.map_err(failed)?;
         }
+        // Until those have ended who are these users.
+        let held = self.own_users().map_err(failed)?;
+        spec.users = held.as_ref().map(HeldUsers::users);
         let group = self.group().await.map_err(failed)?;
         let text = serde_json::to_vec(&spec).map_err(|error| failed(error.into()))?;
         let child = self.spawn("build-child", &text, group.as_ref());
@@ -201,6 +205,7 @@ impl Running<'_> {
         }
         let usage = group.as_ref().map(Group::usage).unwrap_or_default();
         let ended = end(group).await;
+        drop(held);
         match last {
             Some(ChildLine::Done(mut report)) => {
                 // What it has made is looked at next: nobody may change it then.
@@ -221,6 +226,12 @@ impl Running<'_> {
                 Err(error::explained(failure, &usage, limits.memory_bytes))
             }
         }
+    }
+
+    /// Users for the processes of this try, where the host lets them be of their own.
+    fn own_users(&self) -> io::Result<Option<HeldUsers>> {
+        let held = self.workers.rules.has_own_users.then(Users::hold_few);
+        held.transpose().map_err(io::Error::other)
     }
 
     /// Holds the whole cache of layers to its limit: the build's process has seen its own part alone.

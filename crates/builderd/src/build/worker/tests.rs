@@ -36,6 +36,7 @@ fn workers(
         sealed_packs: None,
         cache_enabled: false,
         encrypts_all: false,
+        has_own_users: false,
         program: program.into(),
         runtime: None,
         commands_egress: CommandsEgress::default(),

@@ -114,7 +114,7 @@ fn serve_on_a_small_disk(stage: &Stage, size_mib: u32, settings: &[(&str, &str)]
 
 impl Stage {
     /// Another image, under its own name.
-    fn push_other(&mut self, repository: &str, layers: Vec<Layer>) -> String {
+    pub(super) fn push_other(&mut self, repository: &str, layers: Vec<Layer>) -> String {
         self.image = TestImage::new(layers);
         self.push(repository, &["latest"]);
         format!("{}/{repository}:latest", self.registry.host())

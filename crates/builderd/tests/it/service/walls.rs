@@ -1,5 +1,7 @@
 //! What stands around a build's process that fetches, beside its view of files.
 
+use std::os::unix::fs::MetadataExt as _;
+
 use super::*;
 
 /// A server and a build of it that waits for its layer; none on a host without namespaces.
@@ -73,4 +75,96 @@ fn a_server_that_is_killed_takes_the_processes_of_its_builds_with_it() {
     eventually("all are gone", || {
         names.iter().all(|(one, parent)| status(one, "PPid:") != *parent)
     });
+}
+
+#[test]
+fn who_fetches_for_two_builds_are_two_users_and_their_files_are_the_servers() {
+    let stage = Stage::new();
+    if !rustix::process::geteuid().is_root() || !sandbox::can_isolate() {
+        println!("skipped: this needs root and namespaces");
+        return;
+    }
+    let server = stage.serve(&[("STORAGE_CACHE_ENABLED", "false")]);
+    stage.stall(10);
+    let ids = ["t1", "t2"].map(|tenant| server.create(tenant, &stage.reference("latest")));
+    eventually("two build processes", || stage.children() == 2);
+    eventually("two layers that stand still", || stage.registry.faults_left() <= 8);
+    let users: Vec<u32> = stage.processes().iter().map(|process| user(process)).collect();
+    assert!(users.iter().all(|user| *user >= 0x6400_0000), "{users:?}");
+    assert_ne!(users[0], users[1]);
+    for (tenant, id) in ["t1", "t2"].iter().zip(&ids) {
+        server.well(tenant, "CancelBuild", &json!({"build_id": id}));
+    }
+    eventually("no build process", || stage.children() == 0);
+    drop(server);
+
+    let stage = Stage::new();
+    let server = stage.serve(&[]);
+    let build = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let mut places = vec![stage.workshop.path("rootfs"), stage.workshop.path("cache")];
+    places.retain(|place| place.exists());
+    while let Some(place) = places.pop() {
+        let metadata = std::fs::symlink_metadata(&place).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (0, 0), "{}", place.display());
+        if metadata.is_dir() {
+            places.extend(std::fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+}
+
+/// Whose a process is, outside of every namespace.
+fn user(process: &Path) -> u32 {
+    status(process, "Uid:").split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Where the server's directories are on a file system without idmapped mounts.
+#[test]
+fn a_server_whose_file_system_has_no_idmapped_mounts_says_so_and_builds() {
+    let stage = Stage::new();
+    if !rustix::process::geteuid().is_root() || !sandbox::can_isolate() {
+        println!("skipped: this needs root and namespaces");
+        return;
+    }
+    let (below, place) = (stage.workshop.path("below"), stage.workshop.path("place"));
+    for directory in ["lower", "upper", "work"] {
+        std::fs::create_dir_all(below.join(directory)).unwrap();
+    }
+    std::fs::create_dir(&place).unwrap();
+    let script = "mount -t overlay -o lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work none \"$2\" \
+                  && shift 2 && exec \"$@\"";
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "/bin/sh", "-c", script, "sh"]).args([&below, &place]);
+    command.arg(env!("CARGO_BIN_EXE_builderd"));
+    let (rootfs, host) = (place.join("rootfs").display().to_string(), stage.registry.host());
+    let settings =
+        [("DOCKER_INSECURE_REGISTRIES", host.as_str()), ("ROOTFS_OUTPUT_DIR", rootfs.as_str())];
+    let server = Server::start_by(command, stage.workshop.directory.path(), &settings);
+    let build = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let said = &server.said;
+    assert!(said.contains("is one user to the kernel") && said.contains("idmapped"), "{said}");
+}
+
+#[test]
+fn a_cache_that_a_server_of_another_user_has_made_is_used_by_a_root_that_takes_over() {
+    let mut stage = Stage::new();
+    if !rustix::process::geteuid().is_root() || !sandbox::can_isolate() {
+        println!("skipped: this needs root and namespaces");
+        return;
+    }
+    let server = stage.serve(&[]);
+    let build = server.finished("t1", &server.create("t1", &stage.reference("latest")));
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
+    let mut places = vec![stage.workshop.path("cache")];
+    while let Some(place) = places.pop() {
+        std::os::unix::fs::lchown(&place, Some(4321), Some(4321)).unwrap();
+        if place.is_dir() {
+            places.extend(std::fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+    let layers = [Layer::new().file("more", b"more")];
+    let image = stage.push_other("more", layers.into());
+    let build = server.finished("t1", &server.create("t1", &image));
+    assert_eq!(build["state"], "BUILD_STATE_COMPLETED", "{build:#}");
 }
