@@ -11,7 +11,7 @@ use crate::tenant::{TenantId, TenantLimits};
 
 use super::artifacts::{drop_claim, keep, remove_if_unused};
 use super::audit::append;
-use super::log::{add_to_log, make_room_in_log, own_line};
+use super::log::{add_last_words, make_room_in_log, own_line};
 use super::reading::Gaps;
 use super::{Held, Rows, Tally, arrears, was_held};
 
@@ -270,7 +270,7 @@ impl Rows {
                     // Nobody works on it who could say so.
                     if gaps.none_in(()).is_ok() {
                         let line = cancelled(&author.subject, "while it waited", reason, now);
-                        add_to_log(&mut tx, &held, &[line]).await?;
+                        add_last_words(&mut tx, &held, line).await?;
                     }
                     Ending::by("tenant", Happening::Cancelled).apply(&mut tx, &held, now).await?;
                     Cancel::Done
@@ -328,7 +328,7 @@ impl Held {
     pub(super) async fn tell_cancel(&self, tx: &mut Tx, now: Micros) -> Result<(), StoreError> {
         let by = self.cancelled_by.as_deref().unwrap_or_default();
         let reason = self.cancel_reason.as_deref().unwrap_or_default();
-        add_to_log(tx, self, &[cancelled(by, "while it ran", reason, now)]).await
+        add_last_words(tx, self, cancelled(by, "while it ran", reason, now)).await
     }
 }
 

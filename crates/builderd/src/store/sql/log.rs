@@ -20,6 +20,8 @@ pub(crate) const LOG_BYTES_MAX: u64 = 16 << 20;
 /// Longest line of a log, in bytes.
 pub(crate) const LOG_LINE_BYTES_MAX: usize = 8 << 10;
 
+/// Lines behind the end of a log that say how the build ended, or its try.
+const LAST_LINES_MAX: u64 = 16;
 /// Who speaks for the store.
 const COMPONENT: &str = "queue";
 
@@ -43,7 +45,18 @@ pub(super) async fn add_to_log(
     log.append(tx, held, lines).await
 }
 
-/// The same behind the last line of a try, where the next one finds room for its own.
+/// Adds what the store itself says of the end of a build that is held in its state.
+pub(super) async fn add_last_words(
+    tx: &mut Tx,
+    held: &Held,
+    line: LogLine,
+) -> Result<(), StoreError> {
+    let first = first_line(tx, held).await?;
+    let log = Log { first, takes_last_words: true, ..Log::of(held) };
+    log.append(tx, held, &[line]).await
+}
+
+/// Adds lines behind the last one of a try, where the next one finds room for its own.
 pub(super) async fn make_room_in_log(
     tx: &mut Tx,
     held: &Held,
@@ -77,18 +90,27 @@ struct Log {
     next: u64,
     /// Of the messages.
     bytes: u64,
-    /// Whether its last line says that it ends.
+    /// Whether it was said in it that it ends.
     is_cut: bool,
+    /// Whether what comes says how the build, or its try, ended.
+    takes_last_words: bool,
 }
 
 impl Log {
     /// As if none of its lines had gone.
     fn of(held: &Held) -> Self {
-        Self { first: 0, next: held.log_lines, bytes: held.log_bytes, is_cut: held.log_is_cut }
+        let (next, bytes, is_cut) = (held.log_lines, held.log_bytes, held.log_is_cut);
+        Self { first: 0, next, bytes, is_cut, takes_last_words: false }
     }
 
     fn count(&self) -> u64 {
         self.next.saturating_sub(self.first)
+    }
+
+    /// Whether there is room for a line; for one that says how it ended there is, whatever was said before.
+    fn takes(&self, line: &LogLine) -> bool {
+        let is_last = self.takes_last_words || line.level == "error";
+        !self.is_cut || is_last && self.count() < LOG_LINES_MAX + LAST_LINES_MAX
     }
 
     /// Removes the oldest lines until half of each bound is free.
@@ -148,16 +170,17 @@ struct Addition {
 impl Addition {
     fn add(&mut self, line: &LogLine) {
         let log = &mut self.log;
-        if log.is_cut {
+        if !log.takes(line) {
             return;
         }
         let message = bounded_line(&line.message);
         let (count, bytes) = (log.count(), log.bytes + length(&message));
+        let mut level = line.level.as_str();
         // The last line is kept for saying so.
-        let message = match count + 1 < LOG_LINES_MAX && bytes <= LOG_BYTES_MAX {
+        let message = match log.is_cut || count + 1 < LOG_LINES_MAX && bytes <= LOG_BYTES_MAX {
             true => message,
             false => {
-                log.is_cut = true;
+                (log.is_cut, level) = (true, "warn");
                 format!(
                     "the log of this try ends here: a build's log has at most {LOG_LINES_MAX} lines \
                      and {} MiB; the build goes on",
@@ -165,9 +188,9 @@ impl Addition {
                 )
             }
         };
-        let level = if log.is_cut { "warn".to_owned() } else { line.level.clone() };
         log.bytes += length(&message);
-        self.lines.push(LogLine { offset: log.next, level, message, ..line.clone() });
+        let (offset, level) = (log.next, level.to_owned());
+        self.lines.push(LogLine { offset, level, message, ..line.clone() });
         log.next += 1;
     }
 

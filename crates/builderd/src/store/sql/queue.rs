@@ -13,7 +13,7 @@ use crate::store::{Claimed, Fenced, Heartbeat, Lease, Leases, StoreError};
 use crate::tenant::TenantId;
 
 use super::ending::{Ending, Requeue};
-use super::log::{add_to_log, own_line};
+use super::log::{add_last_words, add_to_log, own_line};
 use super::reading::{Gaps, read_build};
 use super::{Held, Rows, Tally, named, passed_over, virtual_cost, was_held};
 
@@ -293,7 +293,7 @@ impl Rows {
         } else if held.attempt >= attempts_max {
             // Nobody works on it who could say so.
             let line = format!("{} failed: {} ({})", failure.step, failure.cause, failure.remedy);
-            add_to_log(&mut tx, &held, &[own_line("error", line, now)]).await?;
+            add_last_words(&mut tx, &held, own_line("error", line, now)).await?;
             let ending = Ending::by("reaper", Happening::Failed);
             let ending = Ending { token, failure: Some(&failure), ..ending };
             ending.apply(&mut tx, &held, now).await?;

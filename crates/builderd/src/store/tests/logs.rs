@@ -163,3 +163,34 @@ pub(super) async fn a_log_says_of_each_try_that_failed_when_the_next_one_begins(
     let over = t.last_line(&build).await;
     assert!(over.contains("failed: the worker stopped answering (build it again"), "{over}");
 }
+
+pub(super) async fn no_noise_keeps_a_log_from_saying_how_the_build_ended(t: &TestStore) {
+    let build = t.create("a").await;
+    let claimed = t.try_claim(LONG).await.expect("a build is ready");
+    let noise = lines(t, std::iter::repeat_n("x".repeat(LOG_LINE_BYTES_MAX), 1000));
+    for _ in 0..3 {
+        t.rows().append_log(&claimed.lease, &noise).await.unwrap();
+    }
+    let mut failed = lines(t, std::iter::repeat_n("layers failed: it broke".to_owned(), 100));
+    failed.iter_mut().for_each(|line| line.level = "error".into());
+    let before = whole_log(t, &build).await;
+    t.rows().append_log(&claimed.lease, &failed[..1]).await.unwrap();
+    t.rows().append_log(&claimed.lease, &noise[..1]).await.unwrap();
+    t.rows().cancel(&build.tenant, &build.id, "no need", t.now()).await.unwrap();
+    t.finish(&claimed, Outcome::Cancelled).await;
+    let said = whole_log(t, &build).await;
+    let last: Vec<&str> = said[before.len()..].iter().map(|line| line.message.as_str()).collect();
+    assert_eq!(last, ["layers failed: it broke", "cancelled by service while it ran: no need"]);
+
+    // Nor may that be without end.
+    let build = t.create("a").await;
+    let claimed = t.try_claim(LONG).await.expect("a build is ready");
+    let short = lines(t, std::iter::repeat_n("short".to_owned(), 10_000));
+    for _ in 0..=10 {
+        t.rows().append_log(&claimed.lease, &short).await.unwrap();
+    }
+    for _ in 0..2 {
+        t.rows().append_log(&claimed.lease, &failed).await.unwrap();
+    }
+    assert_eq!(whole_log(t, &build).await.len() as u64, LOG_LINES_MAX + 16);
+}
