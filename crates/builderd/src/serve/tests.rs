@@ -64,6 +64,10 @@ async fn who_comes_while_a_server_stops_is_told_so() {
     while health().await.0 == 200 {}
     for _ in 0..3 {
         assert_eq!(health().await, (503, json!("stopping")));
+        let other = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
+        let check = other.post(url("/grpc.health.v1.Health/Check")).body("{}");
+        let check = check.header("content-type", "application/json").send().await.unwrap();
+        assert_eq!(read(check).await["status"], "NOT_SERVING");
         let create = client.post(url(&path)).header("content-type", "application/json");
         let refused = create.header("x-tenant-id", "t").body("{}").send().await.unwrap();
         assert_eq!(refused.status().as_u16(), 503);
