@@ -11,6 +11,8 @@ use crate::build::record::Micros;
 use crate::config::parse_duration;
 use crate::tenant::{NAME_BYTES_MAX, Right, TenantId, Tier};
 
+/// Most registries of a tenant's own.
+const REGISTRIES_MAX: usize = 100;
 /// Longest note of a token, in bytes.
 const NOTE_BYTES_MAX: usize = 1024;
 
@@ -513,6 +515,19 @@ fn parse_life(text: &str) -> Result<Duration, String> {
     if life.is_zero() { Err("expected more than 0".to_owned()) } else { Ok(life) }
 }
 
+impl TenantSetArgs {
+    /// What the flags cannot say each by itself; each build keeps a list of its tenant's registries.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match self.registry.len() {
+            ..=REGISTRIES_MAX => Ok(()),
+            _ => Err(format!("--registry: expected at most {REGISTRIES_MAX} of them")),
+        }
+    }
+}
+
 /// Whom a token names: as long as a request, or a client's certificate, may name somebody.
 fn parse_name(text: &str) -> Result<String, String> {
     match text.len() {
@@ -553,5 +568,16 @@ mod tests {
             assert!(error.contains(&format!("{bytes_max} bytes")), "{flag}: {error}");
             assert_eq!(made(flag, "").is_ok(), flag == "--note", "{flag}");
         }
+    }
+
+    #[test]
+    fn a_tenant_has_so_many_registries_of_its_own() {
+        let set = |count: usize| {
+            let names = (0..count).map(|number| format!("--registry=r{number}.example"));
+            let words = ["set".to_owned(), "acme".to_owned()].into_iter().chain(names);
+            TenantSetArgs::try_parse_from(words).unwrap().check()
+        };
+        assert_eq!(set(REGISTRIES_MAX), Ok(()));
+        assert!(set(REGISTRIES_MAX + 1).unwrap_err().contains("at most 100"));
     }
 }
