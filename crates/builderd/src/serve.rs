@@ -16,7 +16,7 @@ use secrecy::ExposeSecret as _;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 use crate::api::{self, ApiRules, Meters, Mode};
 use crate::artifact::{
@@ -256,7 +256,7 @@ pub(crate) async fn serve(
         None => state,
     };
     let written = state.written();
-    let late = open_doors(&mut parts, &config, (listener, tls), state)?;
+    let mut late = open_doors(&mut parts, &config, (listener, tls), state)?;
     if let Some(keeper) = keeper {
         parts.start("the keeper of certificates", keeper.run(stopping.clone()));
     }
@@ -264,9 +264,7 @@ pub(crate) async fn serve(
     parts.start("the workers", work.map(Ok));
     parts.start("the janitor", tidy.map(Ok));
     let ended = parts.run(stopped).await;
-    late.abort();
-    // What it held is free when it has ended.
-    let _ = late.await;
+    late.shutdown().await;
     written.wait().await;
     artifacts.settle().await;
     aside(move || host.close()).await;
@@ -280,7 +278,7 @@ fn open_doors(
     config: &Config,
     (listener, tls): (TcpListener, Option<Tls>),
     state: api::ApiState,
-) -> Result<JoinHandle<()>, ServeError> {
+) -> Result<JoinSet<()>, ServeError> {
     let address = listener.local_addr().map_err(ServeError::Runtime)?;
     tell_address(address, config.dev, tls.is_some());
     let (state, origins) = (Arc::new(state), &config.cors_allowed_origins);
@@ -290,7 +288,7 @@ fn open_doors(
     let late = api::serve_late(entrance.clone(), late_router, parts.stopping());
     let answer = api::serve(entrance, router, parts.stopping(), config.shutdown_timeout);
     parts.start("the API", answer);
-    Ok(tokio::spawn(late))
+    Ok(JoinSet::from_iter([late]))
 }
 
 /// The host, without what an earlier service has left on it.
