@@ -2,6 +2,7 @@
 
 use super::{LONG, TestStore, failure};
 use crate::build::record::{Build, FailureCode, LogLine};
+use crate::build::state::BuildState;
 use crate::store::sql::{LOG_BYTES_MAX, LOG_LINE_BYTES_MAX, LOG_LINES_MAX};
 use crate::store::{Fenced, Leases, Outcome};
 
@@ -41,6 +42,9 @@ pub(super) async fn lines_are_numbered_from_zero(t: &TestStore) {
     assert!(rows.log(&build.tenant, &build.id, 80, 3).await.unwrap().is_empty());
     let seen = rows.get_with_log(&build.tenant, &build.id, 4).await.unwrap().unwrap();
     assert_eq!((seen.build, seen.log), (t.get(&build).await, messages(&all[76..])));
+    assert_eq!(rows.state(&build.tenant, &build.id).await.unwrap(), Some(BuildState::Preparing));
+    let other = "b".parse().unwrap();
+    assert_eq!(rows.state(&other, &build.id).await.unwrap(), None, "it is another tenant's");
     let silent = t.create("a").await;
     let seen = rows.get_with_log(&silent.tenant, &silent.id, 4).await.unwrap().unwrap();
     assert_eq!(seen.log, Vec::<String>::new());
