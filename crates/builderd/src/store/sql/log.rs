@@ -20,8 +20,9 @@ pub(crate) const LOG_BYTES_MAX: u64 = 16 << 20;
 /// Longest line of a log, in bytes.
 pub(crate) const LOG_LINE_BYTES_MAX: usize = 8 << 10;
 
-/// Lines behind the end of a log that say how the build ended, or its try.
+/// Lines behind the end of a log that say how the build ended, or its try, and bytes of them.
 const LAST_LINES_MAX: u64 = 16;
+const LAST_BYTES_MAX: u64 = 64 << 10;
 /// Who speaks for the store.
 const COMPONENT: &str = "queue";
 
@@ -110,7 +111,9 @@ impl Log {
     /// Whether there is room for a line; for one that says how it ended there is, whatever was said before.
     fn takes(&self, line: &LogLine) -> bool {
         let is_last = self.takes_last_words || line.level == "error";
-        !self.is_cut || is_last && self.count() < LOG_LINES_MAX + LAST_LINES_MAX
+        let has_room = self.count() < LOG_LINES_MAX + LAST_LINES_MAX
+            && self.bytes < LOG_BYTES_MAX + LAST_BYTES_MAX;
+        !self.is_cut || is_last && has_room
     }
 
     /// Removes the oldest lines until half of each bound is free.

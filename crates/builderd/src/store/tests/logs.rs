@@ -186,7 +186,17 @@ pub(super) async fn no_noise_keeps_a_log_from_saying_how_the_build_ended(t: &Tes
     let last: Vec<&str> = said[before.len()..].iter().map(|line| line.message.as_str()).collect();
     assert_eq!(last, ["layers failed: it broke", "cancelled by service while it ran: no need"]);
 
-    // Nor may that be without end.
+    // Nor may that be without end, in bytes or in lines.
+    let build = t.create("a").await;
+    let claimed = t.try_claim(LONG).await.expect("a build is ready");
+    let mut loud = noise;
+    loud.iter_mut().for_each(|line| line.level = "error".into());
+    for _ in 0..3 {
+        t.rows().append_log(&claimed.lease, &loud).await.unwrap();
+    }
+    let bytes: usize = whole_log(t, &build).await.iter().map(|line| line.message.len()).sum();
+    assert!(bytes as u64 <= LOG_BYTES_MAX + (80 << 10), "{bytes}");
+    t.finish(&claimed, Outcome::Cancelled).await;
     let build = t.create("a").await;
     let claimed = t.try_claim(LONG).await.expect("a build is ready");
     let short = lines(t, std::iter::repeat_n("short".to_owned(), 10_000));
