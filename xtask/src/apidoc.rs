@@ -31,9 +31,13 @@ A message in JSON is an object, with names in snake_case or camelCase. Unknown n
 that an enum does not have is `invalid_argument`, with the field, the word and the words there are, and so
 is a number without a word. `status` takes the words of BuildStatus, and their ends in any case: `running`.
 
-`GET /health` answers 200, or 503 with a `reason`: `stopping` (on a connection that was
-open before: a server that stops takes no others), `database_unavailable`,
-`database_read_only`, `database_full`, `database_failed`.
+`GET /health` answers 200, or 503 with a `reason`: `stopping`, `database_unavailable`,
+`database_read_only`, `database_full`, `database_failed`. A server that stops answers one question on each
+new connection until it has ended: that one, and anything else with `unavailable` (503).
+
+A build's log has at most 100,000 lines and 16 MiB. The first try may take all of it; for another one the oldest
+lines go until half is free. The first line there is, which has the number of the last one that went, says so:
+numbers never change.
 
 ## Permissions
 

@@ -16,6 +16,7 @@ use secrecy::ExposeSecret as _;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use crate::api::{self, ApiRules, Meters, Mode};
 use crate::artifact::{
@@ -144,10 +145,12 @@ pub(crate) fn run(config: Config) -> Result<(), ServeError> {
         if let Some(port) = telemetry::bind_metrics(&config.telemetry).await.map_err(listening)? {
             let wanted = config.tls.as_ref().is_some_and(|settings| settings.for_metrics);
             let tls = tls.as_ref().filter(|_| wanted).map(|(tls, _)| tls.clone());
+            let address = port.local_addr().map_err(listening)?;
+            tracing::info!(%address, tls = tls.is_some(), "listening for metrics");
             let page = telemetry::metrics_router(telemetry.metrics());
-            let (crowd, drain) =
-                (api::Crowd::up_to(config.connections_max), config.shutdown_timeout);
-            tokio::spawn(api::serve(port, tls, page, crowd, stopped.clone(), drain));
+            let crowd = api::Crowd::up_to(config.connections_max);
+            let (entrance, drain) = (api::Entrance::new(port, tls, crowd), config.shutdown_timeout);
+            tokio::spawn(api::serve(entrance, page, stopped.clone(), drain));
         }
         tell_of_walls(&host);
         let served = serve(config, host, (listener, tls), telemetry.metrics(), stopped).await;
@@ -254,12 +257,7 @@ pub(crate) async fn serve(
         None => state,
     };
     let written = state.written();
-    let address = listener.local_addr().map_err(ServeError::Runtime)?;
-    tell_address(address, config.dev, tls.is_some());
-    let router = api::router(state, config.cors_allowed_origins);
-    let (crowd, drain) = (api::Crowd::up_to(config.connections_max), config.shutdown_timeout);
-    let answer = api::serve(listener, tls, router, crowd, stopping.clone(), drain);
-    parts.start("the API", answer);
+    let mut late = open_doors(&mut parts, &config, (listener, tls), state)?;
     if let Some(keeper) = keeper {
         parts.start("the keeper of certificates", keeper.run(stopping.clone()));
     }
@@ -267,10 +265,31 @@ pub(crate) async fn serve(
     parts.start("the workers", work.map(Ok));
     parts.start("the janitor", tidy.map(Ok));
     let ended = parts.run(stopped).await;
+    late.shutdown().await;
     written.wait().await;
     artifacts.settle().await;
     aside(move || host.close()).await;
     Ok(ended?)
+}
+
+/// Starts the API. Who comes when it ends is answered by another task, which is none of the parts: it is
+/// there until all of them have ended.
+fn open_doors(
+    parts: &mut Parts,
+    config: &Config,
+    (listener, tls): (TcpListener, Option<Tls>),
+    state: api::ApiState,
+) -> Result<JoinSet<()>, ServeError> {
+    let address = listener.local_addr().map_err(ServeError::Runtime)?;
+    tell_address(address, config.dev, tls.is_some());
+    let (state, origins) = (Arc::new(state), &config.cors_allowed_origins);
+    let (router, late_router) = (api::router(&state, origins), api::late_router(&state, origins));
+    let crowd = api::Crowd::up_to(config.connections_max);
+    let entrance = api::Entrance::new(listener, tls, crowd);
+    let late = api::serve_late(entrance.clone(), late_router, parts.stopping());
+    let answer = api::serve(entrance, router, parts.stopping(), config.shutdown_timeout);
+    parts.start("the API", answer);
+    Ok(JoinSet::from_iter([late]))
 }
 
 /// The host, without what an earlier service has left on it.

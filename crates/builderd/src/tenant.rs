@@ -12,8 +12,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Longest tenant or customer id, in bytes.
+/// Longest tenant id, in bytes.
 const ID_BYTES_MAX: usize = 128;
+/// Longest name of a customer, or of an organization, in bytes; it is kept with each build.
+pub(crate) const NAME_BYTES_MAX: usize = 256;
 
 /// A tenant: 1 to 128 of `A-Z a-z 0-9 . _ -`, not starting with a dot.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -27,7 +27,7 @@ use crate::build::service::ServiceError;
 use crate::clock::Clock;
 use crate::store::audit::{Author, DEVELOPMENT};
 use crate::store::{Store, StoreError, TenantRow, TokenRow};
-use crate::tenant::{Identity, Principal, Right, TenantId, TenantIdError, Tier};
+use crate::tenant::{Identity, NAME_BYTES_MAX, Principal, Right, TenantId, TenantIdError, Tier};
 use crate::tls::{Client, Clients, Whose};
 
 /// Every token's first letters, for scanners of leaked secrets.
@@ -36,8 +36,6 @@ const TOKEN_PREFIX: &str = "bld_";
 const SECRET_DIGITS: usize = 64;
 const TENANT_HEADER: &str = "x-tenant-id";
 const CUSTOMER_HEADER: &str = "x-customer-id";
-/// Longest name of a customer, or of an organization; it is kept with each build.
-const NAME_BYTES_MAX: usize = 256;
 
 /// Why somebody may not come in.
 #[derive(Debug, thiserror::Error)]

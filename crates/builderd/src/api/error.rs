@@ -23,6 +23,9 @@ use crate::build::state::BuildState;
 use crate::causes::chain;
 use crate::store::{QuotaExceeded, StoreError};
 
+/// Letters of a path that nothing is at which are told again.
+const PATH_CHARS_MAX: usize = 200;
+
 /// What a caller is told of an error, whatever the door.
 #[derive(Clone, Debug)]
 pub(crate) struct Answer {
@@ -199,7 +202,9 @@ impl Answer {
 
     /// No such route.
     pub(crate) fn no_route(path: &str) -> Self {
-        let message = format!("there is nothing at {path}");
+        let shown: String = path.chars().take(PATH_CHARS_MAX).collect();
+        let more = if shown.len() < path.len() { "..." } else { "" };
+        let message = format!("there is nothing at {shown}{more}");
         Self::new(ErrorCode::Unimplemented, StatusCode::NOT_FOUND, "NOT_FOUND", message)
     }
 

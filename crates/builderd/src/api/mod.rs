@@ -60,11 +60,11 @@ pub(crate) use memory::REMEMBERED_SECS;
 pub(crate) use open::{Crowd, OPEN_MAX, OpenMax};
 #[cfg(test)]
 pub(crate) use server::PeerId;
-pub(crate) use server::serve;
+pub(crate) use server::{Entrance, serve, serve_late};
 pub(crate) use slow::BODY_MAX;
 
 use crate::build::record::Micros;
-use crate::build::service::BuildService;
+use crate::build::service::{BuildService, ServiceError};
 use crate::clock::Clock;
 use crate::config::Origins;
 use crate::store::Store;
@@ -186,8 +186,8 @@ impl ApiState {
 type Rpc = ConnectRpcService<Guard<connectrpc::Router>>;
 
 /// Every way in, for programs and for pages of `origins`.
-pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
-    let state = Arc::new(state);
+pub(crate) fn router(state: &Arc<ApiState>, origins: &Origins) -> axum::Router {
+    let state = Arc::clone(state);
     let at = |route: &str| format!("/{}/{route}", api::SERVICE);
     let door = Arc::new(builder::Door::new(Arc::clone(&state)));
     let rpc = rpc(&state, door.register(connectrpc::Router::new()), MESSAGE_BYTES_MAX);
@@ -202,34 +202,56 @@ pub(crate) fn router(state: ApiState, origins: Origins) -> axum::Router {
         .route(&at("ListBuilds"), any(move |state, request| list_builds(state, rpc, request)))
         .route(&at("{method}"), call_any)
         .layer(from_fn_with_state(Arc::clone(&state), gate));
-    let (health, reflection) = (health_service(&state), reflection_service(&state));
-    let call_health = any(move |request| call(health.clone(), request));
-    let hold = || from_fn_with_state(Arc::clone(&state), open::bound);
-    let call_health = call_health.layer(from_fn_with_state(Arc::clone(&state), slow::cut_open));
-    let call_health = call_health.layer(hold());
+    let reflection = reflection_service(&state);
+    let hold = from_fn_with_state(Arc::clone(&state), open::bound);
     let call_reflection = any(move |request| call(reflection.clone(), request));
     let call_reflection =
-        call_reflection.layer(from_fn_with_state(Arc::clone(&state), slow::bound)).layer(hold());
+        call_reflection.layer(from_fn_with_state(Arc::clone(&state), slow::bound)).layer(hold);
     let looks = axum::Router::new()
-        .route("/health", get(rest::health))
         .route("/stats", get(rest::stats))
         .route("/metrics", get(rest::metrics))
         .layer(from_fn_with_state(Arc::clone(&state), open::bound_look));
     let router = axum::Router::new()
         .merge(builds)
-        .route("/grpc.health.v1.Health/{method}", call_health)
+        .merge(health_routes(&state))
         .route("/grpc.reflection.v1.ServerReflection/{method}", call_reflection.clone())
         .route("/grpc.reflection.v1alpha.ServerReflection/{method}", call_reflection)
         .merge(looks)
         .fallback(no_route)
-        .method_not_allowed_fallback(no_method)
+        .method_not_allowed_fallback(no_method);
+    opened(router, state, origins)
+}
+
+/// What is left of that for who comes when the service is stopping: whether it is well, which it is not.
+pub(crate) fn late_router(state: &Arc<ApiState>, origins: &Origins) -> axum::Router {
+    let router = axum::Router::new().merge(health_routes(state)).fallback(is_stopping);
+    opened(router, Arc::clone(state), origins)
+}
+
+/// Lets in whom the mode and the settings let in.
+fn opened(
+    router: axum::Router<Arc<ApiState>>,
+    state: Arc<ApiState>,
+    origins: &Origins,
+) -> axum::Router {
+    let router = router
         .layer(from_fn_with_state(Arc::clone(&state), catch_panics))
         .with_state(Arc::clone(&state));
     let router = match state.mode {
         Mode::Development => local::only(state, origins.clone(), router),
         Mode::Tokens => router,
     };
-    cors::open_to(origins, router)
+    cors::open_to(origins.clone(), router)
+}
+
+/// Where it is asked whether the service is well.
+fn health_routes(state: &Arc<ApiState>) -> axum::Router<Arc<ApiState>> {
+    let health = health_service(state);
+    let call_health = any(move |request| call(health.clone(), request))
+        .layer(from_fn_with_state(Arc::clone(state), slow::cut_open))
+        .layer(from_fn_with_state(Arc::clone(state), open::bound));
+    let look = get(rest::health).layer(from_fn_with_state(Arc::clone(state), open::bound_look));
+    axum::Router::new().route("/health", look).route("/grpc.health.v1.Health/{method}", call_health)
 }
 
 /// Health, which anybody may ask.
@@ -398,6 +420,13 @@ async fn no_route(State(state): State<Arc<ApiState>>, request: Request) -> Respo
     let is_rpc = Protocol::detect(&head.headers).is_some_and(|protocol| protocol.is_streaming);
     let form = if is_rpc { Form::Program } else { Form::Plain };
     spelling::refuse(Answer::no_route(head.uri.path()), form, &head.headers)
+}
+
+async fn is_stopping(State(state): State<Arc<ApiState>>, request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    state.refused.swallow(body).await;
+    let answer = Answer::of(&ServiceError::Stopping);
+    spelling::refuse(answer, Form::of(&head), &head.headers)
 }
 
 async fn no_method(method: Method) -> Answer {

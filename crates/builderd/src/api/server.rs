@@ -1,10 +1,10 @@
 //! The accept loop: HTTP/1.1 and HTTP/2 on one port, in TLS or not, each side of a connection held
-//! to a deadline, and an end that lets requests finish. A handshake is part of its connection: who
+//! to a deadline, and an end that lets requests finish, while who comes late is told that it is the end. A handshake is part of its connection: who
 //! is slow with it keeps nobody else waiting. A connection ends with the certificate that its
 //! client showed.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,12 +22,14 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, sleep};
 use tower::ServiceExt as _;
 
-use super::open::Crowd;
+use super::open::{Crowd, Place};
 use crate::accepting;
 use crate::tls::{Shown, Tls};
 
 /// How long a client may take to send the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may last that came when the server was stopping.
+const LATE_MAX: Duration = Duration::from_secs(10);
 /// How often it is told that an address has too many connections.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 /// How often a silent HTTP/2 connection is asked whether it lives, and how long for the answer.
@@ -46,66 +48,109 @@ pub(crate) struct Peer(pub(crate) SocketAddr);
 #[derive(Clone, Debug)]
 pub(crate) struct PeerId(pub(crate) Arc<str>);
 
+/// Where connections come in. An address that has all the connections which the crowd gives it gets no
+/// other.
+#[derive(Clone)]
+pub(crate) struct Entrance {
+    listener: Arc<TcpListener>,
+    tls: Option<Tls>,
+    crowd: Crowd,
+    builder: auto::Builder<TokioExecutor>,
+}
+
+/// What a connection holds of its address's crowd.
+type Entered = Option<Place<IpAddr>>;
+
+impl Entrance {
+    pub(crate) fn new(listener: TcpListener, tls: Option<Tls>, crowd: Crowd) -> Self {
+        Self { listener: Arc::new(listener), tls, crowd, builder: builder() }
+    }
+
+    /// The next connection. May be dropped at any point.
+    ///
+    /// # Errors
+    /// If the listener itself is broken.
+    async fn next(
+        &self,
+        told: &mut Option<Instant>,
+    ) -> io::Result<(TcpStream, SocketAddr, Entered)> {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, peer)) => {
+                    if let Ok(place) = self.crowd.enter(peer.ip()) {
+                        return Ok((stream, peer, place));
+                    }
+                    if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
+                        *told = Some(Instant::now());
+                        tracing::warn!(%peer, "an address has too many connections for another");
+                    }
+                }
+                Err(error) if accepting::is_passing(&error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    sleep(accepting::PAUSE).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn door(&self, router: &axum::Router, shutdown: watch::Receiver<bool>) -> Door {
+        let (builder, tls) = (self.builder.clone(), self.tls.clone());
+        Door { builder, tls, router: router.clone(), shutdown, asked: None }
+    }
+}
+
 /// Serves until `shutdown` says true, then takes no new connections and gives requests that run
-/// `drain` to end. An address that has all the connections which `crowd` gives it gets no other.
+/// `drain` to end.
 ///
 /// # Errors
 /// If the listener itself is broken.
 pub(crate) async fn serve(
-    listener: TcpListener,
-    tls: Option<Tls>,
+    entrance: Entrance,
     router: axum::Router,
-    crowd: Crowd,
     mut shutdown: watch::Receiver<bool>,
     drain: Duration,
 ) -> io::Result<()> {
     let mut connections = JoinSet::new();
-    let mut told: Option<Instant> = None;
-    let builder = builder();
+    let mut told = None;
     loop {
-        let accepted = tokio::select! {
+        let next = tokio::select! {
             biased;
             // A sender that is gone will never say it; nobody wants us any more.
             _ = shutdown.wait_for(|stopping| *stopping) => break,
-            accepted = listener.accept() => accepted,
+            next = entrance.next(&mut told) => next,
         };
         while connections.try_join_next().is_some() {}
-        match accepted {
-            Ok((stream, peer)) => {
-                let Ok(place) = crowd.enter(peer.ip()) else {
-                    if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
-                        told = Some(Instant::now());
-                        tracing::warn!(%peer, "an address has too many connections for another");
-                    }
-                    continue;
-                };
-                let door = Door {
-                    builder: builder.clone(),
-                    tls: tls.clone(),
-                    router: router.clone(),
-                    shutdown: shutdown.clone(),
-                };
-                connections.spawn(async move {
-                    let _place = place;
-                    if let Err(error) = door.converse(stream, peer).await {
-                        tracing::debug!(%peer, error, "a connection ended early");
-                    }
-                });
-            }
-            Err(error) if accepting::is_passing(&error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                sleep(accepting::PAUSE).await;
-            }
-            Err(error) => return Err(error),
-        }
+        let (stream, peer, place) = next?;
+        let door = entrance.door(&router, shutdown.clone());
+        connections.spawn(door.talk(stream, peer, place));
     }
-    drop(listener);
+    drop(entrance);
     let ended = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(drain, ended).await.is_err() {
         tracing::warn!(connections = connections.len(), "connections were cut at shutdown");
     }
     connections.shutdown().await;
     Ok(())
+}
+
+/// Once `shutdown` says true, answers whoever comes through the same entrance one question, by `router`.
+/// It goes on until it is dropped.
+pub(crate) async fn serve_late(
+    entrance: Entrance,
+    router: axum::Router,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    // A sender that is gone stops, too.
+    let _ = shutdown.wait_for(|stopping| *stopping).await;
+    let mut connections = JoinSet::new();
+    let mut told = None;
+    while let Ok((stream, peer, place)) = entrance.next(&mut told).await {
+        while connections.try_join_next().is_some() {}
+        let (asked, is_asked) = watch::channel(false);
+        let door = Door { asked: Some(asked), ..entrance.door(&router, is_asked) };
+        connections.spawn(tokio::time::timeout(LATE_MAX, door.talk(stream, peer, place)));
+    }
 }
 
 fn builder() -> auto::Builder<TokioExecutor> {
@@ -126,9 +171,18 @@ struct Door {
     tls: Option<Tls>,
     router: axum::Router,
     shutdown: watch::Receiver<bool>,
+    /// Is told of the first request.
+    asked: Option<watch::Sender<bool>>,
 }
 
 impl Door {
+    /// Talks with one client, who holds his place meanwhile.
+    async fn talk(self, stream: TcpStream, peer: SocketAddr, _place: Entered) {
+        if let Err(error) = self.converse(stream, peer).await {
+            tracing::debug!(%peer, error, "a connection ended early");
+        }
+    }
+
     /// Talks with one client until one of both has enough.
     async fn converse(mut self, stream: TcpStream, peer: SocketAddr) -> Result<(), String> {
         // Small answers go at once; a socket that refuses that still works.
@@ -156,12 +210,15 @@ impl Door {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let router = self.router;
+        let (router, asked) = (self.router, self.asked);
         let id = shown.as_ref().and_then(Shown::id).cloned().map(PeerId);
         // A client may go on asking on a connection that it was told to leave.
         let is_nobody = Arc::new(AtomicBool::new(false));
         let is_over = Arc::clone(&is_nobody);
         let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
+            if let Some(asked) = &asked {
+                asked.send_replace(true);
+            }
             request.extensions_mut().insert(Peer(peer));
             if let Some(id) = id.as_ref().filter(|_| !is_over.load(Ordering::Relaxed)) {
                 request.extensions_mut().insert(id.clone());

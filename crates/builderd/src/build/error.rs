@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::admission::MEMORY_BYTES_USUAL;
 use super::confined::ToldError;
 use super::record::{Failure, FailureCode};
-use super::remedy::remedy;
+use super::remedy::{remedy, usual_remedy};
 use super::{Phase, commands};
 use crate::causes::chain;
 use crate::packs::CacheError;
@@ -301,7 +301,7 @@ impl BuildError {
                 Some("use a smaller image, or allow a build more disk".to_owned())
             }
             Self::WorkerLost { .. } | Self::WorkerEnded { .. } | Self::WorkerStopped { .. } => {
-                Some("please report this as a bug of builderd".to_owned())
+                Some(REPORT_BUG.to_owned())
             }
             Self::Pack { .. }
             | Self::PackUnread { .. }
@@ -406,6 +406,9 @@ impl BuildError {
     }
 }
 
+/// What whoever runs the program himself can do about a bug; whoever asked a service has its operator.
+pub(super) const REPORT_BUG: &str = "please report this as a bug of builderd";
+
 const MORE_MEMORY: &str = "use a smaller image, or allow a build more memory";
 
 /// Why a process failed that ended in `step` without a word: what the kernel says, and the process
@@ -444,7 +447,7 @@ pub(super) fn died(
             FailureCode::Internal,
             format!("the build's process ended without a result ({status})"),
             Blame::Ours,
-            "please report this as a bug of builderd",
+            usual_remedy(FailureCode::Internal, Blame::Ours),
         ),
     };
     Failure { code, step, cause, blame: blame.as_str().to_owned(), remedy: remedy.to_owned() }
@@ -522,6 +525,9 @@ mod tests {
         assert_eq!(code(&many, 6, words), (FailureCode::QuotaExceeded, true));
         assert_eq!(code(&many, 6, ""), (FailureCode::TemporaryResourceError, false));
         assert_eq!(code(&few, 9, ""), (FailureCode::TemporaryResourceError, false));
+        let silent = died(ExitStatus::from_raw(7 << 8), &few, "layers".into(), "");
+        assert_eq!(silent.code, FailureCode::Internal);
+        assert!(silent.remedy.contains("tell the operator the build's id"), "{silent:?}");
         // What zstd says, and mmap(2).
         let source = io::ErrorKind::OutOfMemory.into();
         let error = BuildError::Output { action: "write", path: "/x".into(), source };

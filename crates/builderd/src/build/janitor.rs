@@ -115,7 +115,7 @@ impl Janitor {
             }
             if swept.is_none_or(|swept| swept.elapsed() >= self.rules.sweep_every) {
                 swept = Some(Instant::now());
-                if let Err(error) = self.sweep().await {
+                if let Err(error) = self.sweep(&stop).await {
                     tracing::warn!(%error, "artifacts could not be swept");
                 }
             }
@@ -157,20 +157,20 @@ impl Janitor {
         Ok(())
     }
 
-    /// Forgets what is too old or too much, then removes the files that nothing names. What cannot
-    /// be done keeps nothing else from being done; the first of it is the error.
-    pub(crate) async fn sweep(&mut self) -> io::Result<()> {
+    /// Forgets what is too old or too much, then removes the files that nothing names, until `stop` is
+    /// set. What cannot be done keeps nothing else from being done; the first of it is the error.
+    pub(crate) async fn sweep(&mut self, stop: &watch::Receiver<bool>) -> io::Result<()> {
         // What the kernel let go only after its build had been cleared away.
         host::clear_leftovers().await;
-        let forgotten = self.forget().await;
-        let swept = self.sweep_files().await;
-        let pruned = match self.rules.packs.clone() {
+        let forgotten = self.forget(stop).await;
+        let swept = self.sweep_files(stop).await;
+        let pruned = match self.rules.packs.clone().filter(|_| !*stop.borrow()) {
             Some((packs, limit_bytes)) => prune(packs, limit_bytes).await.map(Some),
             None => Ok(None),
         };
         let space = self.artifacts.space();
         let levels = StorageLevels {
-            artifact_bytes: swept.as_ref().ok().map(|swept| swept.bytes),
+            artifact_bytes: swept.as_ref().ok().and_then(|swept| swept.bytes),
             cache_bytes: pruned.as_ref().copied().unwrap_or_default(),
             space: space.as_ref().copied().unwrap_or_default(),
         };
@@ -180,9 +180,12 @@ impl Janitor {
     }
 
     /// What the database need not know any more.
-    async fn forget(&self) -> io::Result<()> {
+    async fn forget(&self, stop: &watch::Receiver<bool>) -> io::Result<()> {
         let system = self.store.system();
         let expired = system.expire(self.before(self.rules.retention_secs)).await;
+        if *stop.borrow() {
+            return expired.map(drop).map_err(io::Error::other);
+        }
         let forgotten = system.forget_audit(self.before(self.rules.audit_retention_secs)).await;
         if let Ok(forgotten @ 1..) = forgotten {
             tracing::info!(forgotten, "rows of the audit log were kept long enough");
@@ -193,14 +196,23 @@ impl Janitor {
         done.into_iter().collect::<Result<(), StoreError>>().map_err(io::Error::other)
     }
 
-    /// Removes files that nothing named at the last sweep either.
-    async fn sweep_files(&mut self) -> io::Result<Swept> {
+    /// Removes files that nothing named at the last sweep either, until `stop` is set.
+    async fn sweep_files(&mut self, stop: &watch::Receiver<bool>) -> io::Result<Swept> {
         let system = self.store.system();
         let mut unnamed = HashSet::new();
-        let mut swept = Swept { bytes: 0, problem: None };
-        let mut is_away = false;
-        for stored in self.artifacts.list().await? {
-            swept.bytes += stored.size_bytes;
+        let (mut bytes, mut problem) = (0, None);
+        let (mut is_away, mut stopped) = (false, stop.clone());
+        let listed = tokio::select! {
+            biased;
+            // A sender that is gone will never say it; nobody wants us any more.
+            _ = stopped.wait_for(|stopping| *stopping) => Vec::new(),
+            listed = self.artifacts.list() => listed?,
+        };
+        for stored in listed {
+            if *stop.borrow() {
+                break;
+            }
+            bytes += stored.size_bytes;
             if stored.age_secs < GRACE_SECS
                 || system.artifact_is_referenced(&stored.key).await.map_err(io::Error::other)?
             {
@@ -214,26 +226,26 @@ impl Janitor {
             match self.remover.remove(&stored.key).await {
                 Ok(false) => {}
                 Ok(true) => {
-                    swept.bytes -= stored.size_bytes;
+                    bytes -= stored.size_bytes;
                     tracing::info!(key = stored.key, "an artifact that nothing names was removed");
                 }
                 Err(error) => {
                     tracing::warn!(key = stored.key, %error, "an artifact could not be removed");
                     is_away = error.kind() == io::ErrorKind::TimedOut;
-                    swept.problem.get_or_insert(error);
+                    problem.get_or_insert(error);
                     unnamed.insert(stored.key);
                 }
             }
         }
         self.unnamed = unnamed;
-        Ok(swept)
+        Ok(Swept { bytes: (!*stop.borrow()).then_some(bytes), problem })
     }
 }
 
-/// What a look at all stored files came to.
+/// What a look at stored files came to.
 struct Swept {
-    /// What they take.
-    bytes: u64,
+    /// What they take, if all were looked at.
+    bytes: Option<u64>,
     /// Why the first of those that should have gone is still there.
     problem: Option<io::Error>,
 }

@@ -6,6 +6,7 @@
 
 use oci::{EgressDenied, PullError};
 
+use super::error::REPORT_BUG;
 use super::record::FailureCode;
 use super::{Blame, BuildError, commands};
 
@@ -38,7 +39,10 @@ pub(super) fn remedy(error: &BuildError) -> String {
         | BuildError::Output { .. }
         | BuildError::Worker { .. }
         | BuildError::Told(_)
-        | BuildError::OutOfMemory { .. } => error.hint().filter(|hint| !hint.is_empty()),
+        // A worker has told one what it says on the command line, too.
+        | BuildError::OutOfMemory { .. } => {
+            error.hint().filter(|hint| !hint.is_empty() && hint != REPORT_BUG)
+        }
     };
     known.unwrap_or_else(|| usual_remedy(code, error.blame()).to_owned())
 }

@@ -469,11 +469,10 @@ impl BuildService {
     ) -> Result<LogPage, ServiceError> {
         let permit = who.permit(Right::BuildRead)?;
         let (store, build) = (self.store.tenant(&permit), known(id)?);
-        // The state first: a build that has ended says nothing any more.
-        let state = match store.get(&build).await? {
-            Some(build) => build.state,
-            None => return Err(ServiceError::NotFound(id.to_owned())),
-        };
+        // The state first: a build that has ended says nothing any more. And not all of the build: every
+        // follower asks each time that something changes.
+        let state = store.state(&build).await?;
+        let state = state.ok_or_else(|| ServiceError::NotFound(id.to_owned()))?;
         let limit = limit.clamp(1, LOG_LINES_MAX);
         let lines = store.log(&build, offset, limit).await?;
         let whole = u32::try_from(lines.len()).is_ok_and(|count| count < limit);

@@ -45,6 +45,7 @@ use super::host::Host;
 use super::kept::SealedPacks;
 use super::progress::STORING;
 use super::record::{Build, BuildResult, Failure, FailureCode, Micros};
+use super::remedy::usual_remedy;
 use super::shares::CpuShares;
 use super::state::BuildState;
 use crate::artifact::ArtifactStore;
@@ -412,8 +413,8 @@ fn internal(cause: &str) -> Failure {
         code: FailureCode::Internal,
         step: "prepare".into(),
         cause: cause.to_owned(),
-        blame: "ours".into(),
-        remedy: "please report this as a bug of builderd".into(),
+        blame: Blame::Ours.as_str().to_owned(),
+        remedy: usual_remedy(FailureCode::Internal, Blame::Ours).to_owned(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::Failure;
 use super::service_args::{ConfigArgs, SettingsArgs};
-use crate::config::{self, Config, ConfigError, PREFIX, Settings, Sources};
+use crate::config::{self, Config, ConfigError, PREFIX, Sources};
 
 pub(super) fn run(args: &ConfigArgs) -> Result<(), Failure> {
     if args.document {
@@ -17,9 +17,8 @@ pub(super) fn run(args: &ConfigArgs) -> Result<(), Failure> {
         print(&text);
         return Ok(());
     }
-    let settings = read(&args.settings, Vec::new())?;
     // What holds is shown only if the service would start with it.
-    resolved(Config::new(&settings))?;
+    let (settings, _) = resolved(Config::load(&sources(&args.settings, Vec::new())?))?;
     print(&config::effective(&settings, args.origin));
     Ok(())
 }
@@ -35,13 +34,14 @@ pub(super) fn load(
     args: &SettingsArgs,
     flags: Vec<(&'static str, &'static str, String)>,
 ) -> Result<Config, Failure> {
-    resolved(Config::new(&read(args, flags)?))
+    let (_, config) = resolved(Config::load(&sources(args, flags)?))?;
+    Ok(config)
 }
 
-fn read(
+fn sources(
     args: &SettingsArgs,
     mut flags: Vec<(&'static str, &'static str, String)>,
-) -> Result<Settings, Failure> {
+) -> Result<Sources, Failure> {
     if args.dev {
         flags.push(("--dev", "DEV", "true".into()));
     }
@@ -64,12 +64,7 @@ fn read(
             Some((path, text))
         }
     };
-    resolved(Settings::resolve(&Sources {
-        flags,
-        environment,
-        file,
-        credentials: config::credentials(),
-    }))
+    Ok(Sources { flags, environment, file, credentials: config::credentials() })
 }
 
 /// Every problem on a line of its own.

@@ -30,6 +30,7 @@ use clap::{CommandFactory as _, Parser as _};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::build::{Blame, BuildError};
+use crate::causes::causes;
 use args::{Args, Command};
 
 /// How a command ends when it does not end well.
@@ -114,11 +115,9 @@ fn raise_descriptor_limit() {
 
 /// The error, its causes and the remedy, on standard error.
 fn report(failure: &Failure) {
-    tell!("error: {}", text::printable(&failure.error.to_string()));
-    let mut cause = failure.error.source();
-    while let Some(error) = cause {
-        tell!("  caused by: {}", text::printable(&error.to_string()));
-        cause = error.source();
+    for (place, words) in causes(&*failure.error).iter().enumerate() {
+        let before = if place == 0 { "error" } else { "  caused by" };
+        tell!("{before}: {}", text::printable(words));
     }
     if let Some(hint) = &failure.hint {
         tell!("hint: {}", text::printable(hint));

@@ -3,14 +3,18 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use super::args::CompressionArg;
 use crate::build::record::Micros;
 use crate::config::parse_duration;
-use crate::tenant::{Right, TenantId, Tier};
+use crate::tenant::{NAME_BYTES_MAX, Right, TenantId, Tier};
+
+/// Most registries of a tenant's own.
+const REGISTRIES_MAX: usize = 100;
+/// Longest note of a token, in bytes.
+const NOTE_BYTES_MAX: usize = 1024;
 
 const SERVER_HELP: &str = "Server";
 
@@ -408,10 +412,10 @@ pub(super) struct TokenCreateArgs {
     #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     pub(super) tier: Option<Tier>,
     /// The customer within the tenant
-    #[arg(long)]
+    #[arg(long, value_parser = parse_name)]
     pub(super) customer: Option<String>,
     /// The organization that the tenant acts for; its builds show it
-    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
+    #[arg(long, value_parser = parse_name)]
     pub(super) organization: Option<String>,
     /// What it allows; may be repeated [default: everything]
     #[arg(long, value_name = "RIGHT", value_parser = parse_right)]
@@ -420,7 +424,7 @@ pub(super) struct TokenCreateArgs {
     #[arg(long, value_name = "DURATION", value_parser = parse_life)]
     pub(super) expires: Option<Duration>,
     /// A note for the list
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", value_parser = parse_note)]
     pub(super) note: String,
     #[command(flatten)]
     pub(super) format: FormatArgs,
@@ -511,10 +515,69 @@ fn parse_life(text: &str) -> Result<Duration, String> {
     if life.is_zero() { Err("expected more than 0".to_owned()) } else { Ok(life) }
 }
 
+impl TenantSetArgs {
+    /// What the flags cannot say each by itself; each build keeps a list of its tenant's registries.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match self.registry.len() {
+            ..=REGISTRIES_MAX => Ok(()),
+            _ => Err(format!("--registry: expected at most {REGISTRIES_MAX} of them")),
+        }
+    }
+}
+
+/// Whom a token names: as long as a request, or a client's certificate, may name somebody.
+fn parse_name(text: &str) -> Result<String, String> {
+    match text.len() {
+        1..=NAME_BYTES_MAX => Ok(text.to_owned()),
+        _ => Err(format!("expected 1 to {NAME_BYTES_MAX} bytes")),
+    }
+}
+
+fn parse_note(text: &str) -> Result<String, String> {
+    match text.len() {
+        ..=NOTE_BYTES_MAX => Ok(text.to_owned()),
+        _ => Err(format!("expected at most {NOTE_BYTES_MAX} bytes")),
+    }
+}
+
 fn parse_tier(text: &str) -> Result<Tier, String> {
     text.parse()
 }
 
 fn parse_right(text: &str) -> Result<Right, String> {
     text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_names_nobody_by_more_than_is_kept() {
+        let made = |flag: &str, text: &str| {
+            TokenArgs::try_parse_from(["token", "create", "--tenant", "acme", flag, text])
+        };
+        for (flag, bytes_max) in
+            [("--customer", NAME_BYTES_MAX), ("--organization", NAME_BYTES_MAX), ("--note", 1024)]
+        {
+            assert!(made(flag, &"x".repeat(bytes_max)).is_ok(), "{flag}");
+            let error = made(flag, &"x".repeat(bytes_max + 1)).unwrap_err().to_string();
+            assert!(error.contains(&format!("{bytes_max} bytes")), "{flag}: {error}");
+            assert_eq!(made(flag, "").is_ok(), flag == "--note", "{flag}");
+        }
+    }
+
+    #[test]
+    fn a_tenant_has_so_many_registries_of_its_own() {
+        let set = |count: usize| {
+            let names = (0..count).map(|number| format!("--registry=r{number}.example"));
+            let words = ["set".to_owned(), "acme".to_owned()].into_iter().chain(names);
+            TenantSetArgs::try_parse_from(words).unwrap().check()
+        };
+        assert_eq!(set(REGISTRIES_MAX), Ok(()));
+        assert!(set(REGISTRIES_MAX + 1).unwrap_err().contains("at most 100"));
+    }
 }

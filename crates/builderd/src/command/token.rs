@@ -81,6 +81,9 @@ pub(super) fn tokens(args: &TokenArgs) -> Result<(), Failure> {
 }
 
 pub(super) fn tenants(args: &TenantArgs) -> Result<(), Failure> {
+    if let TenantCommand::Set(args) = &args.command {
+        args.check().map_err(Failure::usage)?;
+    }
     let prepares = matches!(args.command, TenantCommand::Set(_));
     with_store(&args.settings, prepares, async |store, config| match &args.command {
         TenantCommand::Set(args) => {

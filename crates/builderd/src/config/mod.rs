@@ -236,22 +236,32 @@ pub(crate) struct LogConfig {
 }
 
 impl Config {
-    /// Reads the settings; all that is wrong with them together is told at once.
-    pub(crate) fn new(settings: &Settings) -> Result<Self, ConfigError> {
+    /// Reads the settings and what they come to; all that is wrong with each of them and with several
+    /// together is told at once.
+    pub(crate) fn load(sources: &Sources) -> Result<(Settings, Self), ConfigError> {
         let mut problems = Vec::new();
+        let settings = Settings::read(sources, &mut problems);
+        let config = Self::of(&settings, &mut problems);
+        match problems.is_empty() {
+            true => Ok((settings, config)),
+            false => Err(ConfigError { problems }),
+        }
+    }
+
+    fn of(settings: &Settings, problems: &mut Vec<String>) -> Self {
         let path = |name| settings.path(name).unwrap_or_default();
         let data_dir = path("DATABASE_DATA_DIR");
-        let config = Self {
-            listen: listen(settings, &mut problems),
-            tls: tls::tls(settings, &mut problems),
+        Self {
+            listen: settings.judge(problems, |problems| listen(settings, problems)),
+            tls: settings.judge(problems, |problems| tls::tls(settings, problems)),
             dev: settings.flag("DEV"),
             shutdown_timeout: settings.duration("SHUTDOWN_TIMEOUT"),
             health_rate_per_sec: settings.number("RATE_LIMIT").unwrap_or_default(),
             connections_max: settings.number("MAX_CONNECTIONS_PER_ADDRESS").unwrap_or_default(),
-            cors_allowed_origins: origins(settings, &mut problems),
-            accept_missing_walls: walls(settings, &mut problems),
+            cors_allowed_origins: settings.judge(problems, |problems| origins(settings, problems)),
+            accept_missing_walls: settings.judge(problems, |problems| walls(settings, problems)),
             oci_runtime: settings.text("OCI_RUNTIME").unwrap_or_default(),
-            accept_vulnerable: holes(settings, &mut problems),
+            accept_vulnerable: settings.judge(problems, |problems| holes(settings, problems)),
             commands_egress: CommandsEgress::of(settings),
             max_concurrent_builds: settings
                 .number("MAX_CONCURRENT_BUILDS")
@@ -264,12 +274,12 @@ impl Config {
             },
             cleanup_interval: settings.duration("CLEANUP_INTERVAL"),
             audit_retention_days: settings.number("AUDIT_RETENTION_DAYS").unwrap_or_default(),
-            storage: storage(settings, &mut problems),
-            docker: docker(settings, &mut problems),
+            storage: storage(settings, problems),
+            docker: docker(settings, problems),
             tenants: tenants(settings),
-            database: database(settings, &data_dir, &mut problems),
+            database: settings.judge(problems, |problems| database(settings, &data_dir, problems)),
             master_key: KeyPlace::of(settings, &data_dir),
-            telemetry: telemetry(settings, &mut problems),
+            telemetry: telemetry(settings, problems),
             log: LogConfig {
                 level: settings.text("LOG_LEVEL").unwrap_or_default(),
                 format: match settings.text("LOG_FORMAT").as_deref() {
@@ -278,10 +288,6 @@ impl Config {
                 },
             },
             data_dir,
-        };
-        match problems.is_empty() {
-            true => Ok(config),
-            false => Err(ConfigError { problems }),
         }
     }
 }
@@ -340,14 +346,13 @@ fn holes(settings: &Settings, problems: &mut Vec<String>) -> Vec<String> {
 }
 
 fn docker(settings: &Settings, problems: &mut Vec<String>) -> DockerConfig {
-    let insecure_registries = settings.names("DOCKER_INSECURE_REGISTRIES");
     DockerConfig {
         registry_auth: settings.flag("DOCKER_REGISTRY_AUTH"),
         image_bytes_max: settings.size("DOCKER_MAX_IMAGE_SIZE_GB").unwrap_or_default(),
         allowed_registries: settings.names("DOCKER_ALLOWED_REGISTRIES"),
         pull_timeout: settings.duration("DOCKER_PULL_TIMEOUT"),
-        mirrors: mirrors(settings, &insecure_registries, problems),
-        insecure_registries,
+        mirrors: settings.judge(problems, |problems| mirrors(settings, problems)),
+        insecure_registries: settings.names("DOCKER_INSECURE_REGISTRIES"),
         egress_allowed_private: settings.names("EGRESS_ALLOWED_PRIVATE"),
         egress_allowed_private_of_tenants: settings.names("EGRESS_ALLOWED_PRIVATE_OF_TENANTS"),
         blocked_domains: settings.names("BLOCKED_DOMAINS"),
@@ -355,7 +360,8 @@ fn docker(settings: &Settings, problems: &mut Vec<String>) -> DockerConfig {
 }
 
 /// Mirrors may be written as URLs; the engine takes hosts, and plain HTTP by name.
-fn mirrors(settings: &Settings, insecure: &[String], problems: &mut Vec<String>) -> Vec<String> {
+fn mirrors(settings: &Settings, problems: &mut Vec<String>) -> Vec<String> {
+    let insecure = settings.names("DOCKER_INSECURE_REGISTRIES");
     let text = settings.text("DOCKER_REGISTRY_MIRROR").unwrap_or_default();
     let host = |url: &str| -> Result<String, String> {
         if let Some(host) = url.strip_prefix("http://") {
@@ -423,7 +429,7 @@ fn changed(own: TenantLimits, settings: &Settings) -> TenantLimits {
 }
 
 fn telemetry(settings: &Settings, problems: &mut Vec<String>) -> TelemetryConfig {
-    let otlp = endpoint(settings, problems);
+    let otlp = settings.judge(problems, |problems| endpoint(settings, problems));
     let ip = settings.ip("OTEL_PROMETHEUS_INTERFACE").unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let prometheus = SocketAddr::new(ip, settings.port("OTEL_PROMETHEUS_PORT"));
     TelemetryConfig {

@@ -101,6 +101,5 @@ fn the_readmes_settings_work_as_shown_or_are_refused_by_name() {
         }
     }
     let sources = Sources { environment: good, ..Sources::default() };
-    let settings = Settings::resolve(&sources).unwrap();
-    super::Config::new(&settings).unwrap();
+    super::Config::load(&sources).unwrap();
 }

@@ -3,7 +3,7 @@
 //! Nothing is ever skipped: a name nobody knows, a value nobody can read and two names of one
 //! setting that disagree are problems, and all of them are told at once.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -87,6 +87,10 @@ pub(crate) struct Chosen {
 pub(crate) struct Settings {
     chosen: BTreeMap<&'static str, Chosen>,
     credentials: Option<PathBuf>,
+    /// What cannot be read of them, and is as if nobody had said it.
+    broken: BTreeSet<&'static str>,
+    /// Whether somebody asked for one of those.
+    met_broken: Cell<bool>,
     /// Names that somebody asked for, so that a test finds those nobody does.
     read: RefCell<BTreeSet<&'static str>>,
 }
@@ -95,13 +99,30 @@ impl Settings {
     /// Reads all sources against the table.
     pub(crate) fn resolve(sources: &Sources) -> Result<Self, ConfigError> {
         let mut problems = Vec::new();
+        let settings = Self::read(sources, &mut problems);
+        match problems.is_empty() {
+            true => Ok(settings),
+            false => Err(ConfigError { problems }),
+        }
+    }
+
+    /// The same, with what cannot be read left out.
+    pub(super) fn read(sources: &Sources, problems: &mut Vec<String>) -> Self {
+        let mut broken = BTreeSet::new();
         let file = match &sources.file {
-            Some((path, text)) => file_words(path, text, &mut problems),
+            Some((path, text)) => {
+                let words = file_words(path, text, problems);
+                // Whatever stands in it.
+                words.unwrap_or_else(|| {
+                    broken.extend(table::all().map(|setting| setting.name));
+                    Vec::new()
+                })
+            }
             None => Vec::new(),
         };
         let mut chosen = BTreeMap::new();
         for words in [flag_words(sources), environment_words(sources), file] {
-            for (name, value) in read_layer(&words, &mut problems) {
+            for (name, value) in read_layer(&words, &mut broken, problems) {
                 chosen.entry(name).or_insert(value);
             }
         }
@@ -120,12 +141,29 @@ impl Settings {
                 Err(expected) => problems.push(format!("{}: default: {expected}", setting.name)),
             }
         }
-        match problems.is_empty() {
-            true => {
-                let credentials = sources.credentials.clone();
-                Ok(Self { chosen, credentials, read: RefCell::default() })
-            }
-            false => Err(ConfigError { problems }),
+        let (credentials, met_broken) = (sources.credentials.clone(), Cell::new(false));
+        Self { chosen, credentials, broken, met_broken, read: RefCell::default() }
+    }
+
+    /// Does `look`, and takes what it finds wrong with settings together unless one of them cannot be
+    /// read: that one is told of already, and what it would come to is not known.
+    pub(super) fn judge<T>(
+        &self,
+        problems: &mut Vec<String>,
+        look: impl FnOnce(&mut Vec<String>) -> T,
+    ) -> T {
+        self.met_broken.set(false);
+        let mut found = Vec::new();
+        let done = look(&mut found);
+        if !self.met_broken.get() {
+            problems.append(&mut found);
+        }
+        done
+    }
+
+    fn meet(&self, name: &str) {
+        if self.broken.contains(name) {
+            self.met_broken.set(true);
         }
     }
 
@@ -150,6 +188,7 @@ impl Settings {
 
     /// Whether somebody set it.
     pub(crate) fn is_set(&self, name: &'static str) -> bool {
+        self.meet(name);
         self.chosen.get(name).is_some_and(|chosen| chosen.origin != Origin::Default)
     }
 
@@ -161,6 +200,7 @@ impl Settings {
         choice: &'static str,
         problems: &mut Vec<String>,
     ) {
+        self.meet(choice);
         let chosen = self.chosen.get(choice).map(|chosen| chosen.value.to_string());
         for &name in names {
             if !self.is_changed(name) {
@@ -202,6 +242,7 @@ impl Settings {
 
     fn value(&self, name: &'static str) -> Option<&Value> {
         self.read.borrow_mut().insert(name);
+        self.meet(name);
         debug_assert!(self.chosen.contains_key(name), "{name} is not in the table");
         self.chosen.get(name).map(|chosen| &chosen.value)
     }
@@ -311,14 +352,15 @@ fn environment_words(sources: &Sources) -> Vec<Word> {
     sources.environment.iter().filter_map(word).collect()
 }
 
-/// The file's words: `port = 8082`, or a table `[storage]` with `backend = "s3"`.
-fn file_words(path: &Path, text: &str, problems: &mut Vec<String>) -> Vec<Word> {
+/// The file's words: `port = 8082`, or a table `[storage]` with `backend = "s3"`; none if it is no
+/// TOML.
+fn file_words(path: &Path, text: &str, problems: &mut Vec<String>) -> Option<Vec<Word>> {
     let table: toml::Table = match text.parse() {
         Ok(table) => table,
         Err(error) => {
             let error = error.to_string().replace('\n', " ");
             problems.push(format!("{} is no TOML: {error}", path.display()));
-            return Vec::new();
+            return None;
         }
     };
     let mut words = Vec::new();
@@ -343,7 +385,7 @@ fn file_words(path: &Path, text: &str, problems: &mut Vec<String>) -> Vec<Word> 
             }
         }
     }
-    words
+    Some(words)
 }
 
 /// A value as it would stand in the environment; none if it cannot.
@@ -362,8 +404,12 @@ fn plain_text(value: &toml::Value) -> Option<String> {
     }
 }
 
-/// What one source says, setting by setting.
-fn read_layer(words: &[Word], problems: &mut Vec<String>) -> BTreeMap<&'static str, Chosen> {
+/// What one source says, setting by setting; which of them cannot be read goes to `broken`.
+fn read_layer(
+    words: &[Word],
+    broken: &mut BTreeSet<&'static str>,
+    problems: &mut Vec<String>,
+) -> BTreeMap<&'static str, Chosen> {
     let mut layer: BTreeMap<&'static str, Chosen> = BTreeMap::new();
     // Empty is unset, as every document shows it (`…_MIRROR=""`).
     for word in words.iter().filter(|word| !word.text.is_empty()) {
@@ -372,11 +418,15 @@ fn read_layer(words: &[Word], problems: &mut Vec<String>) -> BTreeMap<&'static s
             continue;
         };
         match setting.kind.read(&word.name, &word.text) {
-            Err(expected) => problems.push(unreadable(setting, word, &expected)),
+            Err(expected) => {
+                broken.insert(setting.name);
+                problems.push(unreadable(setting, word, &expected));
+            }
             Ok(value) => {
                 let new = Chosen { value, origin: word.origin.clone() };
                 match layer.get(setting.name) {
                     Some(old) if old.value != new.value => {
+                        broken.insert(setting.name);
                         problems.push(format!(
                             "{} and {} are two names of one setting and differ: set one of them",
                             old.origin, new.origin

@@ -72,7 +72,20 @@ pub(crate) enum StorageBackend {
 
 pub(super) fn storage(settings: &Settings, problems: &mut Vec<String>) -> StorageConfig {
     let workspace = settings.path("WORKSPACE_DIR").unwrap_or_default();
-    let unused: &[&[&'static str]] = match settings.text("STORAGE_BACKEND").as_deref() {
+    StorageConfig {
+        backend: settings.judge(problems, |problems| backend(settings, problems)),
+        retention_days: settings.number("STORAGE_RETENTION_DAYS").unwrap_or_default(),
+        max_bytes: settings.size("STORAGE_MAX_SIZE_GB").unwrap_or_default(),
+        encrypts_all: settings.flag("ENABLE_ENCRYPTION"),
+        cache_enabled: settings.flag("STORAGE_CACHE_ENABLED"),
+        cache_max_bytes: settings.size("STORAGE_CACHE_MAX_SIZE_GB").unwrap_or_default(),
+        cache_dir: settings.path("CACHE_DIR").unwrap_or_else(|| workspace.join("cache")),
+    }
+}
+
+fn backend(settings: &Settings, problems: &mut Vec<String>) -> StorageBackend {
+    let chosen = settings.text("STORAGE_BACKEND");
+    let unused: &[&[&'static str]] = match chosen.as_deref() {
         Some("s3" | "minio") => &[&OF_GCS],
         Some("gcs") => &[&OF_S3],
         _ => &[&OF_S3, &OF_GCS, &OF_BUCKETS],
@@ -80,22 +93,14 @@ pub(super) fn storage(settings: &Settings, problems: &mut Vec<String>) -> Storag
     for names in unused {
         settings.refuse_unused(names, "STORAGE_BACKEND", problems);
     }
-    StorageConfig {
-        backend: match settings.text("STORAGE_BACKEND").as_deref() {
-            Some("s3" | "minio") => s3(settings, problems),
-            Some("gcs") => StorageBackend::Gcs {
-                bucket: needed(settings, "GCS_BUCKET", problems),
-                credentials_file: settings.path("GCS_CREDENTIALS_FILE"),
-                prefix: settings.text("STORAGE_PREFIX").unwrap_or_default(),
-            },
-            _ => StorageBackend::Local,
+    match chosen.as_deref() {
+        Some("s3" | "minio") => s3(settings, problems),
+        Some("gcs") => StorageBackend::Gcs {
+            bucket: needed(settings, "GCS_BUCKET", problems),
+            credentials_file: settings.path("GCS_CREDENTIALS_FILE"),
+            prefix: settings.text("STORAGE_PREFIX").unwrap_or_default(),
         },
-        retention_days: settings.number("STORAGE_RETENTION_DAYS").unwrap_or_default(),
-        max_bytes: settings.size("STORAGE_MAX_SIZE_GB").unwrap_or_default(),
-        encrypts_all: settings.flag("ENABLE_ENCRYPTION"),
-        cache_enabled: settings.flag("STORAGE_CACHE_ENABLED"),
-        cache_max_bytes: settings.size("STORAGE_CACHE_MAX_SIZE_GB").unwrap_or_default(),
-        cache_dir: settings.path("CACHE_DIR").unwrap_or_else(|| workspace.join("cache")),
+        _ => StorageBackend::Local,
     }
 }
 

@@ -8,8 +8,7 @@ fn read(variables: &[(&str, &str)]) -> Result<Config, Vec<String>> {
     let owned = |(name, text): &(&str, &str)| (format!("{PREFIX}{name}"), (*text).to_owned());
     let environment = variables.iter().map(owned).collect();
     let sources = Sources { environment, ..Sources::default() };
-    let settings = Settings::resolve(&sources).map_err(|error| error.problems)?;
-    Config::new(&settings).map_err(|error| error.problems)
+    Config::load(&sources).map(|(_, config)| config).map_err(|error| error.problems)
 }
 
 fn refused(variables: &[(&str, &str)], word: &str) {
@@ -37,6 +36,8 @@ fn nothing_set_gives_the_documented_defaults() {
     assert_eq!(config.telemetry.otlp, None);
     let prometheus = config.telemetry.prometheus.map(|address| address.to_string());
     assert_eq!(prometheus.as_deref(), Some("127.0.0.1:9466"));
+    let free = read(&[("PORT", "0"), ("OTEL_PROMETHEUS_PORT", "0")]).unwrap();
+    assert_eq!(free.telemetry.prometheus.map(|address| address.port()), Some(0));
     assert_eq!(config.log.format, LogFormat::Json);
     assert_eq!(config.tenants.limits, Tier::ALL.map(Tier::limits));
 }
@@ -86,7 +87,7 @@ fn the_master_key_is_a_named_file_or_a_credential_or_our_own() {
         let credentials = Some(directory.path().to_owned());
         let environment = vec![(name, file.to_owned())];
         let sources = Sources { environment, credentials, ..Sources::default() };
-        Config::new(&Settings::resolve(&sources).unwrap()).unwrap().master_key
+        Config::load(&sources).unwrap().1.master_key
     };
     assert_eq!(place(""), KeyPlace::File("/opt/builderd/data/master.key".into()));
     let credential = directory.path().join("builderd-master-key");
@@ -130,8 +131,7 @@ fn no_setting_is_read_by_nobody() {
         let owned = |(name, text): &(&str, &str)| (format!("{PREFIX}{name}"), (*text).into());
         let environment = variables.iter().map(owned).collect();
         let sources = Sources { environment, ..Sources::default() };
-        let settings = Settings::resolve(&sources).unwrap();
-        Config::new(&settings).unwrap();
+        let (settings, _) = Config::load(&sources).unwrap();
         let these = settings.unread();
         unread = Some(match unread {
             Some(unread) => unread.intersection(&these).copied().collect(),
@@ -308,6 +308,34 @@ fn mirrors_may_be_urls_but_plain_http_needs_leave() {
     assert_eq!(mirrors(&[below, named]), ["Mirror.example:5000/hub"]);
     let both = [plain, ("DOCKER_INSECURE_REGISTRIES", "127.0.0.1:5000")];
     assert_eq!(mirrors(&both), ["ghcr.io=127.0.0.1:5000", "a=b:1"]);
+}
+
+#[test]
+fn what_is_wrong_with_one_setting_and_with_several_together_is_told_at_once() {
+    let problems = |variables: &[(&str, &str)]| read(variables).unwrap_err();
+    let all = problems(&[
+        ("PORT", "x"),
+        ("DOCKER_ALLOWED_REGISTRIES", "https://ghcr.io,https://quay.io"),
+        ("DOCKER_REGISTRY_MIRROR", "c d,http://a.b:1"),
+        ("STORAGE_BACKEND", "s3"),
+        ("PROT", "1"),
+    ]);
+    for name in
+        ["PORT is `x`", "write `ghcr.io`", "write `quay.io`", "`c d,", "`a.b:1`", "S3_BUCKET"]
+    {
+        assert!(all.iter().any(|problem| problem.contains(name)), "{name}: {all:#?}");
+    }
+    assert_eq!(all.len(), 6, "{all:#?}");
+    // What follows from what cannot be read is nobody's fault.
+    let one = problems(&[("STORAGE_BACKEND", "floppy"), ("S3_BUCKET", "b"), ("DEV", "maybe")]);
+    assert_eq!(one.len(), 2, "{one:#?}");
+    let insecure = ("DOCKER_INSECURE_REGISTRIES", "http://a.b:1");
+    let one = problems(&[("DOCKER_REGISTRY_MIRROR", "http://a.b:1"), insecure]);
+    assert_eq!(one.len(), 1, "{one:#?}");
+    let file = Some(("x.toml".into(), "port = ".to_owned()));
+    let environment = vec![(format!("{PREFIX}STORAGE_BACKEND"), "s3".to_owned())];
+    let unread = Config::load(&Sources { file, environment, ..Sources::default() }).unwrap_err();
+    assert_eq!(unread.problems.len(), 1, "{unread}");
 }
 
 #[test]

@@ -189,8 +189,8 @@ mod tests {
     fn read(variables: &[(&str, &str)]) -> Result<Option<TlsConfig>, String> {
         let owned = |(name, text): &(&str, &str)| (format!("{PREFIX}{name}"), (*text).to_owned());
         let environment = variables.iter().map(owned).collect();
-        let settings = Settings::resolve(&Sources { environment, ..Sources::default() }).unwrap();
-        Config::new(&settings).map(|config| config.tls).map_err(|error| error.to_string())
+        let loaded = Config::load(&Sources { environment, ..Sources::default() });
+        loaded.map(|(_, config)| config.tls).map_err(|error| error.to_string())
     }
 
     const FILES: [(&str, &str); 3] =

@@ -159,9 +159,17 @@ fn names(text: &str) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
-/// Words that are all of one sort.
+/// Words that are all of one sort; else what is expected in the place of each that is not.
 fn each(text: &str, read: fn(&str) -> Result<String, String>) -> Result<Value, String> {
-    names(text).iter().map(|name| read(name)).collect::<Result<_, _>>().map(Value::Names)
+    let (mut good, mut expected) = (Vec::new(), Vec::new());
+    for name in names(text) {
+        match read(&name) {
+            Ok(word) => good.push(word),
+            Err(other) if expected.contains(&other) => {}
+            Err(other) => expected.push(other),
+        }
+    }
+    if expected.is_empty() { Ok(Value::Names(good)) } else { Err(expected.join(", and ")) }
 }
 
 /// A registry as it is named without a scheme; a URL would never be the same as one.

@@ -4,7 +4,7 @@ use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use super::*;
-use crate::config::{PREFIX, Settings, Sources};
+use crate::config::{PREFIX, Sources};
 use crate::store::audit::AuditFilter;
 use crate::store::tests::hang;
 
@@ -21,7 +21,66 @@ fn config(directory: &Path) -> Config {
     let named = |(name, text): (&str, String)| (format!("{PREFIX}{name}"), text);
     let environment = environment.map(named).into();
     let sources = Sources { environment, ..Sources::default() };
-    Config::new(&Settings::resolve(&sources).unwrap()).unwrap()
+    Config::load(&sources).unwrap().1
+}
+
+async fn read(answer: reqwest::Response) -> serde_json::Value {
+    serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap()
+}
+
+/// A server that stops takes nothing new, and says so until it has ended.
+#[tokio::test]
+async fn who_comes_while_a_server_stops_is_told_so() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let directory = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = watch::channel(false);
+    let config = Config { shutdown_timeout: Duration::from_secs(60), ..config(directory.path()) };
+    let metrics = telemetry::Metrics::unread();
+    let server = tokio::spawn(serve(config, Host::default(), (listener, None), metrics, stopped));
+    // One that is not over keeps the server.
+    let mut held = tokio::net::TcpStream::connect(address).await.unwrap();
+    let path = format!("/{}/CreateBuild", ::api::SERVICE);
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nX-Tenant-ID: t\r\nExpect: 100-continue\r\n\
+         Content-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+    );
+    held.write_all(head.as_bytes()).await.unwrap();
+    let mut begun = [0; 25];
+    held.read_exact(&mut begun).await.unwrap();
+    assert_eq!(&begun, b"HTTP/1.1 100 Continue\r\n\r\n");
+
+    // Each on a connection of its own.
+    let client = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap();
+    let url = |path: &str| format!("http://{address}{path}");
+    let health = async || {
+        let answer = client.get(url("/health")).send().await.unwrap();
+        let status = answer.status().as_u16();
+        (status, read(answer).await["reason"].clone())
+    };
+    assert_eq!(health().await, (200, json!(null)));
+    stop.send_replace(true);
+    while health().await.0 == 200 {}
+    for _ in 0..3 {
+        assert_eq!(health().await, (503, json!("stopping")));
+        let other = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
+        let check = other.post(url("/grpc.health.v1.Health/Check")).body("{}");
+        let check = check.header("content-type", "application/json").send().await.unwrap();
+        assert_eq!(read(check).await["status"], "NOT_SERVING");
+        let create = client.post(url(&path)).header("content-type", "application/json");
+        let refused = create.header("x-tenant-id", "t").body("{}").send().await.unwrap();
+        assert_eq!(refused.status().as_u16(), 503);
+        let said = read(refused).await;
+        assert_eq!(said["code"], "unavailable", "{said}");
+    }
+    assert!(!server.is_finished());
+    held.write_all(b"{}").await.unwrap();
+    let mut answer = String::new();
+    held.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.contains("build config is required"), "what ran is answered: {answer}");
+    tokio::time::timeout(Duration::from_secs(30), server).await.expect("it ends").unwrap().unwrap();
+    assert!(tokio::net::TcpStream::connect(address).await.is_err(), "nobody is there any more");
 }
 
 /// A socket that has a port and never listens: the kernel refuses to accept (EINVAL).
@@ -78,9 +137,9 @@ async fn a_server_that_stops_writes_down_whom_it_refused() {
     assert_eq!(ask().await.unwrap(), 401);
     stop.send_replace(true);
     let mut refused = 2;
-    // Until the doors are closed.
-    while ask().await.is_ok() {
-        refused += 1;
+    // Until the doors are closed, and nobody is there any more who would say so.
+    while let Ok(status) = ask().await {
+        refused += usize::from(status == 401);
     }
     let early = tokio::time::timeout(Duration::from_millis(500), &mut server).await;
     assert!(early.is_err(), "it ends without the rows: {early:?}");

@@ -506,11 +506,13 @@ const RULES: &[(&str, &str)] = &[
          AND b.created_at < d.day + 86400000000)",
     ),
     (
-        "a log's lines are counted and without gaps",
+        "a log's lines are counted, and none is missing behind the first there is",
         "SELECT b.tenant_id, b.id AS subject FROM build b LEFT JOIN \
-         (SELECT tenant_id, build_id, COUNT(*) AS found, MAX(line) AS last FROM build_log \
-          GROUP BY tenant_id, build_id) l ON l.tenant_id = b.tenant_id AND l.build_id = b.id \
-         WHERE b.log_lines <> COALESCE(l.found, 0) OR b.log_lines <> COALESCE(l.last + 1, 0)",
+         (SELECT tenant_id, build_id, COUNT(*) AS found, MIN(line) AS first, MAX(line) AS last \
+          FROM build_log GROUP BY tenant_id, build_id) l \
+         ON l.tenant_id = b.tenant_id AND l.build_id = b.id \
+         WHERE b.log_lines <> COALESCE(l.last + 1, 0) \
+         OR COALESCE(l.last + 1 - l.first, 0) <> COALESCE(l.found, 0)",
     ),
     (
         "a stream of the audit log has every row from its first to its last",

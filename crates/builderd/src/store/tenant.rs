@@ -3,6 +3,7 @@
 use super::audit::{Action, AuditEntry, Author};
 use super::{Accepted, Cancel, Delete, Filter, NewBuild, Page, Revision, Rows, Seen, StoreError};
 use crate::build::record::{Build, BuildId, LogLine, Micros, Stats, Usage};
+use crate::build::state::BuildState;
 use crate::tenant::{Permit, TenantId, TenantLimits};
 
 /// One tenant's rows, and no others.
@@ -59,6 +60,14 @@ impl TenantStore<'_> {
     /// [`StoreError`]
     pub async fn get_with_log(&self, id: &BuildId, lines: u32) -> Result<Option<Seen>, StoreError> {
         self.rows.get_with_log(self.tenant(), id, lines).await
+    }
+
+    /// Where one build stands, for whoever needs no more of it.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn state(&self, id: &BuildId) -> Result<Option<BuildState>, StoreError> {
+        self.rows.state(self.tenant(), id).await
     }
 
     /// How often a build was changed after its end; none if it has not ended or is not there.

@@ -422,7 +422,8 @@ async fn metrics_have_a_port_of_their_own() {
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let router = metrics_router(telemetry.metrics());
     let (crowd, drain) = (crate::api::Crowd::up_to(0), Duration::from_secs(5));
-    let server = tokio::spawn(crate::api::serve(listener, None, router, crowd, stopped, drain));
+    let entrance = crate::api::Entrance::new(listener, None, crowd);
+    let server = tokio::spawn(crate::api::serve(entrance, router, stopped, drain));
     let answer = reqwest::get(format!("http://{address}/metrics")).await.unwrap();
     let kind = answer.headers()["content-type"].to_str().unwrap().to_owned();
     assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");

@@ -11,12 +11,10 @@ use rustls::pki_types::CertificateDer;
 use serde::Deserialize;
 use spiffe::SpiffeId;
 
-use crate::tenant::{Right, TenantId, Tier};
+use crate::tenant::{NAME_BYTES_MAX, Right, TenantId, Tier};
 
 /// Longest id; the longest SPIFFE id (SPIFFE-ID, section 2.3).
 const ID_BYTES_MAX: usize = 2048;
-/// Longest name of a customer or an organization, as for a token's.
-const NAME_BYTES_MAX: usize = 256;
 /// In the place of a tenant: whichever the request names.
 const EVERY_TENANT: &str = "*";
 

@@ -17,7 +17,7 @@ struct Site {
     server: Child,
     lines: Lines<BufReader<ChildStderr>>,
     address: String,
-    metrics_port: u16,
+    metrics: String,
 }
 
 fn authority(workshop: &Workshop, file: &str) -> Issuer<'static, KeyPair> {
@@ -41,7 +41,7 @@ fn issue(workshop: &Workshop, authority: &Issuer<'static, KeyPair>, id: &str, fi
 
 impl Site {
     fn new() -> Self {
-        let (workshop, metrics_port) = (Workshop::new(), free_port());
+        let workshop = Workshop::new();
         let authority = authority(&workshop, "ca.pem");
         issue(&workshop, &authority, "urn:x:server", ["c.pem", "k.pem"]);
         let clients = "[[client]]\nid = \"spiffe://example.org/ci\"\ntenant = \"acme\"\n";
@@ -59,13 +59,16 @@ impl Site {
             .env("UNKEY_BUILDERD_TLS_MODE", "file")
             .env("UNKEY_BUILDERD_TLS_CLIENT_AUTH", "optional")
             .env("UNKEY_BUILDERD_TLS_CLIENTS_FILE", workshop.path("clients.toml"))
-            .env("UNKEY_BUILDERD_OTEL_PROMETHEUS_PORT", metrics_port.to_string())
+            .env("UNKEY_BUILDERD_OTEL_PROMETHEUS_PORT", "0")
             .stderr(Stdio::piped());
         let mut server = command.spawn().unwrap();
         let lines = BufReader::new(server.stderr.take().unwrap()).lines();
-        let address = String::new();
-        let mut site = Self { workshop, authority, server, lines, address, metrics_port };
-        site.address = site.until("listening")["address"].as_str().unwrap().to_owned();
+        let (address, metrics) = (String::new(), String::new());
+        let mut site = Self { workshop, authority, server, lines, address, metrics };
+        let mut told = |message| site.until(message)["address"].as_str().unwrap().to_owned();
+        let metrics = told("listening for metrics");
+        let address = told("listening");
+        (site.metrics, site.address) = (metrics, address);
         site
     }
 
@@ -96,7 +99,7 @@ impl Site {
         let root = reqwest::Certificate::from_pem(&pem).unwrap();
         let client = reqwest::Client::builder().no_proxy().tls_certs_only([root]);
         let scheme = if is_secure { "https" } else { "http" };
-        let url = format!("{scheme}://127.0.0.1:{}/metrics", self.metrics_port);
+        let url = format!("{scheme}://{}/metrics", self.metrics);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let response = client.build().unwrap().get(url).send().await.ok()?;
@@ -115,11 +118,6 @@ impl Drop for Site {
         let _ = self.server.kill();
         let _ = self.server.wait();
     }
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 #[test]

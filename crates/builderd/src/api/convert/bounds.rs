@@ -26,6 +26,17 @@ pub(super) const COMMAND_BYTES_MAX: usize = 4096;
 /// Most tags to try: each may cost a request to the registry.
 pub(super) const PULL_TAGS_MAX: usize = 16;
 
+/// Letters of what a caller wrote that an answer quotes.
+const QUOTED_CHARS_MAX: usize = 64;
+
+/// What a caller wrote, but not all of a long text.
+pub(super) fn quoted(text: &str) -> String {
+    match text.char_indices().nth(QUOTED_CHARS_MAX) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?}...", &text[..end]),
+    }
+}
+
 /// A field that a request gets wrong.
 pub(in super::super) fn invalid(field: &str, problem: impl ToString) -> ServiceError {
     ServiceError::Invalid { field: field.to_owned(), problem: problem.to_string() }

@@ -9,6 +9,7 @@ use v1::build_source::SourceType;
 use super::bounds::{
     COMMAND_BYTES_MAX, COMMANDS_MAX, ECHO_BYTES_MAX, IMAGE_BYTES_MAX, LABELS_MAX, PULL_TAGS_MAX,
     REASON_BYTES_MAX, SECRET_BYTES_MAX, TEXT_BYTES_MAX, bounded, few, invalid, known, none_of,
+    quoted,
 };
 use super::unimplemented::{docker, refuse_unimplemented, rootfs};
 use crate::build::record::{BuildRequest, FailureCode, RetryPolicy};
@@ -222,7 +223,7 @@ fn compression(config: &v1::BuildConfig) -> Result<String, ServiceError> {
         "none" | "gzip" | "zstd" => Ok(asked.to_owned()),
         other => Err(invalid(
             "config.target.microvm_rootfs.compression",
-            format!("{other:?} is no compression; none, gzip and zstd are"),
+            format!("{} is no compression; none, gzip and zstd are", quoted(other)),
         )),
     }
 }
@@ -291,9 +292,13 @@ fn retry_policy(config: &v1::BuildConfig) -> Result<RetryPolicy, ServiceError> {
             Ok(secs @ ..=DELAY_SECS_MAX) => Ok(secs),
             Ok(_) => {
                 let hours = DELAY_SECS_MAX / 3600;
-                Err(invalid(&field(name), format!("{text:?} is too long: at most {hours}h")))
+                let problem = format!("{} is too long: at most {hours}h", quoted(text));
+                Err(invalid(&field(name), problem))
             }
-            Err(_) => Err(invalid(&field(name), format!("{text:?} is no duration: write \"30s\""))),
+            Err(_) => {
+                let problem = format!("{} is no duration: write \"30s\"", quoted(text));
+                Err(invalid(&field(name), problem))
+            }
         },
     };
     let base_delay_secs = delay("base_delay", &asked.base_delay, default.base_delay_secs)?;
@@ -314,7 +319,8 @@ fn retried_code(field: &str, name: &str) -> Result<FailureCode, ServiceError> {
     let found = passing.iter().copied().find(|code| code.as_str() == name);
     found.ok_or_else(|| {
         let names: Vec<&str> = passing.iter().map(|code| code.as_str()).collect();
-        invalid(field, format!("{name:?} is not tried again; {} are", names.join(", ")))
+        let problem = format!("{} is not tried again; {} are", quoted(name), names.join(", "));
+        invalid(field, problem)
     })
 }
 
@@ -412,7 +418,7 @@ pub(in super::super) fn states_of_status(name: &str) -> Result<Vec<BuildState>, 
         let short: Vec<String> = short.map(str::to_ascii_lowercase).collect();
         let words: Vec<&str> =
             whole.iter().copied().chain(short.iter().map(String::as_str)).collect();
-        none_of("status", format_args!("{name:?}"), &words)
+        none_of("status", quoted(name), &words)
     })?;
     let is_wanted = |state: &BuildState| super::status(*state) == wanted;
     Ok(BuildState::ALL.into_iter().filter(is_wanted).collect())
@@ -558,6 +564,25 @@ mod tests {
         assert!(said.starts_with("config: has ") && said.contains("65536"), "{said}");
         assert!(tenant(json!({"permissions": vec![long; 4]})).starts_with("config: has "));
         assert!(reason(&"x".repeat(REASON_BYTES_MAX + 1)).is_err());
+    }
+
+    #[test]
+    fn what_a_caller_wrote_is_told_again_in_part_and_what_is_right_in_whole() {
+        let long = "x".repeat(1 << 20);
+        let policy = |policy: Value| whole(|config| config["retry_policy"] = policy);
+        let compression = json!({"compression": long});
+        let target = whole(|config| config["target"]["microvm_rootfs"] = compression);
+        for (config, words) in [
+            (target, "none, gzip and zstd are"),
+            (policy(json!({"base_delay": long})), "write \"30s\""),
+            (policy(json!({"max_delay": format!("{}s", "0".repeat(1 << 20) + "99999999")})), "24h"),
+            (policy(json!({"retry_on": [long]})), "NETWORK_ERROR"),
+        ] {
+            let error = ordered(config).unwrap_err().to_string();
+            assert!(error.len() < 500 && error.contains(words), "{} bytes", error.len());
+        }
+        let error = states_of_status(&long).unwrap_err().to_string();
+        assert!(error.len() < 500 && error.ends_with("timeout"), "{} bytes", error.len());
     }
 
     #[test]

@@ -60,3 +60,13 @@ async fn the_header_of_a_key_is_held_to_what_the_field_is_held_to() {
     assert_eq!(wrong(&create("schlüssel".as_bytes()).await), "Idempotency-Key");
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_long_path_is_not_told_again_in_whole() {
+    let server = Server::start(Mode::Development).await;
+    let path = format!("/{}", "x".repeat(10_000));
+    let reply = send(server.request(reqwest::Method::GET, &path)).await;
+    assert_eq!(reply.status, StatusCode::NOT_FOUND);
+    assert!(reply.body.len() < 1000, "{} bytes", reply.body.len());
+    server.stop().await;
+}

@@ -160,8 +160,9 @@ impl Server {
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let router = super::router(state, origins);
-        let task = tokio::spawn(super::serve(listener, tls, router, crowd, stopping, DRAIN));
+        let router = super::router(&Arc::new(state), &origins);
+        let entrance = super::Entrance::new(listener, tls, crowd);
+        let task = tokio::spawn(super::serve(entrance, router, stopping, DRAIN));
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
         Self { address, store, artifacts, client, shutdown, task, _directory: directory }
     }

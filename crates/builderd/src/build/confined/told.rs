@@ -117,6 +117,11 @@ mod tests {
         assert_eq!(chain(&told), chain(&error));
         assert_eq!(told.failure(Phase::Write), error.failure(Phase::Write));
         assert!(told.is_out_of_space());
+        // What its command line says of a bug is nothing for whoever asked a service.
+        let lost = BuildError::WorkerLost { phase: Phase::Layers };
+        let told = BuildError::Told(ToldError::of(&lost).checked());
+        assert_eq!(told.hint(), lost.hint());
+        assert_eq!(told.failure(Phase::Layers), lost.failure(Phase::Layers));
     }
 
     #[test]

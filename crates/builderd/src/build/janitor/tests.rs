@@ -125,6 +125,12 @@ async fn forgotten_file(files: &LocalArtifacts, key: &str) {
     file.set_modified(std::time::SystemTime::now() - Duration::from_secs(7200)).unwrap();
 }
 
+/// One sweep that nobody stops.
+async fn sweep(janitor: &mut Janitor) -> io::Result<()> {
+    let (_stop, going) = watch::channel(false);
+    janitor.sweep(&going).await
+}
+
 fn rules() -> JanitorRules {
     JanitorRules {
         sweep_every: Duration::from_secs(1),
@@ -162,10 +168,10 @@ async fn rows_of_the_audit_log_go_when_they_were_kept_long_enough() {
         let page = store.system().audit_page(&AuditFilter::default(), None).await.unwrap();
         page.iter().map(|row| row.number).collect::<Vec<_>>()
     };
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     assert_eq!(numbers().await, [1, 2]);
     clock.advance_secs(2 * DAY);
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     assert_eq!(numbers().await, [2]);
     assert!(store.system().verify_audit().await.unwrap().problems.is_empty());
 }
@@ -194,10 +200,10 @@ async fn a_retired_key_that_nothing_needs_goes_after_a_day() {
         system.tenant_key(&tenant, &format!("{number:032x}")).await.unwrap().is_some()
     };
     clock.advance_secs(KEY_GRACE_SECS);
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     assert!(there(1).await && there(2).await);
     clock.advance_secs(1);
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     assert!(!there(1).await && there(2).await);
 }
 
@@ -224,15 +230,15 @@ async fn a_file_that_a_build_is_about_to_name_is_not_removed() {
     };
     let artifacts = Arc::new(Watched { files: Arc::clone(&files), on_remove });
     let mut janitor = Janitor::new(store, artifacts, clock, Metrics::unread(), rules());
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     assert!(files.open(KEY).await.unwrap().is_some(), "seen for the first time, it stays");
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     assert_eq!(*heard.lock().unwrap(), [ControlFlow::Continue(())], "it must wait");
     assert!(files.open(KEY).await.unwrap().is_none(), "nobody had named it");
 
     assert_eq!(worker.publish().await, ControlFlow::Break(()), "the way is free");
     for _ in 0..2 {
-        janitor.sweep().await.unwrap();
+        sweep(&mut janitor).await.unwrap();
     }
     assert!(files.open(KEY).await.unwrap().is_some(), "the completed build has its file");
     assert_eq!(heard.lock().unwrap().len(), 1);
@@ -271,10 +277,10 @@ async fn a_file_that_cannot_be_removed_keeps_nothing_else_from_being_cleared_awa
     let rules = JanitorRules { packs: Some((packs, 0)), ..rules() };
     let its_clock = Arc::clone(&clock) as Arc<dyn Clock>;
     let mut janitor = Janitor::new(store, artifacts, its_clock, Metrics::unread(), rules);
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     std::fs::create_dir_all(&domain).unwrap();
     std::fs::write(&pack, CONTENT).unwrap();
-    let failed = janitor.sweep().await.unwrap_err();
+    let failed = sweep(&mut janitor).await.unwrap_err();
     assert_eq!(failed.kind(), io::ErrorKind::PermissionDenied);
     assert_eq!(asked.swap(0, Ordering::SeqCst), STUCK.len());
     for (key, is_there) in
@@ -288,11 +294,11 @@ async fn a_file_that_cannot_be_removed_keeps_nothing_else_from_being_cleared_awa
     // What was begun is over first.
     clock.advance_secs(3600);
     *problem.lock().unwrap() = Some(io::ErrorKind::TimedOut);
-    assert_eq!(janitor.sweep().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    assert_eq!(sweep(&mut janitor).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
     assert_eq!(asked.load(Ordering::SeqCst), 1);
     clock.advance_secs(3600);
     *problem.lock().unwrap() = None;
-    janitor.sweep().await.unwrap();
+    sweep(&mut janitor).await.unwrap();
     for key in STUCK {
         assert!(files.open(key).await.unwrap().is_none(), "{key}");
     }
@@ -362,4 +368,26 @@ async fn who_stops_the_service_does_not_wait_until_everything_that_was_deleted_i
     remover.run(going).await;
     let left = store.system().dropped(DROPPED_MAX, clock.now()).await.unwrap();
     assert_eq!(left, ["public/two"]);
+}
+
+#[tokio::test]
+async fn who_stops_the_service_does_not_wait_until_all_files_are_swept() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open_sqlite(directory.path()).await.unwrap();
+    let clock: Arc<dyn Clock> = Arc::new(StoppedClock::at(WallClock.now()));
+    let files = Arc::new(LocalArtifacts::open(directory.path()).unwrap());
+    let keys = ["public/one", "public/two", "public/three"];
+    for key in keys {
+        forgotten_file(&files, key).await;
+    }
+    let (stop, going) = watch::channel(false);
+    let on_remove: OnRemove = Box::new(move |_| {
+        stop.send_replace(true);
+        Box::pin(async { Ok(()) })
+    });
+    let artifacts = Arc::new(Watched { files: Arc::clone(&files), on_remove });
+    let mut janitor = Janitor::new(store, artifacts, clock, Metrics::unread(), rules());
+    janitor.sweep(&going).await.unwrap();
+    janitor.sweep(&going).await.unwrap();
+    assert_eq!(files.list().await.unwrap().len(), keys.len() - 1, "one was on its way");
 }

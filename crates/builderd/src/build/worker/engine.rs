@@ -124,7 +124,9 @@ impl Running<'_> {
                 step: Phase::Commands.as_str().into(),
                 cause: "this server runs no commands; the one that took the build does".into(),
                 blame: "ours".into(),
-                remedy: "try again; give every server of the database an OCI runtime".into(),
+                remedy: "try again; if that fails in the same way, ask the operator to give every \
+                         server an OCI runtime"
+                    .into(),
             });
         };
         Ok(Some(CommandsSpec {

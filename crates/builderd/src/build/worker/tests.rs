@@ -638,6 +638,12 @@ async fn the_log_of_the_server_says_why_a_try_failed_and_when_there_is_another()
     assert_eq!((&lines[1]["state"], &lines[2]["state"]), (&"failed".into(), &"failed".into()));
 }
 
+#[test]
+fn who_asked_for_a_build_that_met_a_bug_is_told_whom_to_tell() {
+    let remedy = internal("it is odd").remedy;
+    assert!(remedy.contains("tell the operator the build's id"), "{remedy}");
+}
+
 #[tokio::test]
 async fn a_build_whose_last_step_was_not_stored_completes() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
 //! Traces and metrics.
 
-use super::{Kind, PORT, Setting, setting};
+use super::{Kind, Setting, setting};
 
 pub(super) const TELEMETRY: &[Setting] = &[
     setting(
@@ -55,7 +55,14 @@ pub(super) const TELEMETRY: &[Setting] = &[
         "Whether `/metrics` has a port of its own; it is on PORT in any case.",
     )
     .also(&["METRICS_ENABLED"]),
-    setting("OTEL_PROMETHEUS_PORT", PORT, "9466", "README", "That port.").also(&["METRICS_PORT"]),
+    setting(
+        "OTEL_PROMETHEUS_PORT",
+        Kind::Number { min: 0, max: 65_535 },
+        "9466",
+        "README",
+        "That port; 0 takes a free one.",
+    )
+    .also(&["METRICS_PORT"]),
     setting(
         "OTEL_PROMETHEUS_INTERFACE",
         Kind::Ip,

@@ -1,6 +1,8 @@
 //! A try ends: with an artifact, without one, or back in the queue. Cancel and delete.
 
-use crate::build::record::{Attempt, BuildId, BuildResult, Failure, FailureCode, LogLine, Micros};
+use crate::build::record::{
+    Attempt, BuildId, BuildRequest, BuildResult, Failure, FailureCode, LogLine, Micros,
+};
 use crate::build::state::{BuildState, Happening};
 use crate::store::audit::{Action, AuditEntry, Author};
 use crate::store::engine::{Tx, sql, to_json};
@@ -9,7 +11,7 @@ use crate::tenant::{TenantId, TenantLimits};
 
 use super::artifacts::{drop_claim, keep, remove_if_unused};
 use super::audit::append;
-use super::queue::add_to_log;
+use super::log::{add_last_words, make_room_in_log, own_line};
 use super::reading::Gaps;
 use super::{Held, Rows, Tally, arrears, was_held};
 
@@ -26,8 +28,8 @@ pub(super) struct Ending<'a> {
 
 /// How a build goes back to the queue.
 pub(super) struct Requeue<'a> {
-    /// None when the try does not count.
-    pub(super) failure: Option<&'a Failure>,
+    /// Why, and how often it is tried because of such things; none when the try does not count.
+    pub(super) why: Option<(&'a Failure, u32)>,
     pub(super) run_at: Micros,
     pub(super) token: i64,
     pub(super) actor: &'a str,
@@ -104,7 +106,7 @@ impl<'a> Ending<'a> {
 }
 
 impl Requeue<'_> {
-    /// Puts the build back: row, counters and event.
+    /// Puts the build back: log, row, counters and event.
     pub(super) async fn apply(
         self,
         tx: &mut Tx,
@@ -112,13 +114,14 @@ impl Requeue<'_> {
         now: Micros,
     ) -> Result<(), StoreError> {
         let to = held.state.next(Happening::Released)?;
+        make_room_in_log(tx, held, self.line(held, now).as_slice()).await?;
         let query = sql("UPDATE build SET state = $4, run_at = $5, updated_at = $6, \
              lease_token = $8, lease_owner = NULL, lease_expires_at = NULL, \
              attempt_started_at = NULL, wall_us = wall_us + $9, progress_percent = 0, \
              step = '', attempt = $10, attempts = $11, artifact_key = NULL, \
              live_usage = NULL, event_seq = event_seq + 1 \
              WHERE tenant_id = $1 AND id = $2 AND state = $3 AND lease_token = $7");
-        let attempt = match self.failure {
+        let attempt = match self.why {
             Some(_) => held.attempt,
             None => held.attempt.saturating_sub(1),
         };
@@ -146,9 +149,22 @@ impl Requeue<'_> {
         held.record(tx, to, self.token, self.actor, now).await
     }
 
+    /// What the log says of a try that failed: which it was, why, and when the next one begins.
+    fn line(&self, held: &Held, now: Micros) -> Option<LogLine> {
+        let (Failure { cause, .. }, tries_max) = self.why?;
+        let secs = (self.run_at.0.saturating_sub(now.0)).max(0) / Micros::SECOND;
+        let next = match secs {
+            0 => "as soon as a worker is free".to_owned(),
+            secs => format!("in {secs} s, if a worker is free then"),
+        };
+        let try_of = format!("try {} of at most {tries_max}", held.attempt);
+        let message = format!("{try_of} has failed, the next one begins {next}: {cause}");
+        Some(own_line("warn", message, now))
+    }
+
     /// The build's list of tries, with this one if it counts.
     fn attempts(&self, held: &Held, now: Micros) -> Result<String, StoreError> {
-        let Some(failure) = self.failure else { return Ok(held.attempts.clone()) };
+        let Some((failure, _)) = self.why else { return Ok(held.attempts.clone()) };
         let unread = |error| StoreError::Corrupt(format!("attempts cannot be read: {error}"));
         // What another version says of its tries stays as it is.
         let mut attempts: Vec<serde_json::Value> =
@@ -200,8 +216,12 @@ impl Rows {
                     Ending { failure: Some(failure), ..ending(Happening::TimedOut) }
                 }
                 Outcome::Retry { failure, run_at } => {
-                    let (failure, token) = (failure.as_ref(), held.token);
-                    let requeue = Requeue { failure, run_at: *run_at, token, actor: held.worker() };
+                    let why = match failure {
+                        Some(failure) => Some((failure, tries_max(&mut tx, &held).await?)),
+                        None => None,
+                    };
+                    let (token, actor) = (held.token, held.worker());
+                    let requeue = Requeue { why, run_at: *run_at, token, actor };
                     requeue.apply(&mut tx, &held, now).await?;
                     tx.commit().await?;
                     return Ok(Some(BuildState::Queued));
@@ -250,7 +270,7 @@ impl Rows {
                     // Nobody works on it who could say so.
                     if gaps.none_in(()).is_ok() {
                         let line = cancelled(&author.subject, "while it waited", reason, now);
-                        add_to_log(&mut tx, &held, &[line]).await?;
+                        add_last_words(&mut tx, &held, line).await?;
                     }
                     Ending::by("tenant", Happening::Cancelled).apply(&mut tx, &held, now).await?;
                     Cancel::Done
@@ -308,7 +328,7 @@ impl Held {
     pub(super) async fn tell_cancel(&self, tx: &mut Tx, now: Micros) -> Result<(), StoreError> {
         let by = self.cancelled_by.as_deref().unwrap_or_default();
         let reason = self.cancel_reason.as_deref().unwrap_or_default();
-        add_to_log(tx, self, &[cancelled(by, "while it ran", reason, now)]).await
+        add_last_words(tx, self, cancelled(by, "while it ran", reason, now)).await
     }
 }
 
@@ -316,13 +336,14 @@ impl Held {
 fn cancelled(by: &str, when: &str, reason: &str, now: Micros) -> LogLine {
     let by = if by.is_empty() { String::new() } else { format!(" by {by}") };
     let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
-    LogLine {
-        offset: 0,
-        at: now,
-        level: "warn".into(),
-        component: "queue".into(),
-        message: format!("cancelled{by} {when}{why}"),
-    }
+    own_line("warn", format!("cancelled{by} {when}{why}"), now)
+}
+
+/// How often a build is tried at the most when its tries fail.
+async fn tries_max(tx: &mut Tx, held: &Held) -> Result<u32, StoreError> {
+    let query = sql("SELECT request FROM build WHERE tenant_id = $1 AND id = $2 AND state = $3");
+    let request: BuildRequest = tx.one(held.key(query)).await?.json("request")?;
+    Ok(request.retry.max_retries.saturating_add(1))
 }
 
 /// Why a tenant's storage cannot take an artifact; none if it can. Builds that were accepted

@@ -3,7 +3,8 @@
 //! | where | what |
 //! |---|---|
 //! | `create` | a build is accepted, or a quota says no |
-//! | `queue` | claims, heartbeats, progress, logs, leases that run out |
+//! | `queue` | claims, heartbeats, progress, leases that run out |
+//! | `log` | lines of a build's log, within its bounds |
 //! | `ending` | a try ends; cancel and delete |
 //! | `artifacts` | which build has which file, and what goes when there is no room |
 //! | `removals` | a file is taken or removed, never both |
@@ -23,6 +24,7 @@ mod create;
 mod ending;
 mod heart;
 mod keys;
+mod log;
 mod queue;
 mod reading;
 mod removals;
@@ -31,7 +33,7 @@ mod tenants;
 #[cfg(test)]
 pub(super) use audit::AUDIT_PAGE;
 #[cfg(test)]
-pub(super) use queue::{LOG_BYTES_MAX, LOG_LINE_BYTES_MAX, LOG_LINES_MAX};
+pub(super) use log::{LOG_BYTES_MAX, LOG_LINE_BYTES_MAX, LOG_LINES_MAX};
 
 use std::future::Future;
 use std::time::Duration;

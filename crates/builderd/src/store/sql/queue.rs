@@ -4,19 +4,18 @@
 //! own builds are served in the order in which they became ready. A write by a worker names the
 //! token of its lease; whoever lost the lease changes nothing.
 
-use std::sync::LazyLock;
-
 use crate::build::record::{Build, BuildId, Failure, FailureCode, LiveUsage, LogLine, Micros};
 use crate::build::state::{BuildState, Happening};
 use crate::build::step_name;
 use crate::causes::chain;
-use crate::store::engine::{Query, Row, Tx, signed, sql, to_json};
+use crate::store::engine::{Query, Row, Tx, sql, to_json};
 use crate::store::{Claimed, Fenced, Heartbeat, Lease, Leases, StoreError};
 use crate::tenant::TenantId;
 
 use super::ending::{Ending, Requeue};
+use super::log::{add_last_words, add_to_log, own_line};
 use super::reading::{Gaps, read_build};
-use super::{Held, Rows, Tally, length, named, passed_over, virtual_cost, was_held};
+use super::{Held, Rows, Tally, named, passed_over, virtual_cost, was_held};
 
 /// How often a claim looks again when others hold what it found.
 const CLAIM_TRIES: u32 = 5;
@@ -27,12 +26,6 @@ const PUT_OFF_SECS: u64 = 30;
 const UNREAD_TRIES_MAX: i64 = 20;
 /// Lost leases that one call of `reap` looks at.
 const REAP_MAX: i64 = 1000;
-/// Longest log of a build, in lines.
-pub(crate) const LOG_LINES_MAX: u64 = 100_000;
-/// Longest log of a build, in bytes of its messages.
-pub(crate) const LOG_BYTES_MAX: u64 = 16 << 20;
-/// Longest line of a log, in bytes.
-pub(crate) const LOG_LINE_BYTES_MAX: usize = 8 << 10;
 
 /// The builds of a tenant that wait and may run now.
 macro_rules! ready_builds {
@@ -292,19 +285,22 @@ impl Rows {
             return Ok(false);
         }
         let token = held.token + 1;
-        let failure = worker_lost(&held);
+        let (failure, tries_max) = (worker_lost(&held), attempts_max);
         if held.is_cancel_requested {
             held.tell_cancel(&mut tx, now).await?;
             let ending = Ending { token, ..Ending::by("reaper", Happening::Cancelled) };
             ending.apply(&mut tx, &held, now).await?;
         } else if held.attempt >= attempts_max {
+            // Nobody works on it who could say so.
+            let line = format!("{} failed: {} ({})", failure.step, failure.cause, failure.remedy);
+            add_last_words(&mut tx, &held, own_line("error", line, now)).await?;
             let ending = Ending::by("reaper", Happening::Failed);
             let ending = Ending { token, failure: Some(&failure), ..ending };
             ending.apply(&mut tx, &held, now).await?;
         } else {
-            let failure = Some(&failure);
+            let why = Some((&failure, tries_max));
             let run_at = now.plus_secs(rest_secs(held.attempt));
-            let requeue = Requeue { failure, run_at, token, actor: "reaper" };
+            let requeue = Requeue { why, run_at, token, actor: "reaper" };
             requeue.apply(&mut tx, &held, now).await?;
         }
         tx.commit().await?;
@@ -397,132 +393,5 @@ fn unread(held: &Held) -> Failure {
         blame: "ours".into(),
         remedy: "build it again; if that fails in the same way, tell the operator the build's id"
             .into(),
-    }
-}
-
-/// Adds lines to the log of a build that is held in its state.
-pub(super) async fn add_to_log(
-    tx: &mut Tx,
-    held: &Held,
-    lines: &[LogLine],
-) -> Result<(), StoreError> {
-    let addition = Addition::to(held, lines);
-    addition.insert(tx, held).await?;
-    let query = sql("UPDATE build SET log_lines = $4, log_bytes = $5, log_is_cut = $6 \
-         WHERE tenant_id = $1 AND id = $2 AND state = $3");
-    let query = held
-        .key(query)
-        .count(addition.log_lines)
-        .count(addition.log_bytes)
-        .int(i64::from(addition.log_is_cut));
-    was_held(tx.execute(query).await?)
-}
-
-/// Lines that go to a log, within its bounds.
-struct Addition {
-    lines: Vec<LogLine>,
-    log_lines: u64,
-    log_bytes: u64,
-    log_is_cut: bool,
-}
-
-impl Addition {
-    fn to(held: &Held, lines: &[LogLine]) -> Self {
-        let mut addition = Self {
-            lines: Vec::with_capacity(lines.len()),
-            log_lines: held.log_lines,
-            log_bytes: held.log_bytes,
-            log_is_cut: held.log_is_cut,
-        };
-        for line in lines {
-            addition.add(line);
-        }
-        addition
-    }
-
-    fn add(&mut self, line: &LogLine) {
-        if self.log_is_cut {
-            return;
-        }
-        let message = bounded_line(&line.message);
-        let bytes = self.log_bytes + length(&message);
-        // The last line is kept for saying so.
-        let message = match self.log_lines + 1 < LOG_LINES_MAX && bytes <= LOG_BYTES_MAX {
-            true => message,
-            false => {
-                self.log_is_cut = true;
-                format!(
-                    "the log ends here: a build's log has at most {LOG_LINES_MAX} lines and \
-                     {} MiB; the build goes on",
-                    LOG_BYTES_MAX >> 20
-                )
-            }
-        };
-        let level = if self.log_is_cut { "warn".to_owned() } else { line.level.clone() };
-        self.log_bytes += length(&message);
-        self.lines.push(LogLine { offset: self.log_lines, level, message, ..line.clone() });
-        self.log_lines += 1;
-    }
-
-    async fn insert(&self, tx: &mut Tx, held: &Held) -> Result<(), StoreError> {
-        let mut left = self.lines.as_slice();
-        while let Some((size, statement)) = INSERTS.iter().find(|(size, _)| *size <= left.len()) {
-            let (now, later) = left.split_at(*size);
-            let query = sql(statement).text(held.tenant.as_str()).text(held.id.as_str());
-            let query = now.iter().fold(query, |query, line| {
-                let query = query.int(signed(line.offset)).at(line.at).text(&line.level);
-                query.text(&line.component).text(&line.message)
-            });
-            tx.execute(query).await?;
-            left = later;
-        }
-        Ok(())
-    }
-}
-
-/// A statement for each number of lines that are inserted at once, biggest first.
-static INSERTS: LazyLock<[(usize, String); 3]> =
-    LazyLock::new(|| [64, 8, 1].map(|lines| (lines, insert_lines(lines))));
-
-fn insert_lines(lines: usize) -> String {
-    let rows: Vec<String> = (0..lines)
-        .map(|line| {
-            let first = 3 + 5 * line;
-            let places: Vec<String> = (first..first + 5).map(|place| format!("${place}")).collect();
-            format!("($1, $2, {})", places.join(", "))
-        })
-        .collect();
-    format!(
-        "INSERT INTO build_log (tenant_id, build_id, line, said_at, level, component, message) \
-         VALUES {}",
-        rows.join(", ")
-    )
-}
-
-/// The line, or its beginning and how much is missing.
-fn bounded_line(message: &str) -> String {
-    if message.len() <= LOG_LINE_BYTES_MAX {
-        return message.to_owned();
-    }
-    let end = message.floor_char_boundary(LOG_LINE_BYTES_MAX - 64);
-    format!("{} ... [{} bytes more]", &message[..end], message.len() - end)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_long_line_is_cut_between_characters_and_says_so() {
-        let line = bounded_line(&"é".repeat(LOG_LINE_BYTES_MAX));
-        assert!(line.len() <= LOG_LINE_BYTES_MAX, "{}", line.len());
-        assert!(line.ends_with(" bytes more]"), "{}", &line[line.len() - 40..]);
-        assert_eq!(bounded_line("short"), "short");
-    }
-
-    #[test]
-    fn a_statement_has_a_place_for_every_value() {
-        assert!(insert_lines(1).ends_with("VALUES ($1, $2, $3, $4, $5, $6, $7)"));
-        assert!(insert_lines(2).ends_with("($1, $2, $8, $9, $10, $11, $12)"));
     }
 }

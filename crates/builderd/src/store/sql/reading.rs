@@ -161,6 +161,17 @@ impl Rows {
         row.as_ref().map(shown).transpose()
     }
 
+    pub(crate) async fn state(
+        &self,
+        tenant: &TenantId,
+        id: &BuildId,
+    ) -> Result<Option<BuildState>, StoreError> {
+        let query = sql("SELECT state FROM build WHERE tenant_id = $1 AND id = $2");
+        let query = query.text(tenant.as_str()).text(id.as_str());
+        let row = self.again(|| self.engine.optional(query.clone())).await?;
+        row.map(|row| row.parsed("state")).transpose()
+    }
+
     /// In one statement: a row costs more than what is in it.
     pub(crate) async fn get_with_log(
         &self,

@@ -405,7 +405,10 @@ stories! {
     logs:
         lines_are_numbered_from_zero,
         a_log_has_an_end_in_bytes,
-        a_log_has_an_end_in_lines;
+        a_log_has_an_end_in_lines,
+        a_try_that_talks_without_end_leaves_room_for_the_next,
+        a_log_says_of_each_try_that_failed_when_the_next_one_begins,
+        no_noise_keeps_a_log_from_saying_how_the_build_ended;
     artifacts:
         an_artifact_of_several_builds_counts_once,
         a_public_artifact_is_found_by_others,

@@ -380,6 +380,7 @@ impl Model {
         } else {
             build.state = BuildState::Queued;
             build.run_at = run_at.0;
+            build.lines += u64::from(counts);
             build.attempt -= u32::from(!counts);
         }
         Ok(())
@@ -430,7 +431,11 @@ impl Model {
             build.artifact = None;
             if build.cancel {
                 build.end_cancelled();
-            } else if build.attempt >= ATTEMPTS_MAX {
+                continue;
+            }
+            // Its log says that it was lost.
+            build.lines += 1;
+            if build.attempt >= ATTEMPTS_MAX {
                 build.state = BuildState::Failed;
             } else {
                 (build.state, build.run_at) = (BuildState::Queued, t.now().0);

@@ -29,7 +29,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::*;
-use crate::api::{Crowd, serve};
+use crate::api::{Crowd, Entrance, serve};
 use crate::config::ClientAuth;
 
 /// Who signs certificates in one story.
@@ -153,8 +153,8 @@ impl Site {
         let (stop, stopped) = watch::channel(false);
         let router = axum::Router::new().route("/", get(page));
         let drain = Duration::from_secs(20);
-        let task =
-            tokio::spawn(serve(listener, Some(tls), router, Crowd::up_to(0), stopped, drain));
+        let entrance = Entrance::new(listener, Some(tls), Crowd::up_to(0));
+        let task = tokio::spawn(serve(entrance, router, stopped, drain));
         Self { address, stop, task }
     }
 

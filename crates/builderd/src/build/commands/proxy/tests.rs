@@ -89,14 +89,15 @@ impl Proxy {
         stream
     }
 
-    /// Sends `request` and reads until the proxy has no more to say.
+    /// Sends `request` and reads until the proxy has no more to say. It answers some before it has read
+    /// all of them, and what it has not read then resets the connection, be it behind the answer.
     fn ask(&self, request: &str) -> String {
         let mut stream = self.connect();
-        stream.write_all(request.as_bytes()).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        let _ = stream.write_all(request.as_bytes());
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8(answer).unwrap()
     }
 
     fn get(&self, url: &str, host: &str) -> String {
@@ -368,20 +369,23 @@ fn heads_silence_and_bytes_have_an_end() {
     let answer = proxy.ask(&format!("GET http://{place}/ HTTP/1.1\r\n{many}\r\n"));
     assert!(starts_with(&answer, 431), "{answer}");
 
-    let gate = Gate { silence_max: Duration::from_millis(50), ..gate(&[&place], &allowed) };
+    // Longer than a machine under load keeps us from asking.
+    let gate = Gate { silence_max: Duration::from_secs(2), ..gate(&[&place], &allowed) };
     let quiet = Proxy::of(gate);
-    let mut stream = quiet.connect();
+    let (mut stream, mut silent) = (quiet.connect(), quiet.connect());
     write!(stream, "CONNECT {place} HTTP/1.1\r\n\r\n").unwrap();
     assert!(starts_with(&head(&mut stream), 200));
     assert_eq!(stream.read(&mut [0]).unwrap(), 0, "it was closed for silence");
-    let mut stream = quiet.connect();
-    assert_eq!(stream.read(&mut [0]).unwrap(), 0, "so was one without a request");
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0, "so was one without a request");
 
     let mut stream = proxy.connect();
     write!(stream, "CONNECT {place} HTTP/1.1\r\n\r\n").unwrap();
     assert!(starts_with(&head(&mut stream), 200));
-    let sent = (0..4096).take_while(|_| stream.write_all(&[b'x'; 1024]).is_ok()).count();
-    assert!(sent < 4096, "it was cut");
+    // More than waits in the kernel.
+    let chunks_max = 64 << 10;
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    let sent = (0..chunks_max).take_while(|_| stream.write_all(&[b'x'; 1024]).is_ok()).count();
+    assert!(sent < chunks_max, "it was cut");
     let told = proxy.end();
     assert!(told.iter().any(|line| line.contains("more than 1048576 bytes")), "{told:?}");
 }
