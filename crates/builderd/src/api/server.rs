@@ -1,7 +1,7 @@
 //! The accept loop: HTTP/1.1 and HTTP/2 on one port, in TLS or not, each side of a connection held
-//! to a deadline, and an end that lets requests finish, while who comes late is told that it is the end. A handshake is part of its connection: who
-//! is slow with it keeps nobody else waiting. A connection ends with the certificate that its
-//! client showed.
+//! to a deadline, and an end that lets requests finish, while who comes late is told that it is the
+//! end. A handshake is part of its connection: who is slow with it keeps nobody else waiting. A
+//! connection ends with the certificate that its client showed.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};

@@ -17,6 +17,7 @@ use crate::build::progress::STORING;
 use crate::build::record::{BuildMetrics, BuildResult, Failure, FailureCode};
 use crate::build::state::BuildState;
 use crate::build::{DEFAULT_FREE_SPACE_BYTES, ENGINE, Phase, hex};
+use crate::causes::chain;
 use crate::store::{ArtifactDomain, ArtifactName, NewFile, Reserved};
 
 impl Running<'_> {
@@ -182,17 +183,8 @@ impl Running<'_> {
         self.reserve(&NewFile { key, size_bytes, sha256: &sha256 }).await?;
         let since = Instant::now();
         self.workers.artifacts.publish(&staged, &artifact_key).await.map_err(|error| {
-            let full = error.kind() == io::ErrorKind::StorageFull;
-            Failure {
-                code: match full {
-                    true => FailureCode::StorageFull,
-                    false => FailureCode::TemporaryResourceError,
-                },
-                step: "publish".into(),
-                cause: format!("the artifact could not be stored: {error}"),
-                blame: "ours".into(),
-                remedy: "try again later".into(),
-            }
+            tracing::warn!(error = chain(&error), key, "an artifact could not be stored");
+            not_stored(&error)
         })?;
         self.took("storing the artifact", since);
         let secs = |wanted: &[Phase]| {
@@ -227,6 +219,20 @@ impl Running<'_> {
     }
 }
 
+/// What the tenant is told: the rest names paths and hosts of the operator's.
+fn not_stored(error: &io::Error) -> Failure {
+    Failure {
+        code: match error.kind() {
+            io::ErrorKind::StorageFull => FailureCode::StorageFull,
+            _ => FailureCode::TemporaryResourceError,
+        },
+        step: "publish".into(),
+        cause: format!("the artifact could not be stored: {}", error.kind()),
+        blame: "ours".into(),
+        remedy: "try again later".into(),
+    }
+}
+
 async fn must_be_a_file(path: &Path, size_bytes: u64) -> Result<(), Failure> {
     match tokio::fs::symlink_metadata(path).await {
         Ok(made) if is_own_file(&made) && made.len() == size_bytes => Ok(()),
@@ -256,4 +262,23 @@ pub(super) fn set_name(metadata: &mut serde_json::Value, name: &str) {
 fn rounded_ms(secs: f64) -> u64 {
     let whole = Duration::try_from_secs_f64(secs).unwrap_or_default();
     u64::try_from(whole.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_artifacts_lie_is_told_to_no_tenant() {
+        for (kind, code) in [
+            (io::ErrorKind::StorageFull, FailureCode::StorageFull),
+            (io::ErrorKind::PermissionDenied, FailureCode::TemporaryResourceError),
+        ] {
+            let error = io::Error::new(kind, "/srv/secret: put https://bucket.internal/key");
+            let failure = not_stored(&error);
+            assert_eq!(failure.code, code);
+            assert!(failure.cause.ends_with(&kind.to_string()), "{}", failure.cause);
+            assert!(!failure.cause.contains("secret"), "{}", failure.cause);
+        }
+    }
 }
