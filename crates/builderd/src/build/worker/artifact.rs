@@ -221,10 +221,11 @@ impl Running<'_> {
 
 /// What the tenant is told: the rest names paths and hosts of the operator's.
 fn not_stored(error: &io::Error) -> Failure {
+    let is_full = error.kind() == io::ErrorKind::StorageFull;
     Failure {
-        code: match error.kind() {
-            io::ErrorKind::StorageFull => FailureCode::StorageFull,
-            _ => FailureCode::TemporaryResourceError,
+        code: match is_full {
+            true => FailureCode::StorageFull,
+            false => FailureCode::TemporaryResourceError,
         },
         step: "publish".into(),
         cause: format!("the artifact could not be stored: {}", error.kind()),
