@@ -7,6 +7,8 @@
 //! there are: its capabilities lead to no other user, and so to no account of somebody else.
 //! The kernel counts the namespace itself, and those made in it, for who has made it: the first of
 //! the users.
+//!
+//! It does not know which users are free (`users.rs`), nor what the process does afterwards.
 
 use std::fs::File;
 use std::io;

@@ -4,6 +4,8 @@
 //! follows, the oldest lines give way until half of each bound is free, and in the place of the last of
 //! them stands how many went. So only the oldest are ever missing, numbers stay what they were, and
 //! whoever follows the log goes on where he is.
+//!
+//! It does not know what a line says, nor who follows; reading is `reading.rs`.
 
 use std::sync::LazyLock;
 
