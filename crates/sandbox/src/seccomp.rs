@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use rustix::process::Resource;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -15,7 +14,7 @@ use seccompiler::{
 
 use crate::confine::Access;
 
-/// Read, write and arrange open files; memory; threads; time; the end.
+/// Read and write open files, but not arrange their blocks; memory; threads; time; the end.
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_clock_getres,
@@ -82,11 +81,6 @@ const THREAD: libc::c_int = libc::CLONE_VM
 /// and locks.
 const FCNTL: [libc::c_int; 5] =
     [libc::F_DUPFD, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL];
-
-/// What fallocate(2) may do where files have an end: the other ways give a file more blocks than
-/// `RLIMIT_FSIZE` lets it have, behind its end or by moving what is there out of the way.
-const FALLOCATE: [libc::c_int; 3] =
-    [0, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_COLLAPSE_RANGE];
 
 /// Looks at what lies in a directory that was handed over.
 const LOOKING: &[libc::c_long] = &[
@@ -224,10 +218,6 @@ fn allow_list(more: &[&[libc::c_long]]) -> io::Result<BpfProgram> {
     rules.insert(libc::SYS_mmap, vec![rule([masked(2, exec, 0)?, private])?]);
     rules.insert(libc::SYS_mprotect, vec![rule([masked(2, exec, 0)?])?]);
     rules.insert(libc::SYS_fcntl, one_of(1, &FCNTL)?);
-    let mut ways = FALLOCATE.to_vec();
-    let has_end = rustix::process::getrlimit(Resource::Fsize).current.is_some();
-    ways.extend((!has_end).then_some(libc::FALLOC_FL_INSERT_RANGE));
-    rules.insert(libc::SYS_fallocate, one_of(1, &ways)?);
     // A thread's name, and names of mappings.
     rules.insert(libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME, libc::PR_SET_VMA])?);
     // Its own limits may be read, not set: the new one is a null pointer.

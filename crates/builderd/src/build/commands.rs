@@ -159,7 +159,7 @@ pub(super) fn run(
         digest: image.manifest_digest,
         part: 0..u64::MAX,
         liking: Liking::Faster,
-        is_copied: false,
+        second: None,
         limits: spec.layer_limits.clone(),
         counted: [0; 3],
         writes: disk.writes().without_bytes(),

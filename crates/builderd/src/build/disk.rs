@@ -309,16 +309,24 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Buffers of a [`DiskWriter`] that wait for the disk while the next one is filled.
 const WRITES_WAITING: usize = 2;
 
-/// Writes a part of a file from front to back in large aligned pieces, and perhaps all of another
-/// one with the same bytes; [`Write::flush`] ends it. Beside a copy the part is given up when its
-/// disk is too slow: what would have to wait there before it can be shifted is rather copied.
+/// What a [`DiskWriter`] has beside its part.
+pub(super) enum Beside<'a> {
+    /// Nothing: what the part has no room for is an error.
+    Nothing,
+    /// A file that gets the same bytes, from its front on. The part is given up when it has no room, or when
+    /// its disk is too slow: what would have to wait there before it can be shifted is rather copied.
+    Copy(DiskFile<'a>),
+    /// An empty file that gets everything, from its front on, if the part has no room for it: what is in the
+    /// part by then is brought over.
+    Spare(DiskFile<'a>),
+}
+
+/// Writes a part of a file from front to back in large aligned pieces; [`Write::flush`] ends it.
 ///
 /// A thread of its own waits for the disk, so that who writes can go on meanwhile.
 pub(super) struct DiskWriter<'a> {
     buffer: AlignedBuffer,
     filled: usize,
-    /// What the part still has room for.
-    room_bytes: u64,
     to_disk: SyncSender<(AlignedBuffer, usize)>,
     from_disk: Receiver<io::Result<AlignedBuffer>>,
     /// How many buffers are at the disk.
@@ -327,30 +335,21 @@ pub(super) struct DiskWriter<'a> {
 }
 
 impl DiskWriter<'_> {
-    /// Lets `work` write the bytes of `part` and no others; `copy` has them from its front on.
+    /// Lets `work` write the bytes of `part`, and no others of `file`.
     pub(super) fn run<T>(
-        mut file: DiskFile<'_>,
-        mut copy: Option<DiskFile<'_>>,
+        file: DiskFile<'_>,
+        beside: Beside<'_>,
         part: Range<u64>,
         work: impl FnOnce(&mut DiskWriter<'_>) -> T,
     ) -> T {
         let is_given_up = &AtomicBool::new(false);
         let (to_disk, to_write) = sync_channel::<(AlignedBuffer, usize)>(WRITES_WAITING);
         let (written, from_disk) = channel();
-        let mut write = move |bytes: &[u8], offset: u64| {
-            let Some(copy) = &mut copy else { return file.write(bytes, offset) };
-            if !is_given_up.load(Ordering::Relaxed) {
-                file.write(bytes, offset)?;
-                is_given_up.store(file.disk.is_too_slow(), Ordering::Relaxed);
-            }
-            copy.write(bytes, offset - part.start)
-        };
-        let mut offset = part.start;
+        let mut target = Target { file, beside, part, bytes: 0, is_given_up };
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 while let Ok((buffer, filled)) = to_write.recv() {
-                    let result = write(&buffer.bytes()[..filled], offset);
-                    offset += filled as u64;
+                    let result = target.write(&buffer.bytes()[..filled]);
                     let failed = result.is_err();
                     // Nobody waits for the answer of a writer that gave up.
                     let _ = written.send(result.map(|()| buffer));
@@ -362,7 +361,6 @@ impl DiskWriter<'_> {
             let mut writer = DiskWriter {
                 buffer: AlignedBuffer::new(WRITE_BYTES),
                 filled: 0,
-                room_bytes: part.end - part.start,
                 to_disk,
                 from_disk,
                 away: 0,
@@ -372,7 +370,7 @@ impl DiskWriter<'_> {
         })
     }
 
-    /// Whether the copy has all that was written, and the part has not.
+    /// Whether the file beside has all that was written, and the part has not.
     pub(super) fn is_given_up(&self) -> bool {
         self.is_given_up.load(Ordering::Relaxed)
     }
@@ -387,10 +385,6 @@ impl DiskWriter<'_> {
 
     fn put(&mut self) -> io::Result<()> {
         let filled = std::mem::take(&mut self.filled);
-        self.room_bytes = self
-            .room_bytes
-            .checked_sub(filled as u64)
-            .ok_or_else(|| io::Error::from(io::ErrorKind::FileTooLarge))?;
         let empty = match self.away > WRITES_WAITING {
             true => self.written()?,
             false => AlignedBuffer::new(WRITE_BYTES),
@@ -404,6 +398,70 @@ impl DiskWriter<'_> {
         loop {
             self.written()?;
         }
+    }
+}
+
+/// Where the bytes of a [`DiskWriter`] go.
+struct Target<'a> {
+    file: DiskFile<'a>,
+    beside: Beside<'a>,
+    part: Range<u64>,
+    /// What was written.
+    bytes: u64,
+    /// Nothing is written to the part any more.
+    is_given_up: &'a AtomicBool,
+}
+
+impl Target<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let at = self.part.start.saturating_add(self.bytes);
+        if !self.is_given_up() {
+            if self.part.end.saturating_sub(at) < bytes.len() as u64 {
+                self.leave()?;
+            } else {
+                self.file.write(bytes, at)?;
+                if matches!(self.beside, Beside::Copy(_)) && self.file.disk.is_too_slow() {
+                    self.give_up();
+                }
+            }
+        }
+        let is_given_up = self.is_given_up();
+        match &mut self.beside {
+            Beside::Copy(copy) => copy.write(bytes, self.bytes)?,
+            Beside::Spare(spare) if is_given_up => spare.write(bytes, self.bytes)?,
+            Beside::Spare(_) | Beside::Nothing => {}
+        }
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.is_given_up.load(Ordering::Relaxed)
+    }
+
+    fn give_up(&self) {
+        self.is_given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// The part has no room for more.
+    fn leave(&mut self) -> io::Result<()> {
+        match &mut self.beside {
+            Beside::Nothing => return Err(io::ErrorKind::FileTooLarge.into()),
+            Beside::Copy(_) => {}
+            Beside::Spare(spare) => {
+                let mut buffer = AlignedBuffer::new(WRITE_BYTES);
+                let mut moved = 0;
+                while moved < self.bytes {
+                    let left = usize::try_from(self.bytes - moved).unwrap_or(WRITE_BYTES);
+                    let piece = &mut buffer.bytes_mut()[..left.min(WRITE_BYTES)];
+                    self.file.read(piece, self.part.start + moved)?;
+                    spare.write(piece, moved)?;
+                    moved += piece.len() as u64;
+                }
+            }
+        }
+        self.give_up();
+        Ok(())
     }
 }
 
@@ -440,7 +498,8 @@ mod tests {
                 File::options().create(true).truncate(true).read(true).write(true).open(&path);
             let (file, disk) = (file.unwrap(), Disk::default());
             let bytes: Vec<u8> = (0..251u8).cycle().take(length).collect();
-            DiskWriter::run(disk.attach(&file, Liking::Direct), None, 0..u64::MAX, |writer| {
+            let out = disk.attach(&file, Liking::Direct);
+            DiskWriter::run(out, Beside::Nothing, 0..u64::MAX, |writer| {
                 for part in bytes.chunks(100_000) {
                     writer.write_all(part).unwrap();
                 }
@@ -460,9 +519,9 @@ mod tests {
         let (disk, aside) = (Disk::default(), Disk::default());
         let bytes: Vec<u8> = (0..251u8).cycle().take(2 * WRITE_BYTES + 12_345).collect();
         let out = disk.attach(&files[0], Liking::Direct);
-        let copy = disk.attach(&files[1], Liking::Faster).counted_by(&aside);
+        let copy = Beside::Copy(disk.attach(&files[1], Liking::Faster).counted_by(&aside));
         let base = 3 << 20;
-        DiskWriter::run(out, Some(copy), base..u64::MAX, |writer| {
+        DiskWriter::run(out, copy, base..u64::MAX, |writer| {
             writer.write_all(&bytes).and_then(|()| writer.flush())
         })
         .unwrap();
@@ -477,12 +536,44 @@ mod tests {
         // What is no multiple of a block goes no way of choice.
         assert_eq!(counted, [2 * WRITE_BYTES as u64; 2]);
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let (out, copy) = (&files[0], Some(disk.attach(&full, Liking::Faster)));
+        let (out, copy) = (&files[0], Beside::Copy(disk.attach(&full, Liking::Faster)));
         let error =
             DiskWriter::run(disk.attach(out, Liking::Faster), copy, 0..u64::MAX, |writer| {
                 writer.write_all(&bytes).and_then(|()| writer.flush())
             });
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::StorageFull, "nor is it less");
+    }
+
+    #[test]
+    fn what_a_part_has_no_room_for_is_in_the_file_beside() {
+        let bytes: Vec<u8> = (0..251u8).cycle().take(3 * WRITE_BYTES + 12_345).collect();
+        let (base, all) = (3 << 20, bytes.len() as u64);
+        for (room, fits) in
+            [(all, true), (all - 1, false), (2 << 20, false), (4096, false), (0, false)]
+        {
+            for is_copy in [false, true] {
+                let files = [(); 2].map(|()| tempfile::tempfile_in(".").unwrap());
+                let [disk, aside] = [(); 2].map(|()| Disk::default());
+                let [out, other] = files.each_ref().map(|file| disk.attach(file, Liking::Direct));
+                let other = other.counted_by(&aside);
+                let beside = if is_copy { Beside::Copy(other) } else { Beside::Spare(other) };
+                let is_given_up = DiskWriter::run(out, beside, base..base + room, |writer| {
+                    writer.write_all(&bytes).and_then(|()| writer.flush()).unwrap();
+                    writer.is_given_up()
+                });
+                let what = format!("room {room}, copy: {is_copy}");
+                assert_eq!(is_given_up, !fits, "{what}");
+                let [end, beside_bytes] =
+                    files.each_ref().map(|file| file.metadata().unwrap().len());
+                assert!(end <= base + room, "{what}: {end}");
+                let is_beside = is_copy || !fits;
+                assert_eq!(beside_bytes, if is_beside { all } else { 0 }, "{what}");
+                let (file, from) = if is_beside { (&files[1], 0) } else { (&files[0], base) };
+                let mut found = vec![0; bytes.len()];
+                file.read_exact_at(&mut found, from).unwrap();
+                assert!(found == bytes, "{what}");
+            }
+        }
     }
 
     /// What was seen of so many megabytes each way, where one takes so many microseconds past the
@@ -507,7 +598,8 @@ mod tests {
         let written = |disk: &Disk, has_copy: bool| {
             let files = [tempfile::tempfile_in(".").unwrap(), tempfile::tempfile_in(".").unwrap()];
             let aside = Disk::default();
-            let copy = has_copy.then(|| disk.attach(&files[1], Liking::Faster).counted_by(&aside));
+            let copy = disk.attach(&files[1], Liking::Faster).counted_by(&aside);
+            let copy = if has_copy { Beside::Copy(copy) } else { Beside::Spare(copy) };
             let out = disk.attach(&files[0], Liking::Faster);
             let is_given_up = DiskWriter::run(out, copy, 0..u64::MAX, |writer| {
                 writer.write_all(&bytes).and_then(|()| writer.flush()).unwrap();
@@ -529,13 +621,14 @@ mod tests {
         let disk = Disk::default();
         let piece = vec![1; WRITE_BYTES];
         let out = disk.attach(&file, Liking::Faster);
-        let error = DiskWriter::run(out, None, 0..u64::MAX, |writer| {
+        let error = DiskWriter::run(out, Beside::Nothing, 0..u64::MAX, |writer| {
             (0..16).try_for_each(|_| writer.write_all(&piece)).and_then(|()| writer.flush())
         });
         assert_eq!(error.unwrap_err().raw_os_error(), Some(9), "EBADF: opened for reading");
         let file = tempfile::tempfile_in(".").unwrap();
         let part = 4096..WRITE_BYTES as u64;
-        let error = DiskWriter::run(disk.attach(&file, Liking::Faster), None, part, |writer| {
+        let out = disk.attach(&file, Liking::Faster);
+        let error = DiskWriter::run(out, Beside::Nothing, part, |writer| {
             writer.write_all(&piece).and_then(|()| writer.flush())
         });
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::FileTooLarge);

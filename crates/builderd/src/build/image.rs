@@ -2,6 +2,7 @@
 //! nothing but its files, and knows nothing of registries, caches and names.
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +16,7 @@ use super::disk::Disk;
 use super::metadata::ENGINE;
 use super::output::{self, Compressed, ImageFile};
 use super::pipeline::Phases;
+use super::shift::{self, Run};
 use super::{BuildError, BuildEvent, Observer, Phase, hex};
 use crate::packs::OpenPack;
 
@@ -27,6 +29,9 @@ const SAMPLE_BYTES: usize = 16 << 20;
 /// Room before the superblock (kernel: Documentation/filesystems/ext4, "Layout").
 const BOOT_AREA_BYTES: usize = 1024;
 
+/// Has the file of all packs cut to these runs ([`shift`]), or says that it cannot be.
+pub(super) type Cut<'a> = dyn Fn(&[Run]) -> io::Result<bool> + 'a;
+
 /// Makes the image that `task` describes from its `files`.
 ///
 /// # Errors
@@ -35,6 +40,7 @@ pub(super) fn make(
     task: &ImageTask,
     files: &[Arc<File>],
     disk: &Disk,
+    cut: &Cut<'_>,
     observer: &dyn Observer,
 ) -> Result<ImageMade, BuildError> {
     let mut phases = Phases { observer, secs: Vec::new() };
@@ -55,7 +61,7 @@ pub(super) fn make(
         }
     })?;
     tell_of_long_sum(task.hash, layout.size_bytes(), observer);
-    let work = Work { task, files, packs: &packs, disk };
+    let work = Work { task, files, packs: &packs, disk, cut };
     let (image, image_sha256) =
         phases.time(Phase::Write, || work.write(&layout, &tree, observer))?;
     let compressed = match task.compressed {
@@ -197,6 +203,7 @@ struct Work<'a> {
     files: &'a [Arc<File>],
     packs: &'a [OpenPack],
     disk: &'a Disk,
+    cut: &'a Cut<'a>,
 }
 
 impl Work<'_> {
@@ -212,12 +219,17 @@ impl Work<'_> {
         tree: &FileTree,
         observer: &dyn Observer,
     ) -> Result<(usize, Option<String>), BuildError> {
-        let shifted = match self.task.slabs {
-            Some(slabs) => output::shift(layout, self.packs, file_of(self.files, slabs)?)
-                .map_err(self.failed("arrange the data of"))?
-                .then_some(slabs),
+        let runs = match self.task.slabs {
+            Some(_) => {
+                shift::runs(layout, self.packs).map_err(self.failed("arrange the data of"))?
+            }
             None => None,
         };
+        let shifted = match runs {
+            Some(runs) => (self.cut)(&runs).map_err(self.failed("arrange the data of"))?,
+            None => false,
+        };
+        let shifted = self.task.slabs.filter(|_| shifted);
         let number = shifted.unwrap_or(self.task.image);
         let file = file_of(self.files, number)?;
         file.set_len(layout.size_bytes()).map_err(self.failed("set the size of"))?;

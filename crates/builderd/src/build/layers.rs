@@ -95,10 +95,10 @@ async fn fetch_by(
     observer: &dyn Observer,
 ) -> Result<LayerPacks, BuildError> {
     let slabs = match can_all_be_placed(spec, image) {
-        true => Slabs::stage(spec, image.layers.len())?,
+        true => Slabs::stage(spec, &image.layers)?,
         false => None,
     };
-    let copies = slabs.is_some() && matches!(spec.packs, PackStorage::Cache { .. });
+    let copies = slabs.is_some();
     let job = Job {
         spec,
         fetcher,

@@ -28,6 +28,7 @@ pub mod record;
 mod remedy;
 pub mod service;
 mod shares;
+mod shift;
 pub mod state;
 pub(crate) mod worker;
 

@@ -5,7 +5,6 @@
 //! page cache while that pays (see `disk`). This module does not know where anything
 //! belongs: the layout told.
 
-use std::cmp::Ordering;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
@@ -15,7 +14,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::ScopedJoinHandle;
 
 use ext4::{BLOCK_SIZE, Layout, Move};
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 use sha2::{Digest as _, Sha256};
 
 use super::disk::{AlignedBuffer, Disk, DiskFile, Liking, lock};
@@ -83,72 +82,6 @@ pub(super) fn sum(file: &File, bytes: u64) -> io::Result<String> {
     Ok(sum.finish())
 }
 
-/// Whether [`shift`] works on this file system, and files may span `bytes` there.
-pub(super) fn can_shift(file: &File, bytes: u64) -> bool {
-    /// `EXT4_SUPER_MAGIC` of linux/magic.h.
-    const SHIFTING: u64 = 0xef53;
-    // Beyond the limit a write is not an error but a signal that kills.
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
-    // Nor can every file of an ext4 be shifted: none that is encrypted, nor where blocks lie in clusters.
-    let try_it = || {
-        file.set_len(bytes)?;
-        rustix::fs::fallocate(file, FallocateFlags::COLLAPSE_RANGE, 0, BLOCK_SIZE)?;
-        rustix::fs::fallocate(file, FallocateFlags::INSERT_RANGE, 0, BLOCK_SIZE)?;
-        file.set_len(0)
-    };
-    magic(file) == Some(SHIFTING) && limit.is_none_or(|limit| limit >= bytes) && try_it().is_ok()
-}
-
-/// Turns the file in which all packs lie, each at its base, into the image's data: what lies
-/// between the live runs is cut out, and room is made where the image has something else
-/// (fallocate(2), `FALLOC_FL_COLLAPSE_RANGE` and `FALLOC_FL_INSERT_RANGE`). No byte is moved.
-///
-/// Returns false if the file system refuses: the live runs are still where they were, all else of
-/// the packs (dead blocks, the last table of contents) may be gone.
-pub(super) fn shift(layout: &Layout, packs: &[OpenPack], file: &File) -> io::Result<bool> {
-    // From the end to the front, so that what is still to do has not moved yet.
-    let mut runs = Vec::new();
-    for run in layout.moves() {
-        let pack = usize::try_from(run.region).ok().and_then(|region| packs.get(region));
-        let base = pack.ok_or_else(|| io::Error::other("a layer without a pack"))?.base;
-        let (from, to) = (base + run.region_block * BLOCK_SIZE, run.image_block * BLOCK_SIZE);
-        runs.push((from, to, run.blocks * BLOCK_SIZE));
-    }
-    let Some((from, _, length)) = runs.last() else { return Ok(false) };
-    file.set_len(from + length)?;
-    let mut shifted = false;
-    for index in (0..runs.len()).rev() {
-        let (from, to, _) = runs[index];
-        let (from_end, to_end) = match index.checked_sub(1).map(|before| runs[before]) {
-            Some((from, to, length)) => (from + length, to + length),
-            None => (0, 0),
-        };
-        let (is, wanted) = (from - from_end, to - to_end);
-        if is.min(wanted) > 0 {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(file, flags, from_end, is.min(wanted))?;
-        }
-        let gap = from_end + is.min(wanted);
-        let result = match is.cmp(&wanted) {
-            Ordering::Equal => continue,
-            Ordering::Greater => {
-                rustix::fs::fallocate(file, FallocateFlags::COLLAPSE_RANGE, gap, is - wanted)
-            }
-            Ordering::Less => {
-                rustix::fs::fallocate(file, FallocateFlags::INSERT_RANGE, gap, wanted - is)
-            }
-        };
-        match result {
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) if !shifted => {
-                return Ok(false);
-            }
-            other => other?,
-        }
-        shifted = true;
-    }
-    Ok(true)
-}
-
 /// Whether copy_file_range(2) shares blocks on this file system instead of copying them.
 pub(super) fn can_share(file: &File) -> bool {
     /// `XFS_SUPER_MAGIC` and `BTRFS_SUPER_MAGIC` of linux/magic.h.
@@ -156,7 +89,7 @@ pub(super) fn can_share(file: &File) -> bool {
     magic(file).is_some_and(|magic| SHARING.contains(&magic))
 }
 
-fn magic(file: &File) -> Option<u64> {
+pub(super) fn magic(file: &File) -> Option<u64> {
     rustix::fs::fstatfs(file).ok().and_then(|stat| u64::try_from(stat.f_type).ok())
 }
 
@@ -653,7 +586,8 @@ impl Write for HashingSink<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::build::disk::DiskWriter;
+    use crate::build::disk::{Beside, DiskWriter};
+    use crate::build::shift::{Shift, can_shift, runs};
     use rootfs::{FileTree, Folder, Limits, TreeLimits};
 
     #[test]
@@ -713,7 +647,7 @@ mod tests {
                 None => (&own, 0),
             };
             let out = disk.attach(file, Liking::Direct);
-            let summary = DiskWriter::run(out, None, base..base + slab, |out| {
+            let summary = DiskWriter::run(out, Beside::Nothing, base..base + slab, |out| {
                 rootfs::make_pack(&tar[..], out, &Limits::default()).unwrap()
             });
             OpenPack::new(file.try_clone().unwrap(), base, summary.pack_bytes).unwrap()
@@ -736,7 +670,9 @@ mod tests {
         let regions: Vec<u64> = packs.iter().map(|pack| pack.data_blocks).collect();
         let layout = Layout::plan(&tree, &options, &regions).unwrap();
         if in_place {
-            assert!(shift(&layout, packs, image).unwrap(), "the file system said it can");
+            let runs = runs(&layout, packs).unwrap().unwrap();
+            let shifted = Shift::of(Some(image)).take(&runs).unwrap();
+            assert!(shifted.unwrap(), "the file system said it can");
         }
         image.set_len(layout.size_bytes()).unwrap();
         layout.write(&tree, &mut ImageFile(image)).unwrap();

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use rootfs::Tally;
 
-use super::{Line, Order, PackTask, Taken, Task, ToldError};
-use crate::build::disk::{Disk, DiskWriter, Liking, lock};
+use super::{Line, Order, PackTask, SHIFTED, Second, Taken, Task, ToldError};
+use crate::build::disk::{Beside, Disk, DiskWriter, Liking, lock};
 use crate::build::process::status_bytes;
+use crate::build::shift::Run;
 use crate::build::{BuildError, BuildEvent, Observer, image};
 
 /// Bytes of a blob, or of a pack, between two words about what a layer has come to.
@@ -38,8 +39,11 @@ pub(crate) fn main() -> io::Result<()> {
     let line = match task {
         Task::Probe => return Ok(()),
         Task::Pack(task) => pack(*task, stdin, &files, &disk, &speaker),
-        Task::Image(task) => image::make(&task, &files, &disk, &speaker)
-            .map(|made| Line::Made { made: Box::new(made), taken: speaker.taken() }),
+        Task::Image(task) => {
+            let cut = |runs: &[Run]| speaker.cut(runs, &stdin);
+            image::make(&task, &files, &disk, &cut, &speaker)
+                .map(|made| Line::Made { made: Box::new(made), taken: speaker.taken() })
+        }
     };
     speaker.say(&line.unwrap_or_else(|error| Line::Failed(ToldError::of(&error))))
 }
@@ -78,7 +82,7 @@ fn pack(
     disk: &Disk,
     speaker: &Speaker,
 ) -> Result<Line, BuildError> {
-    let PackTask { layer, digest, part, liking, is_copied, limits, counted, writes } = task;
+    let PackTask { layer, digest, part, liking, second, limits, counted, writes } = task;
     let file = |number: usize| {
         files.get(number).ok_or(BuildError::WorkerLost { phase: crate::build::Phase::Layers })
     };
@@ -87,13 +91,19 @@ fn pack(
     let aside = Disk::default();
     aside.learn(&writes.without_bytes());
     let out = disk.attach(file(0)?, liking);
-    let copy = match is_copied {
-        true => Some(disk.attach(file(1)?, Liking::Faster).counted_by(&aside)),
-        false => None,
+    let beside = match second {
+        None => Beside::Nothing,
+        Some(second) => {
+            let other = disk.attach(file(1)?, Liking::Faster).counted_by(&aside);
+            match second {
+                Second::Copy => Beside::Copy(other),
+                Second::Spare => Beside::Spare(other),
+            }
+        }
     };
     let tally = Tally::of(counted);
     let teller = Teller { tally: &tally, speaker };
-    let (summary, is_placed) = DiskWriter::run(out, copy, part, |out| {
+    let (summary, is_placed) = DiskWriter::run(out, beside, part, |out| {
         let blob = Telling { inner: blob, teller: &teller, bytes: 0 };
         let mut telling = Telling { inner: &mut *out, teller: &teller, bytes: 0 };
         let summary = rootfs::make_pack_of(blob, &mut telling, &limits, &tally);
@@ -182,6 +192,17 @@ impl Speaker {
             cpu_ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
             memory_peak_bytes: status_bytes(&status, "VmHWM:"),
         }
+    }
+}
+
+impl Speaker {
+    /// Asks the parent to cut the file of all packs, and waits for the answer.
+    fn cut(&self, runs: &[Run], mut parent: &File) -> io::Result<bool> {
+        self.say(&Line::Shift(runs.to_vec()))?;
+        let mut answer = [0];
+        // One that could not end what it began says nothing any more.
+        parent.read_exact(&mut answer)?;
+        Ok(answer == SHIFTED)
     }
 }
 

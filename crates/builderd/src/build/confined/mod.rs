@@ -22,6 +22,7 @@ mod worker;
 use std::fs::File;
 use std::io::{self, PipeWriter, Write as _};
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use rootfs::{Limits, PackError, PackSummary, Tally, TreeLimits};
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::disk::{Disk, Lane, Liking};
+use super::shift::{Run, Shift};
 use super::{BuildError, BuildEvent, Compression, ImageOptions, Observer, Phase};
 use claims::{Events, Wanted};
 use worker::{Handed, Said, Worker, listen};
@@ -41,6 +43,11 @@ pub(super) use worker::{Program, read_only};
 
 /// The pipe of a blob: fewer turns between the process that fetches and the one that inflates.
 const PIPE_BYTES: usize = 1 << 20;
+
+/// The answer to [`Line::Shift`] of who has done that.
+const SHIFTED: [u8; 1] = [1];
+/// Of who could not, and has changed nothing that counts.
+const NOT_SHIFTED: [u8; 1] = [0];
 
 /// What a worker reads first.
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,14 +77,23 @@ pub(super) struct PackTask {
     /// Where in the first file.
     pub(super) part: Range<u64>,
     pub(super) liking: Liking,
-    /// Whether the second file gets it too, from its front on. Then the first is written to only as
-    /// long as its disk is fast enough for what it is for.
-    pub(super) is_copied: bool,
+    /// What the second file is for, if there is one.
+    pub(super) second: Option<Second>,
     pub(super) limits: Limits,
     /// What the layers have come to before: bytes of blobs, of tars, of data.
     pub(super) counted: [u64; 3],
     /// What is known of the disk.
     pub(super) writes: Lane,
+}
+
+/// A file for a pack, from its front on, beside a part of another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Second {
+    /// It gets the pack, too. Then the first is written to only as long as there is room in its part, and
+    /// its disk is fast enough for what it is for.
+    Copy,
+    /// It gets the pack if the part of the first has no room for it.
+    Spare,
 }
 
 /// One image: the packs are among the files.
@@ -95,7 +111,7 @@ pub(super) struct ImageTask {
     pub(super) compression: Compression,
     pub(super) jobs: usize,
     /// For messages: the name of the output.
-    pub(super) output: std::path::PathBuf,
+    pub(super) output: PathBuf,
     /// The file in which all packs lie, if it can become the image.
     pub(super) slabs: Option<usize>,
     /// The empty file that becomes the image otherwise.
@@ -168,6 +184,8 @@ enum Line {
         writes: Lane,
         taken: Taken,
     },
+    /// Asks for the file of all packs to be cut to these runs. The answer is [`SHIFTED`] or another byte.
+    Shift(Vec<Run>),
     Made {
         made: Box<ImageMade>,
         taken: Taken,
@@ -190,9 +208,11 @@ pub(crate) fn probe() -> Result<Vec<Wall>, BuildError> {
             Ok(Said::Last(walls))
         }
         Line::Failed(told) => Err(BuildError::Told(told.checked())),
-        Line::Event(_) | Line::Tally { .. } | Line::Packed { .. } | Line::Made { .. } => {
-            Ok(Said::Nonsense)
-        }
+        Line::Event(_)
+        | Line::Tally { .. }
+        | Line::Packed { .. }
+        | Line::Shift(_)
+        | Line::Made { .. } => Ok(Said::Nonsense),
     });
     worker.end(heard)
 }
@@ -282,7 +302,7 @@ impl<'a> Packing<'a> {
             }
             Line::Failed(told) => Err(BuildError::Told(told.checked())),
             Line::Walls(_) => Ok(Said::More),
-            Line::Event(_) | Line::Made { .. } => Ok(Said::Nonsense),
+            Line::Event(_) | Line::Shift(_) | Line::Made { .. } => Ok(Said::Nonsense),
         }
     }
 }
@@ -352,6 +372,7 @@ fn image_by(
     is_summed_here: bool,
 ) -> Result<(ImageMade, Taken), BuildError> {
     let (wanted, output) = (Wanted::by(&task), task.output.clone());
+    let slabs = task.slabs.and_then(|slabs| files.get(slabs).copied());
     let handed = files.iter().enumerate().map(|(number, &file)| match wanted.makes(number) {
         true => Handed::ToWrite(file),
         // Others use the same packs.
@@ -359,12 +380,12 @@ fn image_by(
     });
     let handed: Vec<Handed<'_>> = handed.collect();
     let task = Task::Image(Box::new(task));
-    let mut events = Events::new(observer);
+    let events = Events::new(observer);
     let mut worker = Worker::start(program, task, &handed, events.phase())?;
-    drop(worker.stdin.take());
-    let heard =
-        listen(&mut worker.lines, &worker.sandbox, walls, |line| image_line(&mut events, line));
-    let phase = events.phase();
+    let (shift, answers) = (Shift::of(slabs), worker.stdin.take());
+    let mut imaging = Imaging { events, shift, answers, output: &output };
+    let heard = listen(&mut worker.lines, &worker.sandbox, walls, |line| imaging.take(line));
+    let phase = imaging.events.phase();
     worker.phase = phase;
     let (made, taken) = worker.end(heard)?;
     // It has ended: what is looked at from here on is what will be published.
@@ -383,17 +404,43 @@ fn image_by(
     Ok((made, taken))
 }
 
-/// What a line means of a worker that makes an image.
-fn image_line(events: &mut Events<'_>, line: Line) -> Result<Said<(ImageMade, Taken)>, BuildError> {
-    match line {
-        Line::Event(event) => match events.pass_on(event) {
-            true => Ok(Said::More),
-            false => Ok(Said::Nonsense),
-        },
-        Line::Made { made, taken } => Ok(Said::Last((*made, taken.bounded()))),
-        Line::Failed(told) => Err(BuildError::Told(told.checked())),
-        Line::Walls(_) => Ok(Said::More),
-        Line::Tally { .. } | Line::Packed { .. } => Ok(Said::Nonsense),
+/// What lines mean of a worker that makes an image.
+struct Imaging<'a> {
+    events: Events<'a>,
+    shift: Shift<'a>,
+    /// The worker's standard input.
+    answers: Option<PipeWriter>,
+    /// For messages.
+    output: &'a Path,
+}
+
+impl Imaging<'_> {
+    fn take(&mut self, line: Line) -> Result<Said<(ImageMade, Taken)>, BuildError> {
+        match line {
+            Line::Event(event) => match self.events.pass_on(event) {
+                true => Ok(Said::More),
+                false => Ok(Said::Nonsense),
+            },
+            Line::Shift(runs) => self.cut(&runs),
+            Line::Made { made, taken } => Ok(Said::Last((*made, taken.bounded()))),
+            Line::Failed(told) => Err(BuildError::Told(told.checked())),
+            Line::Walls(_) => Ok(Said::More),
+            Line::Tally { .. } | Line::Packed { .. } => Ok(Said::Nonsense),
+        }
+    }
+
+    fn cut<T>(&mut self, runs: &[Run]) -> Result<Said<T>, BuildError> {
+        let Some(shifted) = self.shift.take(runs) else { return Ok(Said::Nonsense) };
+        let shifted = shifted.map_err(|source| BuildError::Output {
+            action: "arrange the data of",
+            path: self.output.to_owned(),
+            source,
+        })?;
+        if let Some(mut answers) = self.answers.take() {
+            // That it has ended is told by its end.
+            let _ = answers.write_all(if shifted { &SHIFTED } else { &NOT_SHIFTED });
+        }
+        Ok(Said::More)
     }
 }
 

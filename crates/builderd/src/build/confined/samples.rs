@@ -33,7 +33,7 @@ pub(super) fn pack_task() -> PackTask {
         digest: oci::Digest::of(b""),
         part: 0..u64::MAX,
         liking: Liking::Faster,
-        is_copied: false,
+        second: None,
         limits: Limits::default(),
         counted: [0; 3],
         writes: Lane::default(),

@@ -3,19 +3,23 @@
 
 use std::cell::RefCell;
 use std::fs::File;
+use std::path::Path;
 
 use rootfs::Tally;
 
 use super::claims::NUMBER_MAX;
 use super::samples::{Watcher, image_task, pack_task};
 use super::worker::{Heard, hear};
-use super::{Events, Packing, Wanted, image_line};
+use super::{Events, Imaging, Packing, Wanted};
 use crate::build::disk::Disk;
+use crate::build::shift::Shift;
 use crate::build::{BuildError, BuildEvent, Phase};
 
 /// Bytes of the files that a worker may have made, by number: the image, its compressed form, and
 /// one that it only reads.
 const FILES: [u64; 3] = [8192, 5, 0];
+/// Of the file of all packs.
+const SLABS_BYTES: u64 = 1 << 20;
 /// Letters of all that a build may pass on at once: of an error with its causes.
 const LETTERS_MAX: usize = 400_000;
 
@@ -49,8 +53,14 @@ pub fn read_image(lines: &[u8]) {
         static MADE: RefCell<Option<[File; 3]>> = const { RefCell::new(None) };
     }
     let (wanted, watcher) = (Wanted::by(&image_task(true)), Watcher::default());
-    let mut events = Events::new(&watcher);
-    let heard = hear(&mut &*lines, &[], &[], |line| image_line(&mut events, line));
+    let slabs = file_of(SLABS_BYTES);
+    let mut imaging = Imaging {
+        events: Events::new(&watcher),
+        shift: Shift::of(Some(&slabs)),
+        answers: None,
+        output: Path::new("out"),
+    };
+    let heard = hear(&mut &*lines, &[], &[], |line| imaging.take(line));
     match heard {
         Ok(Heard::Last((made, taken))) => MADE.with_borrow_mut(|files| {
             let files = files.get_or_insert_with(|| FILES.map(file_of));
@@ -64,8 +74,9 @@ pub fn read_image(lines: &[u8]) {
             texts.chain([&made.uuid]).for_each(|text| check_text(text));
         }),
         Ok(Heard::Ended | Heard::Stopped(_)) => {}
-        Err(error) => check_error(&error, events.phase()),
+        Err(error) => check_error(&error, imaging.events.phase()),
     }
+    drop(imaging);
     watcher.events().iter().for_each(check_event);
 }
 

@@ -12,6 +12,7 @@ use super::samples::{Watcher, image_task, pack_task};
 use super::*;
 use crate::build::disk::{AlignedBuffer, direct_twin, is_writable};
 use crate::build::hex;
+use crate::build::shift::can_shift;
 use crate::causes::chain;
 
 /// Much longer than any of this takes, on the slowest machine.
@@ -347,6 +348,73 @@ fn a_worker_that_lies_about_what_it_has_made_has_made_nothing() {
     let more = "head -c 1040385 /dev/zero >&$image";
     let script = format!("{MAKE}; {more}; {}", made_line(&large));
     assert!(made(&script, true).result.unwrap_err().to_string().contains("lied"));
+}
+
+/// What comes of a worker that makes an image and asks for the file of all packs to be cut to `runs` of
+/// whole blocks, so often; and that file, of eight blocks that each hold their number.
+fn cut(runs: &Value, times: usize) -> (Result<(ImageMade, Taken), BuildError>, Vec<u8>) {
+    let files = [(); 2].map(|()| tempfile::tempfile_in(".").unwrap());
+    let blocks: Vec<u8> = (0..8u8).flat_map(|number| [number; 4096]).collect();
+    (&files[0]).write_all(&blocks).unwrap();
+    let ask = line(&json!({"Shift": runs}));
+    // The order comes before the answer.
+    let order = "head -c $(head -c 4 | od -An -tu4) >/dev/null";
+    let answer = "test $(head -c 1 | od -An -tu1) = 1 || exit 9";
+    let asks = vec![format!("{ask}; {answer}"); times].join("; ");
+    let mut honest = honest();
+    for (name, value) in
+        [("file", json!(0)), ("image_bytes", json!(8192)), ("compressed_bytes", json!(null))]
+    {
+        honest[name] = value;
+    }
+    let script = format!("{order}; {asks}; {}", made_line(&honest));
+    in_time(move || {
+        let task = ImageTask { slabs: Some(0), image: 1, compressed: None, ..image_task(false) };
+        let open: Vec<&File> = files.iter().collect();
+        let result = image_by(&shell(&script), task, &open, &[], &Watcher::default(), false);
+        (result, content(&files[0]))
+    })
+}
+
+/// The number that each block holds.
+fn numbers(blocks: &[u8]) -> Vec<u8> {
+    blocks.chunks(4096).map(|block| block[0]).collect()
+}
+
+#[test]
+fn the_file_of_all_packs_is_cut_as_its_worker_asks_once_and_within_bounds() {
+    if !can_shift(&tempfile::tempfile_in(".").unwrap(), 1 << 30) {
+        eprintln!("skipped: the file system here cannot shift");
+        return;
+    }
+    let run = |from: u64, to: u64, blocks: u64| json!({"from": from, "to": to, "blocks": blocks});
+    let (result, file) = cut(&json!([run(6, 1, 1)]), 1);
+    assert!(result.is_ok(), "{}", chain(&result.unwrap_err()));
+    assert_eq!(numbers(&file), [0, 6]);
+    let (result, file) = cut(&json!([run(1, 0, 1), run(3, 3, 2), run(6, 7, 1)]), 1);
+    assert!(result.unwrap_err().to_string().contains("lied"), "it is longer than that");
+    assert_eq!(numbers(&file), [1, 0, 0, 3, 4, 0, 0, 6]);
+    let most = u64::MAX;
+    for runs in [
+        json!([]),
+        json!([run(0, 0, 0)]),
+        json!([run(0, 0, 9)]),
+        json!([run(8, 0, 1)]),
+        json!([run(0, 0, most)]),
+        json!([run(1, most, 1)]),
+        json!([run(most, 0, 1)]),
+        json!([run(0, most / 4096, 1)]),
+        json!([run(2, 0, 1), run(1, 2, 1)]),
+        json!([run(1, 2, 1), run(2, 0, 1)]),
+        json!([run(0, 0, 2), run(1, 4, 1)]),
+        json!([run(0, 0, 2), run(4, 1, 1)]),
+    ] {
+        let (result, file) = cut(&runs, 1);
+        assert!(result.unwrap_err().to_string().contains("did not make sense"), "{runs}");
+        assert_eq!(numbers(&file), [0, 1, 2, 3, 4, 5, 6, 7], "{runs}");
+    }
+    let (result, _) = cut(&json!([run(6, 1, 1)]), 2);
+    assert!(result.unwrap_err().to_string().contains("did not make sense"), "a second time");
 }
 
 #[test]

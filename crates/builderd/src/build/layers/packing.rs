@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::slabs::Slabs;
 use super::{Job, check_diff_id};
-use crate::build::confined::{self, PackMade, PackTask, Program};
+use crate::build::confined::{self, PackMade, PackTask, Program, Second};
 use crate::build::disk::{Disk, Liking, lock};
 use crate::build::{BuildError, BuildEvent, Phase, output};
 
@@ -28,8 +28,8 @@ const PROGRESS_STEP_BYTES: u64 = 1 << 20;
 pub(super) enum To<'a> {
     /// A file of its own.
     Own(&'a Arc<File>),
-    /// Its stretch of the slabs.
-    Slabs(&'a Slabs),
+    /// Its stretch of the slabs, or a file of its own if that is too short.
+    Slabs(&'a Slabs, &'a Arc<File>),
     /// Both; the stretch while that pays.
     Both(&'a Slabs, &'a Arc<File>),
 }
@@ -39,15 +39,24 @@ impl To<'_> {
     fn files(self) -> Vec<Arc<File>> {
         match self {
             To::Own(file) => vec![Arc::clone(file)],
-            To::Slabs(slabs) => vec![Arc::clone(slabs.file())],
-            To::Both(slabs, file) => vec![Arc::clone(slabs.file()), Arc::clone(file)],
+            To::Slabs(slabs, file) | To::Both(slabs, file) => {
+                vec![Arc::clone(slabs.file()), Arc::clone(file)]
+            }
+        }
+    }
+
+    fn second(self) -> Option<Second> {
+        match self {
+            To::Own(_) => None,
+            To::Slabs(..) => Some(Second::Spare),
+            To::Both(..) => Some(Second::Copy),
         }
     }
 
     fn part(self, layer: usize) -> Range<u64> {
         match self {
             To::Own(_) => 0..u64::MAX,
-            To::Slabs(slabs) | To::Both(slabs, _) => slabs.stretch(layer),
+            To::Slabs(slabs, _) | To::Both(slabs, _) => slabs.stretch(layer),
         }
     }
 
@@ -55,16 +64,15 @@ impl To<'_> {
     fn liking(self) -> Liking {
         match self {
             To::Own(file) if !output::can_share(file) => Liking::Faster,
-            To::Own(_) | To::Slabs(_) | To::Both(..) => Liking::Direct,
+            To::Own(_) | To::Slabs(..) | To::Both(..) => Liking::Direct,
         }
     }
 
     /// What nobody writes to when the worker has ended. That of another layer may still write to the
     /// slabs.
-    fn whole(self) -> Option<Arc<File>> {
+    fn whole(self) -> Arc<File> {
         match self {
-            To::Own(file) | To::Both(_, file) => Some(Arc::clone(file)),
-            To::Slabs(_) => None,
+            To::Own(file) | To::Slabs(_, file) | To::Both(_, file) => Arc::clone(file),
         }
     }
 }
@@ -93,7 +101,7 @@ impl Job<'_> {
                 digest: layer.digest,
                 part: to.part(index),
                 liking: to.liking(),
-                is_copied: matches!(to, To::Both(..)),
+                second: to.second(),
                 limits: self.spec.layer_limits.clone(),
                 counted: [blob_bytes, tar_bytes, data_bytes],
                 writes: self.disk.writes().without_bytes(),
@@ -121,7 +129,7 @@ impl Job<'_> {
         if let Some(layer) = written.outgrown() {
             return Err(self.too_much(layer));
         }
-        to.whole().iter().for_each(|file| written.end(file));
+        written.end(&to.whole());
         Ok(())
     }
 

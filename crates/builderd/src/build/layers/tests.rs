@@ -10,10 +10,12 @@ use rootfs::{Limits, PackSummary, TreeLimits};
 use rustix::fs::FallocateFlags;
 use serde_json::json;
 
+use super::slabs::bounds;
 use super::ways::{commit, open_placed};
 use super::*;
 use crate::build::disk::direct_twin;
-use crate::build::{Checksum, Compression, ImageOptions, SumBy, output};
+use crate::build::shift::can_shift;
+use crate::build::{Checksum, Compression, ImageOptions, SumBy};
 use crate::packs::{Lookup, PackCache, SharingDomain};
 
 /// Much longer than any of this takes, on the slowest machine,
@@ -186,7 +188,7 @@ fn packed_by(script: &str, spec: &BuildSpec, directory: &Path) -> Result<LayerPa
     }
     let probe = tempfile::tempfile_in(directory).unwrap();
     let step = 1 + usize::from(direct_twin(&probe).is_some());
-    let copies = can_all_be_placed(spec, &image_of("wanted")) && output::can_shift(&probe, 1 << 30);
+    let copies = can_all_be_placed(spec, &image_of("wanted")) && can_shift(&probe, 1 << 30);
     let copy = if copies { 3 + step } else { 3 };
     let at = directory.canonicalize().unwrap();
     let script = format!("slabs=3; copy={copy}; cd {}; {script}", at.display());
@@ -224,7 +226,7 @@ fn packed_line(name: &str, is_placed: bool) -> String {
 fn shifting_directory() -> Option<tempfile::TempDir> {
     let directory = tempfile::tempdir_in(".").unwrap();
     let probe = tempfile::tempfile_in(directory.path()).unwrap();
-    if output::can_shift(&probe, 1 << 40) {
+    if can_shift(&probe, 1 << 40) {
         return Some(directory);
     }
     eprintln!("skipped: the file system here cannot shift");
@@ -282,14 +284,54 @@ fn a_worker_that_puts_another_pack_into_the_image_than_into_the_cache_has_made_n
 #[test]
 fn no_pack_lies_in_the_stretch_of_another_layer() {
     let Some(directory) = shifting_directory() else { return };
-    let mut spec = spec_of("wanted", directory.path());
-    spec.layer_limits.data_bytes_max = 0;
+    let spec = spec_of("wanted", directory.path());
     let (layer, pack) = layer("wanted");
-    // Of mebibytes, or of one block.
-    for (layers, fits) in [(1 << 20, true), (1 << 31, false)] {
-        let slabs = Slabs::stage(&spec, layers).unwrap().unwrap();
+    let layers = vec![Layer { size_bytes: 1, ..layer.clone() }; 16];
+    // Of two blocks and of one.
+    for (blocks, fits) in [(2, true), (1, false)] {
+        let bytes_max = 2 * 16 * blocks * ext4::BLOCK_SIZE;
+        let slabs = Slabs::stage_within(&spec, &layers, bytes_max).unwrap().unwrap();
         slabs.file().write_all_at(&pack, slabs.stretch(7).start).unwrap();
         let open = open_placed(7, &layer, &slabs, pack.len() as u64);
         assert_eq!(open.is_ok(), fits, "{open:?}");
     }
+}
+
+#[test]
+fn stretches_lie_one_behind_the_other_and_the_larger_blobs_have_the_longer_ones() {
+    let (layer, _) = layer("wanted");
+    let sized = |sizes: &[u64]| -> Vec<Layer> {
+        sizes.iter().map(|&size_bytes| Layer { size_bytes, ..layer.clone() }).collect()
+    };
+    let block = ext4::BLOCK_SIZE;
+    // Ten gibibytes, as a build of the service may have.
+    let found = bounds(&sized(&[300 << 20, 0, 100 << 20]), 10 << 30).unwrap();
+    let lengths: Vec<u64> = found.windows(2).map(|pair| (pair[1] - pair[0]) * block).collect();
+    let half = 5 << 30;
+    for (length, wanted) in
+        lengths.iter().zip([half / 3 + half / 4 * 3, half / 3, half / 3 + half / 4])
+    {
+        assert!(length.abs_diff(wanted) <= 2 * block, "{lengths:?}");
+    }
+    assert!(found.last().unwrap() * block <= 10 << 30);
+    // What a manifest says of sizes is no number to be trusted.
+    let most = bounds(&sized(&[u64::MAX, u64::MAX, 1]), u64::MAX);
+    assert!(most.is_none_or(|found| found.is_sorted()));
+    assert_eq!(bounds(&sized(&[3 << 30]), 10 << 30), None, "it would be written for nothing");
+    assert_eq!(bounds(&[], 10 << 30), Some(vec![0]));
+    assert_eq!(bounds(&sized(&[1]), 0), None);
+}
+
+#[test]
+fn a_pack_that_its_stretch_has_no_room_for_is_taken_from_a_file_of_its_own() {
+    let Some(directory) = shifting_directory() else { return };
+    let mut spec = spec_of("wanted", directory.path());
+    spec.packs = PackStorage::Temporary;
+    let script = format!("cat wanted >&$copy; {}", packed_line("wanted", false));
+    let fetched = packed_by(&script, &spec, directory.path()).unwrap();
+    assert!(fetched.slabs.is_none());
+    assert_eq!((fetched.packs[0].base, fetched.packed), (0, 1));
+    let script = format!("cat wanted >&$slabs; {}", packed_line("wanted", true));
+    let fetched = packed_by(&script, &spec, directory.path()).unwrap();
+    assert!(fetched.slabs.is_some());
 }

@@ -23,34 +23,32 @@ impl Job<'_> {
                 let key = PackKey { domain: domain.clone(), digest: layer.digest };
                 self.through_cache(index, layer, cache, key).await
             }
-            (PackStorage::Temporary, Some(slabs)) => {
-                Ok((LayerOrigin::Packed, self.placed(index, layer, slabs).await?))
-            }
-            (PackStorage::Temporary, None) => {
-                Ok((LayerOrigin::Packed, self.temporary(index, layer).await?))
+            (PackStorage::Temporary, slabs) => {
+                let slabs = slabs.as_ref().filter(|slabs| !slabs.is_given_up());
+                Ok((LayerOrigin::Packed, self.temporary(index, layer, slabs).await?))
             }
         }
     }
 
-    /// In a file of its own, which stays nameless and goes with its descriptor.
-    async fn temporary(&self, index: usize, layer: &Layer) -> Result<Packed, BuildError> {
-        let staged = stage(self.spec)?;
-        let file = shared(staged.file())?;
-        let made = self.fetch_and_pack(index, layer, To::Own(&file)).await?;
-        let pack = open_pack(index, layer, file, 0, made.summary.pack_bytes)?;
-        Ok(Packed { pack, placed: None })
-    }
-
-    /// In its stretch of the slabs alone.
-    async fn placed(
+    /// In its stretch of the slabs, or in a file of its own; either stays nameless and goes with its
+    /// descriptor.
+    async fn temporary(
         &self,
         index: usize,
         layer: &Layer,
-        slabs: &Slabs,
+        slabs: Option<&Slabs>,
     ) -> Result<Packed, BuildError> {
-        let made = self.fetch_and_pack(index, layer, To::Slabs(slabs)).await?;
-        let pack = open_placed(index, layer, slabs, made.summary.pack_bytes)?;
-        Ok(Packed { placed: Some(pack.clone()), pack })
+        let staged = stage(self.spec)?;
+        let file = shared(staged.file())?;
+        let to = slabs.map_or(To::Own(&file), |slabs| To::Slabs(slabs, &file));
+        let made = self.fetch_and_pack(index, layer, to).await?;
+        let pack_bytes = made.summary.pack_bytes;
+        if let Some(slabs) = slabs.filter(|_| made.is_placed) {
+            let pack = open_placed(index, layer, slabs, pack_bytes)?;
+            return Ok(Packed { placed: Some(pack.clone()), pack });
+        }
+        let pack = open_pack(index, layer, file, 0, pack_bytes)?;
+        Ok(Packed { pack, placed: None })
     }
 
     /// As it is in the cache, else made for it, by one build at a time.
