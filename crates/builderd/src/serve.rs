@@ -222,7 +222,6 @@ pub(crate) async fn serve(
     let caches = config.storage.cache_enabled;
     let packs = caches.then(|| open_packs(&config)).transpose()?;
     let (service_rules, mut worker_rules) = rules(&config, &host)?;
-    worker_rules.has_own_users = has_own_users(&host, &config).await;
     worker_rules.sealed_packs = caches.then(|| sealed_packs(&config, &store, &key)).transpose()?;
     let service = Arc::new(BuildService::new(
         store.clone(),
@@ -300,27 +299,6 @@ async fn swept(host: Host) -> Arc<Host> {
     host
 }
 
-/// Whether what fetches for a build is a user of its own to the kernel, in the directories that are there.
-async fn has_own_users(host: &Arc<Host>, config: &Config) -> bool {
-    let (host, storage) = (Arc::clone(host), &config.storage);
-    let cache = storage.cache_enabled.then(|| storage.cache_dir.clone());
-    let places: Vec<PathBuf> =
-        cache.into_iter().chain([config.rootfs_output_dir.clone()]).collect();
-    let tried = tokio::task::spawn_blocking(move || {
-        let places: Vec<&Path> = places.iter().map(PathBuf::as_path).collect();
-        host.give_own_users(&places)
-    });
-    let refused = tried.await.map_err(|error| error.to_string()).flatten().err();
-    if let Some(why) = &refused {
-        tracing::warn!(
-            why,
-            "what fetches for builds is one user to the kernel: a build can use up for the others what \
-             is counted by user"
-        );
-    }
-    refused.is_none()
-}
-
 /// What whoever starts the service should see.
 fn tell_address(address: SocketAddr, dev: bool, tls: bool) {
     if dev {
@@ -332,7 +310,11 @@ fn tell_address(address: SocketAddr, dev: bool, tls: bool) {
 /// What is missing of the host must have been accepted by name, but in development, where nobody
 /// is a stranger.
 fn open_host(config: &Config) -> Result<Host, ServeError> {
-    let host = Host::open(&config.rootfs_output_dir);
+    // What a host gives depends on the file systems where builds read and write.
+    let output = &config.rootfs_output_dir;
+    make_private(output_setting(config), output)?;
+    let packs = config.storage.cache_enabled.then(|| make_cache(config)).transpose()?;
+    let host = Host::open(output, packs.as_slice());
     let accepted = |wall: &Wall| config.dev || config.accept_missing_walls.contains(wall);
     let missing = host.missing().iter().filter(|(wall, _)| !accepted(wall));
     let missing: Vec<String> = missing.map(|(wall, why)| format!("{wall} ({why})")).collect();
@@ -402,8 +384,8 @@ fn output_setting(config: &Config) -> &'static str {
 
 /// One that is there already is its maker's: whom it lets in is for him to say.
 fn make_directory(setting: &'static str, path: &Path) -> Result<(), ServeError> {
+    make_private(setting, path)?;
     let failed = |source| ServeError::Directory { setting, path: path.to_owned(), source };
-    private::make_directory(path).map_err(failed)?;
     if private::is_open(path).map_err(failed)? {
         tracing::warn!(
             setting,
@@ -415,16 +397,23 @@ fn make_directory(setting: &'static str, path: &Path) -> Result<(), ServeError> 
     Ok(())
 }
 
+fn make_private(setting: &'static str, path: &Path) -> Result<(), ServeError> {
+    private::make_directory(path).map_err(|source| {
+        let path = path.to_owned();
+        ServeError::Directory { setting, path, source }
+    })
+}
+
+/// The directory of the cache of layers.
+fn make_cache(config: &Config) -> Result<&Path, ServeError> {
+    let setting = "UNKEY_BUILDERD_CACHE_DIR or UNKEY_BUILDERD_WORKSPACE_DIR";
+    make_private(setting, &config.storage.cache_dir)?;
+    Ok(&config.storage.cache_dir)
+}
+
 /// The cache of layers, closed to others also where an earlier version has made it.
 fn open_packs(config: &Config) -> Result<PackCache, ServeError> {
-    let path = &config.storage.cache_dir;
-    let setting = "UNKEY_BUILDERD_CACHE_DIR or UNKEY_BUILDERD_WORKSPACE_DIR";
-    private::make_directory(path).map_err(|source| ServeError::Directory {
-        setting,
-        path: path.clone(),
-        source,
-    })?;
-    let packs = PackCache::open(path)?;
+    let packs = PackCache::open(make_cache(config)?)?;
     match packs.close_to_others() {
         Ok(closed) => {
             for path in closed {
@@ -625,7 +614,6 @@ fn worker_rules(config: &Config, host: Arc<Host>) -> Result<WorkerRules, ServeEr
         }),
         sealed_packs: None,
         cache_enabled: storage.cache_enabled,
-        has_own_users: false,
         host,
         program,
         runtime: None,

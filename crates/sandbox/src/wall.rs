@@ -35,13 +35,16 @@ pub enum Wall {
     /// pid_namespaces(7): who fetches for a build names that build's processes alone, and they end
     /// with it ([`Processes::Own`](crate::Processes)).
     OwnProcesses,
+    /// user_namespaces(7) and mount_setattr(2): who fetches for a build is a user of that build alone
+    /// ([`narrow`](crate::narrow)).
+    OwnUsers,
     /// cgroups(7): memory, CPU and number of processes of a build are held by the kernel.
     Cgroup,
 }
 
 impl Wall {
     /// Every wall.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::UserNamespace,
         Self::PidNamespace,
         Self::NetworkNamespace,
@@ -55,12 +58,14 @@ impl Wall {
         Self::Landlock,
         Self::OwnFiles,
         Self::OwnProcesses,
+        Self::OwnUsers,
         Self::Cgroup,
     ];
 
     /// Those that do not stand around a worker: they are around its whole build, or around who
     /// fetches for it.
-    pub const AROUND_BUILDS: [Self; 3] = [Self::OwnFiles, Self::OwnProcesses, Self::Cgroup];
+    pub const AROUND_BUILDS: [Self; 4] =
+        [Self::OwnFiles, Self::OwnProcesses, Self::OwnUsers, Self::Cgroup];
 
     /// Those that come with the namespaces a process is started in.
     pub const NAMESPACES: [Self; 6] = [
@@ -89,6 +94,7 @@ impl Wall {
             Self::Landlock => "landlock",
             Self::OwnFiles => "own-files",
             Self::OwnProcesses => "own-processes",
+            Self::OwnUsers => "own-users",
             Self::Cgroup => "cgroup",
         }
     }

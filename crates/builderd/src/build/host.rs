@@ -23,8 +23,9 @@ pub(crate) struct Host {
 
 impl Host {
     /// Tries every wall. `place` is what this service alone uses: groups are named by it, so that
-    /// two services on one host do not clear away each other's.
-    pub(crate) fn open(place: &Path) -> Self {
+    /// two services on one host do not clear away each other's. In it, and in `others`, builds read and
+    /// write.
+    pub(crate) fn open(place: &Path, others: &[&Path]) -> Self {
         let mut host = Self::default();
         let reason = match confined::probe() {
             Ok(stand) => {
@@ -38,6 +39,11 @@ impl Host {
                 Ok(()) => host.stand.push(wall),
                 Err(reason) => host.missing.push((wall, reason)),
             }
+        }
+        let places: Vec<&Path> = others.iter().copied().chain([place]).collect();
+        match host.give_own_users(&places) {
+            Ok(()) => host.stand.push(Wall::OwnUsers),
+            Err(reason) => host.missing.push((Wall::OwnUsers, reason)),
         }
         match CgroupRoot::open(&group_name(place)) {
             Ok(groups) => {
@@ -74,10 +80,7 @@ impl Host {
 
     /// Whether the processes of a build that fetch can be users of their own, who read and write in
     /// `places`; if not, why.
-    ///
-    /// # Errors
-    /// The reason.
-    pub(crate) fn give_own_users(&self, places: &[&Path]) -> Result<(), String> {
+    fn give_own_users(&self, places: &[&Path]) -> Result<(), String> {
         match self.stand.contains(&Wall::OwnFiles) {
             true => child::probe_users(self.stand.contains(&Wall::OwnProcesses), places),
             false => Err(format!("there is no wall {}", Wall::OwnFiles)),
@@ -239,7 +242,7 @@ mod tests {
     #[test]
     fn every_wall_stands_or_is_missing_for_a_reason() {
         // This program is no builderd: its probe fails, and says so.
-        let host = Host::open(Path::new("/nowhere/of/a/test"));
+        let host = Host::open(Path::new("/nowhere/of/a/test"), &[]);
         for wall in Wall::ALL {
             let stands = host.stand().contains(&wall);
             let missing = host.missing().iter().find(|(missing, _)| *missing == wall);

@@ -92,8 +92,6 @@ pub(crate) struct WorkerRules {
     pub(crate) encrypts_all: bool,
     /// What this host gives builds.
     pub(crate) host: Arc<Host>,
-    /// Whether what fetches for a build can be a user of its own.
-    pub(crate) has_own_users: bool,
     /// This program.
     pub(crate) program: PathBuf,
     /// The OCI runtime, where builds may run commands.

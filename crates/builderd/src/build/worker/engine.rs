@@ -232,7 +232,8 @@ impl Running<'_> {
 
     /// Users for the processes of this try, where the host lets them be of their own.
     fn own_users(&self) -> io::Result<Option<HeldUsers>> {
-        let held = self.workers.rules.has_own_users.then(Users::hold_few);
+        let has_them = self.workers.rules.host.stand().contains(&Wall::OwnUsers);
+        let held = has_them.then(Users::hold_few);
         held.transpose().map_err(io::Error::other)
     }
 

@@ -36,7 +36,6 @@ fn workers(
         sealed_packs: None,
         cache_enabled: false,
         encrypts_all: false,
-        has_own_users: false,
         program: program.into(),
         runtime: None,
         commands_egress: CommandsEgress::default(),
@@ -297,7 +296,7 @@ async fn made_in(
     sha256: &str,
     give_up: watch::Receiver<bool>,
 ) -> (End, Vec<String>) {
-    let taken = Taken::on(Host::open(directory), directory).await;
+    let taken = Taken::on(Host::open(directory, &[]), directory).await;
     taken.script("build-sum", sum);
     let report = serde_json::json!({"done": {
         "metadata": {"artifact": {"sha256": sha256}},
@@ -386,7 +385,7 @@ async fn the_sum_is_computed_within_the_limits_of_the_build() {
     let (end, _) = made_and_summed_by("printf 12345 > rootfs.ext4", &sum, SUM).await;
     let End::Made(..) = end else { panic!("no success") };
     let groups = std::fs::read_to_string(groups).unwrap();
-    match Host::open(place.path()).places().is_empty() {
+    match Host::open(place.path(), &[]).places().is_empty() {
         true => println!("skipped: no cgroups for this user"),
         false => assert!(groups.contains("/build_"), "{groups}"),
     }
@@ -395,7 +394,7 @@ async fn the_sum_is_computed_within_the_limits_of_the_build() {
 #[tokio::test]
 async fn what_a_build_has_started_has_ended_before_its_artifact_is_summed() {
     let place = tempfile::tempdir().unwrap();
-    if Host::open(place.path()).places().is_empty() {
+    if Host::open(place.path(), &[]).places().is_empty() {
         println!("skipped: no cgroups for this user");
         return;
     }
@@ -427,7 +426,7 @@ async fn while_a_process_of_the_build_lives_on_nothing_that_it_has_made_is_filed
     // Who is frozen by version 1 of cgroups cannot be ended, like one that waits for a disk.
     let freezer = Path::new("/sys/fs/cgroup/freezer");
     let directory = tempfile::tempdir_in(".").unwrap();
-    let host = Host::open(directory.path());
+    let host = Host::open(directory.path(), &[]);
     if host.places().is_empty() || !freezer.join("cgroup.procs").exists() {
         println!("skipped: no cgroups for this user, or no freezer of version 1");
         return;
@@ -489,7 +488,7 @@ fn weight(group: &[PathBuf]) -> Option<(u64, u64)> {
 #[tokio::test]
 async fn a_build_that_runs_is_weighed_beside_the_others() {
     let directory = tempfile::tempdir().unwrap();
-    let host = Host::open(directory.path());
+    let host = Host::open(directory.path(), &[]);
     if host.places().is_empty() {
         println!("skipped: {:?}", host.missing());
         return;
@@ -557,7 +556,7 @@ async fn what_a_command_says_last_is_in_the_log_and_behind_it_why_the_build_fail
 #[tokio::test]
 async fn the_memory_of_a_build_is_that_of_its_processes_and_not_of_what_they_wrote() {
     let place = tempfile::tempdir().unwrap();
-    if Host::open(place.path()).places().is_empty() {
+    if Host::open(place.path(), &[]).places().is_empty() {
         println!("skipped: no cgroups for this user");
         return;
     }
