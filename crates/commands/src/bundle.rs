@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit};
 use sandbox::Users;
 use serde_json::{Value, json};
 
-use crate::order::{Base, Order, Scratch};
+use crate::order::{Base, Joins, Order, Scratch};
 use crate::syscalls::{ALLOWED, CLONE_NEW, PERSONALITIES, RLIMIT_CORE, SOCKETS};
 
 const DONE: u32 = 0;
@@ -83,7 +83,6 @@ pub(crate) fn config(
     around: &Surroundings<'_>,
 ) -> Value {
     let Surroundings { root, group, users, namespace, door } = *around;
-    let map = json!([{ "containerID": 0, "hostID": users.first, "size": users.count }]);
     let mut namespaces: Vec<Value> =
         ["pid", "ipc", "uts", "mount", "cgroup"].map(|kind| json!({ "type": kind })).into();
     namespaces.push(match namespace {
@@ -94,7 +93,7 @@ pub(crate) fn config(
         None => json!({ "type": "network" }),
         Some(_) => json!({ "type": "network", "path": KEEPERS_NETWORK }),
     });
-    json!({
+    let mut config = json!({
         "ociVersion": "1.0.2",
         "process": process(order, base, command, around),
         "root": { "path": root, "readonly": false },
@@ -102,8 +101,6 @@ pub(crate) fn config(
         "mounts": mounts(),
         "linux": {
             "namespaces": namespaces,
-            "uidMappings": map,
-            "gidMappings": map,
             "cgroupsPath": group,
             "resources": resources(order),
             "seccomp": seccomp(order.scratch),
@@ -111,7 +108,13 @@ pub(crate) fn config(
             "readonlyPaths": READ_ONLY,
             "rootfsPropagation": "private",
         },
-    })
+    });
+    if namespace.is_none() || order.joins != Joins::Last {
+        let map = json!([{ "containerID": 0, "hostID": users.first, "size": users.count }]);
+        config["linux"]["uidMappings"] = map.clone();
+        config["linux"]["gidMappings"] = map;
+    }
+    config
 }
 
 fn process(order: &Order, base: &Base, command: &str, around: &Surroundings<'_>) -> Value {
@@ -322,4 +325,53 @@ fn core_limit(
         rule("prlimit64", allow, &[equal(1, RLIMIT_CORE), equal(2, 0)]),
         rule("prlimit64", done, &[equal(1, RLIMIT_CORE), other(2, 0)]),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use rootfs::TreeLimits;
+
+    use super::*;
+    use crate::CommandLimits;
+
+    #[test]
+    fn users_are_told_where_the_runtime_makes_their_namespace_or_must_be_told() {
+        let config_of = |joins: Joins, namespace: Option<&Path>| {
+            let order = Order {
+                scratch_directory: PathBuf::new(),
+                scratch: Scratch::Sized,
+                disk_bytes: 0,
+                runtime: PathBuf::new(),
+                joins,
+                commands: Vec::new(),
+                limits: CommandLimits { memory_bytes: 1, pids_max: 1, secs_max: None },
+                tree_limits: TreeLimits::default(),
+                layer_bytes_max: 0,
+                has_door: false,
+            };
+            let users = Users { first: 7, count: 2 };
+            let root = Path::new("/root");
+            let around = Surroundings { root, group: "group", users, namespace, door: None };
+            config(&order, &Base::default(), "true", &around)
+        };
+        let map = json!([{ "containerID": 0, "hostID": 7, "size": 2 }]);
+        for (joins, namespace, is_told) in [
+            (Joins::Never, None, true),
+            (Joins::First, None, true),
+            (Joins::First, Some("/mnt/users"), true),
+            (Joins::Last, Some("/mnt/users"), false),
+        ] {
+            let config = config_of(joins, namespace.map(Path::new));
+            let linux = config["linux"].as_object().unwrap();
+            for name in ["uidMappings", "gidMappings"] {
+                let told = linux.get(name);
+                assert_eq!(told, is_told.then_some(&map), "{joins:?} {namespace:?}");
+            }
+            let user = |kind: &&Value| kind["type"] == "user";
+            let user = linux["namespaces"].as_array().unwrap().iter().find(user).unwrap();
+            assert_eq!(user.get("path").and_then(Value::as_str), namespace);
+        }
+    }
 }

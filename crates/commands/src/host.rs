@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::{Scratch, Unable};
+use crate::{Joins, Scratch, Unable};
 
 /// The program that makes the scratch file system.
 pub(crate) const MKFS: &str = "mkfs.ext4";
@@ -32,6 +32,8 @@ pub struct Runtime {
     pub accepted: Vec<&'static str>,
     /// How this host holds the disk of commands to its size.
     pub scratch: Scratch,
+    /// How it goes into a user namespace.
+    pub joins: Joins,
 }
 
 /// Whether this host can run commands with `program` (a path, or a name that is looked for), and
@@ -63,7 +65,10 @@ pub fn check(program: &str, accepted: &[String]) -> Result<Runtime, Unable> {
     let (taken, open): (Vec<_>, Vec<_>) =
         holes.into_iter().partition(|hole| accepted.iter().any(|name| name == hole));
     match open.is_empty() {
-        true => Ok(Runtime { program, version, accepted: taken, scratch }),
+        true => {
+            let joins = joins(&version);
+            Ok(Runtime { program, version, accepted: taken, scratch, joins })
+        }
         false => {
             Err(Unable::Vulnerable { program: program.display().to_string(), version, holes: open })
         }
@@ -104,12 +109,7 @@ fn version(told: &str) -> Option<String> {
 
 /// What is known of a version. Of other runtimes nothing is: who names one answers for it.
 fn holes(version: &str) -> Vec<&'static str> {
-    let Some(number) = version.strip_prefix("runc ") else { return Vec::new() };
-    let number = number.split('+').next().unwrap_or(number);
-    let (number, candidate) = number.split_once('-').unwrap_or((number, ""));
-    let mut parts = number.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
-    let mut part = || parts.next().unwrap_or(0);
-    let (major, minor, patch) = (part(), part(), part());
+    let Some(((major, minor, patch), candidate)) = runc(version) else { return Vec::new() };
     let is_mended = match (major, minor) {
         (1, 2) => patch >= 8,
         (1, 3) => patch >= 3,
@@ -117,6 +117,26 @@ fn holes(version: &str) -> Vec<&'static str> {
         other => other >= (1, 4),
     };
     if is_mended { Vec::new() } else { HOLES.to_vec() }
+}
+
+/// Since runc 1.2 a configuration must not name users beside the path of their namespace (opencontainers/runc,
+/// `libcontainer/specconv`); before, it had to. Candidates of 1.2 are no releases.
+fn joins(version: &str) -> Joins {
+    match runc(version) {
+        None => Joins::Never,
+        Some(((major, minor, _), _)) if (major, minor) < (1, 2) => Joins::First,
+        Some(_) => Joins::Last,
+    }
+}
+
+/// The number of a version of runc, and which candidate for it that was.
+fn runc(version: &str) -> Option<((u32, u32, u32), &str)> {
+    let number = version.strip_prefix("runc ")?;
+    let number = number.split('+').next().unwrap_or(number);
+    let (number, candidate) = number.split_once('-').unwrap_or((number, ""));
+    let mut parts = number.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    let mut part = || parts.next().unwrap_or(0);
+    Some(((part(), part(), part()), candidate))
 }
 
 #[cfg(test)]
@@ -140,6 +160,21 @@ mod tests {
             ("crun 1.8.1", true),
         ] {
             assert_eq!(holes(version).is_empty(), is_good, "{version}");
+        }
+    }
+
+    #[test]
+    fn how_a_runtime_joins_a_namespace_is_told_by_its_version() {
+        for (version, wanted) in [
+            ("runc 1.1.5+ds1", Joins::First),
+            ("runc 1.1.15", Joins::First),
+            ("runc 1.2.0", Joins::Last),
+            ("runc 1.3.6+ds1", Joins::Last),
+            ("runc 1.4.0-rc.3", Joins::Last),
+            ("runc 2.0.0", Joins::Last),
+            ("crun 1.8.1", Joins::Never),
+        ] {
+            assert_eq!(joins(version), wanted, "{version}");
         }
     }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
-use sandbox::{LoopDevice, Outcome, Sandbox};
+use sandbox::{LoopDevice, Outcome, Sandbox, Users};
 use serde::Serialize;
 
 use crate::bundle::Surroundings;
@@ -26,7 +26,7 @@ use crate::order::{
 };
 use crate::output::{Output, Said};
 use crate::scratch::{TREE, WORK};
-use crate::{ARGUMENT, bundle, door, host, layer, unpack};
+use crate::{ARGUMENT, Joins, bundle, door, host, layer, unpack};
 
 pub(crate) const ROLE: &str = "keeper";
 /// Any directory that is there can carry what the keeper mounts; its programs are not there.
@@ -72,7 +72,7 @@ struct Keeper {
     /// Where the way out is, if there is one.
     door: Option<SocketAddr>,
     /// That of the commands' users, where the runtime can go there.
-    namespace: Option<File>,
+    namespace: Option<PathBuf>,
 }
 
 impl Keeper {
@@ -101,12 +101,30 @@ impl Keeper {
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
         rustix::mount::mount("tmpfs", base, "tmpfs", flags, Some(c"size=64m,mode=0755"))
             .map_err(failed)?;
-        // Before runc 1.2 nobody can who is to share the keeper's network as well: it has given up the
-        // rights for that by then.
-        let namespace = door.is_none().then(|| order.users.namespace()).transpose();
-        let namespace =
-            namespace.map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
+        let is_joined = match order.order.joins {
+            Joins::Never => false,
+            // The door is in the keeper's network.
+            Joins::First => door.is_none(),
+            Joins::Last => true,
+        };
+        let namespace = match is_joined {
+            true => Some(Self::name_namespace(order.users, Path::new(base))?),
+            false => None,
+        };
         Ok(Self { order, program, base: base.into(), watched, door, namespace })
+    }
+
+    /// Makes a user namespace for them, and gives it a name as of a file: runc takes one below the `/proc`
+    /// of a process for that process's own.
+    fn name_namespace(users: Users, base: &Path) -> Result<PathBuf, Trouble> {
+        let made = users.namespace();
+        let made = made.map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
+        let name = base.join("users");
+        let failed = |error: io::Error| Trouble::of("name the commands' users", error);
+        File::create_new(&name).map_err(failed)?;
+        rustix::mount::mount_bind(format!("/proc/self/fd/{}", made.as_raw_fd()), &name)
+            .map_err(|error| failed(error.into()))?;
+        Ok(name)
     }
 
     fn run(&self, scratch: File, layer: File, packs: &[File]) -> Result<Vec<String>, Trouble> {
@@ -236,15 +254,11 @@ impl Keeper {
         make_directory(&bundle, 0o700)?;
         let group = format!("{}/{name}", self.order.place);
         let told = &self.order;
-        // As the runtime finds the keeper, which is the first process.
-        let namespace = self.namespace.as_ref();
-        let namespace =
-            namespace.map(|file| PathBuf::from(format!("/proc/1/fd/{}", file.as_raw_fd())));
         let around = Surroundings {
             root: merged,
             group: &group,
             users: told.users,
-            namespace: namespace.as_deref(),
+            namespace: self.namespace.as_deref(),
             door: self.door,
         };
         let config = bundle::config(order, &told.base, command, &around);

@@ -46,7 +46,7 @@ mod unpack;
 
 pub use error::{CommandEnd, CommandsError, Unable};
 pub use host::{Runtime, accepted_names, check};
-pub use order::{Base, CommandLimits, Event, Order, PackPart, Scratch};
+pub use order::{Base, CommandLimits, Event, Joins, Order, PackPart, Scratch};
 pub use overseer::{Overseer, Serve};
 pub use run::clear_leftovers;
 pub use scratch::remove_tree;

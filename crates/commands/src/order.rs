@@ -28,6 +28,9 @@ pub struct Order {
     pub disk_bytes: u64,
     /// The OCI runtime, as [`check`](crate::check) found it.
     pub runtime: PathBuf,
+    /// How it goes into a user namespace.
+    #[serde(default)]
+    pub joins: Joins,
     /// Each is run by `/bin/sh -c`, in this order.
     pub commands: Vec<String>,
     /// What each command may take.
@@ -73,6 +76,21 @@ impl Scratch {
             Self::Watched => "watched",
         }
     }
+}
+
+/// How a runtime goes into a user namespace that somebody else has made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Joins {
+    /// Not as far as is known: it makes one.
+    #[default]
+    Never,
+    /// First of all, and it must be told who the users there are: runc before 1.2. It has no right to
+    /// another's network by then.
+    First,
+    /// When it has gone into the others, and it must not be told who the users there are: it looks. runc
+    /// since 1.2.
+    Last,
 }
 
 /// What one command may take; of the CPUs, what the group of its caller may.

@@ -9,7 +9,7 @@ use sandbox::Users;
 use crate::bundle::{self, Surroundings};
 use crate::judge::{self, BASE_BYTES_MAX};
 use crate::keeper;
-use crate::order::{self, Base, CommandLimits, Order, Scratch};
+use crate::order::{self, Base, CommandLimits, Joins, Order, Scratch};
 
 /// Reads what commands are said to be run on, handed over with files of these sizes.
 ///
@@ -71,6 +71,7 @@ fn order() -> Order {
         scratch: Scratch::Sized,
         disk_bytes: 0,
         runtime: PathBuf::new(),
+        joins: Joins::default(),
         commands: Vec::new(),
         limits: CommandLimits { memory_bytes: 1, pids_max: 1, secs_max: None },
         tree_limits: TreeLimits::default(),

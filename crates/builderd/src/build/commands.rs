@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::thread::{Scope, ScopedJoinHandle};
 
 use ::commands::{
-    Base, CommandEnd, CommandLimits, CommandsError, Event, Order, Overseer, PackPart, Scratch,
-    Serve,
+    Base, CommandEnd, CommandLimits, CommandsError, Event, Joins, Order, Overseer, PackPart,
+    Scratch, Serve,
 };
 use bytes::Bytes;
 use oci::{EgressPolicy, Image};
@@ -41,6 +41,9 @@ pub struct CommandsSpec {
     pub commands: Vec<String>,
     /// The OCI runtime.
     pub runtime: PathBuf,
+    /// How it goes into a user namespace.
+    #[serde(default)]
+    pub joins: Joins,
     /// What a command may take of memory, in bytes.
     pub memory_bytes: u64,
     /// Processes and threads of a command.
@@ -105,6 +108,7 @@ impl Commands {
             scratch: wanted.scratch,
             disk_bytes: wanted.disk_bytes,
             runtime: wanted.runtime.clone(),
+            joins: wanted.joins,
             commands: wanted.commands.clone(),
             limits: CommandLimits {
                 memory_bytes: wanted.memory_bytes,

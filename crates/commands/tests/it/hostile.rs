@@ -1,6 +1,6 @@
 //! Commands and images that mean harm.
 
-use commands::Event;
+use commands::{Event, Joins};
 
 use crate::support::{Layer, Run, can_run};
 
@@ -293,6 +293,13 @@ fn a_builds_commands_share_its_own_user_namespace() {
     assert_eq!(output.len(), 2, "{output:?}");
     assert_eq!(output[0], output[1]);
     assert_ne!(output[0], std::fs::read_link("/proc/self/ns/user").unwrap().to_str().unwrap());
+    // With a way out as well, where the runtime is one that can.
+    let run = Run::busybox(&[ask, ask]);
+    let joins = run.order.joins;
+    std::fs::write(run.directory.path().join("door"), "").unwrap();
+    let ended = run.end().well();
+    let output = ended.output();
+    assert_eq!(output[0] == output[1], joins == Joins::Last, "{output:?}");
 }
 
 #[test]

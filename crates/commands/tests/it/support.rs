@@ -168,7 +168,10 @@ pub(crate) struct Ended {
 
 impl Run {
     pub(crate) fn on(layers: Vec<Vec<u8>>, commands: &[&str]) -> Self {
-        Self::by(commands::check("runc", &accepted()).unwrap().program, layers, commands)
+        let runtime = commands::check("runc", &accepted()).unwrap();
+        let mut run = Self::by(runtime.program, layers, commands);
+        run.order.joins = runtime.joins;
+        run
     }
 
     /// By a runtime that need not be one.
@@ -187,6 +190,7 @@ impl Run {
             scratch: commands::Scratch::Sized,
             disk_bytes: 256 << 20,
             runtime,
+            joins: commands::Joins::default(),
             commands: commands.iter().map(|&command| command.to_owned()).collect(),
             limits: CommandLimits { memory_bytes: 128 << 20, pids_max: 64, secs_max: Some(60) },
             tree_limits: rootfs::TreeLimits::default(),

@@ -132,6 +132,7 @@ impl Running<'_> {
         Ok(Some(CommandsSpec {
             commands: build.request.commands.clone(),
             runtime: runtime.program.clone(),
+            joins: runtime.joins,
             scratch: runtime.scratch,
             scratch_directory: self.scratch(),
             egress: self.egress_spec(registry),
