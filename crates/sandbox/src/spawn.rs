@@ -190,6 +190,30 @@ impl Sandbox {
         let _ = rustix::process::pidfd_send_signal(&self.process, Signal::KILL);
     }
 
+    /// Does `work` while none of its threads runs. What they had begun to write is written by then.
+    ///
+    /// # Errors
+    /// When it has ended, or cannot be stopped; `work` is not done then.
+    pub fn while_held<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
+        rustix::process::pidfd_send_signal(&self.process, Signal::STOP)?;
+        let stopped = loop {
+            // It is still to be waited for, if this is its end.
+            let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            match rustix::process::waitid(WaitId::PidFd(self.process.as_fd()), options) {
+                Ok(Some(status)) => break status.stopped(),
+                Ok(None) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
+        if !stopped {
+            return Err(io::Error::other("it has ended"));
+        }
+        let done = work();
+        // One that has been ended meanwhile stays so.
+        let _ = rustix::process::pidfd_send_signal(&self.process, Signal::CONT);
+        Ok(done)
+    }
+
     /// Whether it has ended, or does so within `most`. It is still to be waited for.
     #[must_use]
     pub fn ends_within(&self, most: Duration) -> bool {

@@ -43,11 +43,12 @@ impl Needs {
     pub(super) fn of(image: &Image, limits: &TenantLimits) -> Self {
         let compressed: u64 =
             image.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.size_bytes));
-        // Packs and image lie beside each other while the data is moved.
+        // Packs and image lie beside each other while the data is moved. Where the packs were written into
+        // what was to become the image, and it cannot, they are there twice; real layers are not so large.
         let files = compressed.saturating_mul(2 * INFLATION).saturating_add(OVERHEAD_BYTES);
         let memory = MEMORY_BYTES_USUAL.saturating_add(compressed / MEMORY_PART);
         Self {
-            disk_bytes: files.min(limits.disk_bytes.saturating_mul(2)),
+            disk_bytes: files.min(limits.disk_bytes.saturating_mul(3)),
             memory_bytes: memory.min(limits.memory_bytes),
         }
     }

@@ -9,6 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{child, confined, hex};
 use crate::causes::chain;
+use crate::staged::Staged;
 
 /// Processes and threads of one build: those of its workers, and room for what they start.
 const PIDS_MAX: u64 = 1024;
@@ -40,7 +41,10 @@ impl Host {
                 Err(reason) => host.missing.push((wall, reason)),
             }
         }
-        let places: Vec<&Path> = others.iter().copied().chain([place]).collect();
+        // Where the server itself cannot write now there is nothing to be told of a wall.
+        let is_writable = |place: &&Path| Staged::create_private_in(place).is_ok();
+        let places: Vec<&Path> =
+            others.iter().copied().chain([place]).filter(is_writable).collect();
         match host.give_own_users(&places) {
             Ok(()) => host.stand.push(Wall::OwnUsers),
             Err(reason) => host.missing.push((Wall::OwnUsers, reason)),

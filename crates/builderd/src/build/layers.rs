@@ -2,7 +2,7 @@
 //!
 //! One network thread (the caller's, on a current-thread runtime) fetches blobs and
 //! hashes them while they stream; a confined process per layer inflates and packs. That
-//! one is a pure function of the blob: it gets bytes and writes one file, or the same to two. A pack
+//! one is a pure function of the blob: it gets bytes and writes them to one file, or to two. A pack
 //! is filed only after size, blob digest and `diff_id` all matched, so a half-read
 //! or lying layer never reaches the cache.
 //!

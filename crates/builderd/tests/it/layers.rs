@@ -55,15 +55,62 @@ fn packs_of_an_empty_cache_become_the_image_and_nothing_is_copied() {
         eprintln!("skipped: the file system here cannot shift");
         return;
     }
-    for (output, is_copied) in [("cold", false), ("warm", true)] {
-        let mut arguments = vec!["build", "oci:image", "--progress", "rawjson", "-o", output];
-        arguments.extend(["--checksum", "none"]);
-        let result = workshop.run(&arguments);
-        assert!(result.status.success(), "{}", stderr(&result));
-        let text = String::from_utf8_lossy(&result.stdout);
+    // A build of the service may have no file that is larger than its disk.
+    let cases = [
+        ("cold", "unlimited", "", false),
+        ("warm", "unlimited", "", true),
+        ("stored", "unlimited", "--no-cache", false),
+        ("service", FILE_BLOCKS_MAX, "--no-cache", false),
+    ];
+    for (output, blocks_max, options, is_copied) in cases {
+        let text = built_within(&workshop, blocks_max, &format!("{options} -o {output}"));
         assert_eq!(text.contains(r#""event":"write_progress""#), is_copied, "{output}: {text}");
+        assert!(workshop.read(output) == workshop.read("cold"), "{output}");
     }
-    assert!(workshop.read("cold") == workshop.read("warm"));
+    let _ = std::fs::remove_dir_all(workshop.path("cache"));
+    let text = built_within(&workshop, FILE_BLOCKS_MAX, "-o cached");
+    assert!(!text.contains(r#""event":"write_progress""#), "{text}");
+    assert!(workshop.read("cached") == workshop.read("cold"));
+}
+
+/// 128 MiB, as shells count.
+const FILE_BLOCKS_MAX: &str = "262144";
+
+/// What a build says that may write no file of more blocks.
+fn built_within(workshop: &Workshop, blocks_max: &str, options: &str) -> String {
+    let program = env!("CARGO_BIN_EXE_builderd");
+    let script = format!(
+        "ulimit -f {blocks_max} && exec {program} build oci:image --progress rawjson \
+         --checksum none {options}"
+    );
+    let result = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(workshop.directory.path())
+        .env("UNKEY_BUILDERD_CACHE_DIR", workshop.path("cache"))
+        .output()
+        .unwrap();
+    assert!(result.status.success(), "{}", stderr(&result));
+    String::from_utf8_lossy(&result.stdout).into_owned()
+}
+
+#[test]
+fn a_layer_that_is_longer_than_its_part_of_the_files_limit_makes_the_same_image() {
+    // 40 MiB that come to little, beside one that needs its part: 32 MiB is the half of the half.
+    let text: Vec<u8> = b"all work and no play ".iter().copied().cycle().take(40 << 20).collect();
+    let image = TestImage::new(vec![
+        Layer::new().file("noise", &noise(3, 4_000_001)),
+        Layer::new().file("text", &text),
+    ]);
+    let workshop = Workshop::with(&image);
+    for (output, blocks_max, options) in [
+        ("free", "unlimited", "--no-cache"),
+        ("stored", FILE_BLOCKS_MAX, "--no-cache"),
+        ("cold", FILE_BLOCKS_MAX, ""),
+        ("warm", FILE_BLOCKS_MAX, ""),
+    ] {
+        built_within(&workshop, blocks_max, &format!("{options} -o {output}"));
+        assert!(workshop.read(output) == workshop.read("free"), "{output}");
+    }
 }
 
 #[test]

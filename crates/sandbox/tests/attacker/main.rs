@@ -186,13 +186,16 @@ unsafe fn map(protection: libc::c_int, flags: libc::c_int) -> libc::c_long {
     unsafe { libc::syscall(libc::SYS_mmap, null, 4096, protection, flags, none, 0) }
 }
 
-/// Gives the file that was handed over more blocks than it may have.
+/// Gives the file that was handed over other blocks than were written, or more than it may have.
 ///
 /// # Safety
 /// Descriptor 3 must be a file of nobody else.
 unsafe fn allocate(attack: &str) -> libc::c_long {
     let way = match attack {
         "blocks-moved-away" => libc::FALLOC_FL_INSERT_RANGE,
+        "blocks-cut-out" => libc::FALLOC_FL_COLLAPSE_RANGE,
+        "blocks-punched" => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+        "blocks-given" => 0,
         _ => libc::FALLOC_FL_KEEP_SIZE,
     };
     // SAFETY: no memory is passed.
@@ -244,7 +247,11 @@ fn answer(attack: &str) -> String {
             "signal" => libc::syscall(libc::SYS_tgkill, 2, 2, libc::SIGKILL),
             "signals-by-file" => libc::syscall(libc::SYS_fcntl, 0, libc::F_SETOWN, 1),
             "flags-of-a-file" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETFL, libc::O_APPEND),
-            "blocks-behind-the-end" | "blocks-moved-away" => allocate(attack),
+            "blocks-behind-the-end"
+            | "blocks-moved-away"
+            | "blocks-cut-out"
+            | "blocks-punched"
+            | "blocks-given" => allocate(attack),
             "lease" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLEASE, libc::F_UNLCK),
             "lock" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLK, null),
             "flock" => libc::syscall(libc::SYS_flock, 3, libc::LOCK_SH),

@@ -1,6 +1,7 @@
 //! What a worker can do that somebody has taken over: nothing.
 
 use std::io::Read as _;
+use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -79,6 +80,9 @@ fn every_system_call_that_reaches_out_is_refused() {
         "flags-of-a-file",
         "blocks-behind-the-end",
         "blocks-moved-away",
+        "blocks-given",
+        "blocks-punched",
+        "blocks-cut-out",
         "lease",
         "lock",
         "flock",
@@ -184,4 +188,35 @@ fn a_program_that_cannot_run_is_an_error_of_the_start() {
     let program = std::fs::File::open(script.path()).unwrap();
     let error = sandbox::Sandbox::spawn(&program, &[c"nothing"], &[]).unwrap_err();
     assert_eq!(error.source.kind(), std::io::ErrorKind::PermissionDenied, "{error:?}");
+}
+
+#[test]
+fn a_process_that_is_held_does_nothing_until_it_goes_on() {
+    let file = tempfile::tempfile().unwrap();
+    let shell = std::fs::File::open("/bin/sh").unwrap();
+    let arguments = [c"sh", c"-c", c"while :; do echo x >&3; done"];
+    let (sandbox, _pipes) = sandbox::Sandbox::spawn(&shell, &arguments, &[file.as_fd()]).unwrap();
+    let written = || file.metadata().unwrap().len();
+    let grows = |from: u64| {
+        let started = std::time::Instant::now();
+        while written() == from {
+            assert!(started.elapsed().as_secs() < 60, "it stands still");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    };
+    grows(0);
+    for _ in 0..20 {
+        let (before, after) = sandbox
+            .while_held(|| {
+                let before = written();
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                (before, written())
+            })
+            .unwrap();
+        assert_eq!(before, after);
+        grows(after);
+    }
+    sandbox.kill();
+    assert!(sandbox.ends_within(std::time::Duration::from_secs(60)));
+    assert!(sandbox.while_held(|| ()).is_err(), "there is nobody to hold");
 }

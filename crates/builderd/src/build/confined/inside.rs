@@ -183,6 +183,15 @@ impl Speaker {
         out.flush()
     }
 
+    /// Asks the parent to cut the file of all packs, and waits for the answer.
+    fn cut(&self, runs: &[Run], mut parent: &File) -> io::Result<bool> {
+        self.say(&Line::Shift(runs.to_vec()))?;
+        let mut answer = [0];
+        // One that could not end what it began says nothing any more.
+        parent.read_exact(&mut answer)?;
+        Ok(answer == SHIFTED)
+    }
+
     fn taken(&self) -> Taken {
         let mut status = String::new();
         let _ = (&self.status).read_to_string(&mut status);
@@ -192,17 +201,6 @@ impl Speaker {
             cpu_ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
             memory_peak_bytes: status_bytes(&status, "VmHWM:"),
         }
-    }
-}
-
-impl Speaker {
-    /// Asks the parent to cut the file of all packs, and waits for the answer.
-    fn cut(&self, runs: &[Run], mut parent: &File) -> io::Result<bool> {
-        self.say(&Line::Shift(runs.to_vec()))?;
-        let mut answer = [0];
-        // One that could not end what it began says nothing any more.
-        parent.read_exact(&mut answer)?;
-        Ok(answer == SHIFTED)
     }
 }
 

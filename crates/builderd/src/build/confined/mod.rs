@@ -383,7 +383,8 @@ fn image_by(
     let events = Events::new(observer);
     let mut worker = Worker::start(program, task, &handed, events.phase())?;
     let (shift, answers) = (Shift::of(slabs), worker.stdin.take());
-    let mut imaging = Imaging { events, shift, answers, output: &output };
+    let sandbox = Some(&worker.sandbox);
+    let mut imaging = Imaging { events, shift, answers, sandbox, output: &output };
     let heard = listen(&mut worker.lines, &worker.sandbox, walls, |line| imaging.take(line));
     let phase = imaging.events.phase();
     worker.phase = phase;
@@ -410,6 +411,8 @@ struct Imaging<'a> {
     shift: Shift<'a>,
     /// The worker's standard input.
     answers: Option<PipeWriter>,
+    /// The worker itself; none where there is no process.
+    sandbox: Option<&'a Sandbox>,
     /// For messages.
     output: &'a Path,
 }
@@ -430,12 +433,18 @@ impl Imaging<'_> {
     }
 
     fn cut<T>(&mut self, runs: &[Run]) -> Result<Said<T>, BuildError> {
-        let Some(shifted) = self.shift.take(runs) else { return Ok(Said::Nonsense) };
-        let shifted = shifted.map_err(|source| BuildError::Output {
+        let failed = |source| BuildError::Output {
             action: "arrange the data of",
             path: self.output.to_owned(),
             source,
-        })?;
+        };
+        let shift = &mut self.shift;
+        let shifted = match self.sandbox {
+            Some(sandbox) => sandbox.while_held(|| shift.take(runs)).map_err(failed)?,
+            None => shift.take(runs),
+        };
+        let Some(shifted) = shifted else { return Ok(Said::Nonsense) };
+        let shifted = shifted.map_err(failed)?;
         if let Some(mut answers) = self.answers.take() {
             // That it has ended is told by its end.
             let _ = answers.write_all(if shifted { &SHIFTED } else { &NOT_SHIFTED });

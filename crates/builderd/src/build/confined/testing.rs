@@ -58,6 +58,7 @@ pub fn read_image(lines: &[u8]) {
         events: Events::new(&watcher),
         shift: Shift::of(Some(&slabs)),
         answers: None,
+        sandbox: None,
         output: Path::new("out"),
     };
     let heard = hear(&mut &*lines, &[], &[], |line| imaging.take(line));

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ext4::BLOCK_SIZE;
 use oci::Layer;
+use rustix::fs::FallocateFlags;
 
 use super::{shared, stage};
 use crate::build::shift::{can_shift, file_bytes_max};
@@ -69,6 +70,14 @@ impl Slabs {
     /// No image comes of it: nobody begins to write to it any more who makes its pack elsewhere, too.
     pub(super) fn give_up(&self) {
         self.is_given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Gives back what a worker has written of a pack that is elsewhere.
+    pub(super) fn clear(&self, layer: usize) {
+        let Range { start, end } = self.stretch(layer);
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // It goes with the file otherwise.
+        let _ = rustix::fs::fallocate(&*self.file, flags, start, end - start);
     }
 
     pub(super) fn is_given_up(&self) -> bool {

@@ -180,7 +180,7 @@ fn spec_of(name: &str, directory: &Path) -> BuildSpec {
 }
 
 /// What comes of a layer whose worker is a shell that runs `script`. It knows the descriptors of
-/// the slabs and of their copy as `$slabs` and `$copy`, that of a file of its own as `$copy`, and
+/// the slabs and of the file beside them as `$slabs` and `$copy`, that of a file of its own as `$copy`, and
 /// the packs of the layers `wanted` and `others` by their names.
 fn packed_by(script: &str, spec: &BuildSpec, directory: &Path) -> Result<LayerPacks, BuildError> {
     for name in ["wanted", "others"] {

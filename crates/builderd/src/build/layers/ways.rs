@@ -47,6 +47,9 @@ impl Job<'_> {
             let pack = open_placed(index, layer, slabs, pack_bytes)?;
             return Ok(Packed { placed: Some(pack.clone()), pack });
         }
+        if let Some(slabs) = slabs {
+            slabs.clear(index);
+        }
         let pack = open_pack(index, layer, file, 0, pack_bytes)?;
         Ok(Packed { pack, placed: None })
     }
