@@ -26,7 +26,28 @@ const NOT_OURS_ALONE: u32 = 0o027;
 /// # Errors
 /// Those of the system.
 pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
+        make_directory(parent)?;
+    }
+    match DirBuilder::new().mode(DIRECTORY_MODE).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        made => made.and_then(|()| open_to_its_maker(path)),
+    }
+}
+
+/// A umask can take from a directory what even who makes it needs of it. Root does without; who is root
+/// no more does not.
+fn open_to_its_maker(path: &Path) -> io::Result<()> {
+    const MAKERS: u32 = 0o700;
+    let mut permissions = std::fs::metadata(path)?.permissions();
+    match permissions.mode() & MAKERS {
+        MAKERS => Ok(()),
+        _ => {
+            permissions.set_mode(permissions.mode() | MAKERS);
+            std::fs::set_permissions(path, permissions)
+        }
+    }
 }
 
 /// The same below `place`, which somebody may have made for whom he likes: open to all who may look

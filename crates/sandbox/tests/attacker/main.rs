@@ -247,11 +247,7 @@ fn answer(attack: &str) -> String {
             "signal" => libc::syscall(libc::SYS_tgkill, 2, 2, libc::SIGKILL),
             "signals-by-file" => libc::syscall(libc::SYS_fcntl, 0, libc::F_SETOWN, 1),
             "flags-of-a-file" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETFL, libc::O_APPEND),
-            "blocks-behind-the-end"
-            | "blocks-moved-away"
-            | "blocks-cut-out"
-            | "blocks-punched"
-            | "blocks-given" => allocate(attack),
+            _ if attack.starts_with("blocks-") => allocate(attack),
             "lease" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLEASE, libc::F_UNLCK),
             "lock" => libc::syscall(libc::SYS_fcntl, 3, libc::F_SETLK, null),
             "flock" => libc::syscall(libc::SYS_flock, 3, libc::LOCK_SH),
