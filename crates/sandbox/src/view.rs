@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, StatVfsMountFlags};
+use rustix::fs::{CWD, Mode, StatVfsMountFlags};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
@@ -305,20 +305,28 @@ fn see_only(
     let root = root.ok_or(io::ErrorKind::NotFound)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     rustix::mount::mount("none", root, "tmpfs", flags, Some(c"size=256k,mode=0755"))?;
-    let nothing = root.join(EMPTY.strip_prefix('/').unwrap_or(EMPTY));
-    DirBuilder::new().mode(0o555).create(nothing)?;
-    for part in &parts {
-        part.place(root)?;
-    }
-    match processes {
-        Processes::Own => own_proc(root).map_err(named(Path::new("/proc")))?,
-        Processes::All => proc_read_only(root)?,
-    }
+    // Who goes on as another user must be able to go through what is made here, whatever the files of this
+    // process are.
+    let umask = rustix::process::umask(Mode::WGRP | Mode::WOTH);
+    let furnished = furnish(root, &parts, processes);
+    rustix::process::umask(umask);
+    furnished?;
     rustix::process::chdir(root)?;
     rustix::process::pivot_root(".", ".")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     rustix::mount::mount_remount("/", flags | MountFlags::RDONLY, "")?;
     Ok(rustix::process::chdir("/")?)
+}
+
+/// What is to be seen in the new root.
+fn furnish(root: &Path, parts: &[Part], processes: Processes) -> io::Result<()> {
+    let nothing = root.join(EMPTY.strip_prefix('/').unwrap_or(EMPTY));
+    DirBuilder::new().mode(0o555).create(nothing)?;
+    parts.iter().try_for_each(|part| part.place(root))?;
+    match processes {
+        Processes::Own => own_proc(root).map_err(named(Path::new("/proc"))),
+        Processes::All => proc_read_only(root),
+    }
 }
 
 fn no_idmapped_mount(path: &Path, error: &io::Error) -> io::Error {
