@@ -41,7 +41,7 @@ pub use confine::{Access, confine, confine_to};
 pub use limits::SandboxPolicy;
 pub use loopback::LoopDevice;
 pub use outcome::Outcome;
-pub use spawn::{Pipes, Sandbox, can_isolate, take_files};
+pub use spawn::{Ender, Pipes, Sandbox, can_isolate, take_files};
 pub use users::{HeldUsers, Users};
 pub use view::{Processes, narrow};
 pub use wall::Wall;

@@ -214,20 +214,18 @@ impl Sandbox {
         Ok(done)
     }
 
+    /// What ends it for somebody else than who waits for it.
+    ///
+    /// # Errors
+    /// When this process may have no more files open.
+    pub fn ender(&self) -> io::Result<Ender> {
+        self.process.try_clone().map(Ender)
+    }
+
     /// Whether it has ended, or does so within `most`. It is still to be waited for.
     #[must_use]
     pub fn ends_within(&self, most: Duration) -> bool {
-        let deadline = Instant::now() + most;
-        loop {
-            // Readable when it has ended: pidfd_open(2).
-            let mut process = [PollFd::new(&self.process, PollFlags::IN)];
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec::try_from(left).ok();
-            match rustix::event::poll(&mut process, left.as_ref()) {
-                Err(rustix::io::Errno::INTR) => {}
-                ended => return ended.is_ok_and(|count| count > 0),
-            }
-        }
+        ends_within(&self.process, most)
     }
 
     /// Waits for its end.
@@ -252,6 +250,33 @@ impl Sandbox {
         };
         self.outcome = Some(outcome);
         Ok(outcome)
+    }
+}
+
+/// Ends one [`Sandbox`] while somebody else waits for it.
+#[derive(Debug)]
+pub struct Ender(OwnedFd);
+
+impl Ender {
+    /// Ends it, and says whether it has ended within `most`: no file is open any more that it had.
+    pub fn end(&self, most: Duration) -> bool {
+        // One that has ended already is as dead as it can be.
+        let _ = rustix::process::pidfd_send_signal(&self.0, Signal::KILL);
+        ends_within(&self.0, most)
+    }
+}
+
+fn ends_within(process: &OwnedFd, most: Duration) -> bool {
+    let deadline = Instant::now() + most;
+    loop {
+        // Readable when it has ended: pidfd_open(2).
+        let mut process = [PollFd::new(process, PollFlags::IN)];
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).ok();
+        match rustix::event::poll(&mut process, left.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            ended => return ended.is_ok_and(|count| count > 0),
+        }
     }
 }
 

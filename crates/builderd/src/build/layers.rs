@@ -116,11 +116,13 @@ async fn fetch_by(
         .map(|mentions| job.blob(mentions))
         .buffer_unordered(spec.jobs.max(1))
         .try_collect();
-    let packed = tokio::select! {
-        packed = packed => packed?,
-        layer = outgrown(&job.written) => return Err(job.too_much(layer)),
+    let packed: Result<Vec<_>, BuildError> = tokio::select! {
+        packed = packed => packed,
+        layer = outgrown(&job.written) => Err(job.too_much(layer)),
     };
-    Ok(job.together(packed))
+    // Of a build that has failed nothing is at work any more when that is told.
+    job.program.end_workers();
+    Ok(job.together(packed?))
 }
 
 /// Whether the packs of all layers can be made in one file that becomes the image. What is in the

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sandbox::{Outcome, Sandbox, SandboxPolicy, Wall};
+use sandbox::{Ender, Outcome, Sandbox, SandboxPolicy, Wall};
 
 use super::{Line, Order, Task};
 use crate::build::disk::{direct_twin, is_writable, lock};
@@ -37,6 +37,8 @@ const SPARE_FILES: u64 = 24;
 pub(in crate::build) struct Program {
     file: File,
     arguments: Vec<CString>,
+    /// Those that run it, or did.
+    workers: Mutex<Vec<Ender>>,
 }
 
 impl Program {
@@ -44,12 +46,23 @@ impl Program {
     pub(in crate::build) fn own(phase: Phase) -> Result<Self, BuildError> {
         let file = File::open("/proc/self/exe");
         let file = file.map_err(|source| BuildError::Worker { phase, source })?;
-        Ok(Self { file, arguments: vec![c"builderd".to_owned(), c"confined".to_owned()] })
+        Ok(Self::new(file, vec![c"builderd".to_owned(), c"confined".to_owned()]))
     }
 
-    #[cfg(test)]
     pub(in crate::build) fn new(file: File, arguments: Vec<CString>) -> Self {
-        Self { file, arguments }
+        Self { file, arguments, workers: Mutex::default() }
+    }
+
+    /// Ends the workers that still run it. When this returns none has a file open, unless its disk keeps
+    /// it waiting for longer than a second.
+    pub(in crate::build) fn end_workers(&self) {
+        let workers = std::mem::take(&mut *lock(&self.workers));
+        // All at once, and then one by one.
+        for most in [Duration::ZERO, END_MAX] {
+            for worker in &workers {
+                let _ = worker.end(most);
+            }
+        }
     }
 }
 
@@ -146,6 +159,7 @@ impl Worker {
         let arguments: Vec<&CStr> = program.arguments.iter().map(|word| &**word).collect();
         let (sandbox, pipes) = Sandbox::spawn(&program.file, &arguments, &handed)
             .map_err(|error| failed(io::Error::other(chain(&error))))?;
+        lock(&program.workers).push(sandbox.ender().map_err(failed)?);
         let mut stdin = pipes.stdin;
         let length = u32::try_from(order.len()).map_err(|error| failed(io::Error::other(error)))?;
         // One that has ended already says so by its end.

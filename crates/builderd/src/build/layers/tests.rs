@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rootfs::{Limits, PackSummary, TreeLimits};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{CWD, FallocateFlags, FileType, Mode, OFlags};
 use serde_json::json;
 
 use super::slabs::bounds;
@@ -239,9 +239,17 @@ fn a_build_whose_workers_outgrow_it_does_not_wait_for_them() {
     let mut spec = spec_of("wanted", directory.path());
     spec.layer_limits.image_data_bytes_max = 1 << 20;
     spec.layer_limits.toc_bytes_max = 0;
-    let script = format!("head -c 3000000 /dev/zero >&$copy; {STAYS}");
+    let alive = directory.path().join("alive");
+    rustix::fs::mknodat(CWD, &alive, FileType::Fifo, Mode::from_raw_mode(0o666), 0).unwrap();
+    rustix::fs::chmod(&alive, Mode::from_raw_mode(0o666)).unwrap();
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let alive = rustix::fs::open(&alive, flags, Mode::empty()).unwrap();
+    let script = format!("exec 8>alive; echo x >&8; head -c 3000000 /dev/zero >&$copy; {STAYS}");
     let error = packed_by(&script, &spec, directory.path()).err().expect("it was told");
     assert!(matches!(error, BuildError::Pack { .. }), "{error}");
+    let read = || rustix::io::read(&alive, &mut [0; 8][..]);
+    assert_eq!(read(), Ok(2), "it has lived");
+    assert_eq!(read(), Ok(0), "and does no more");
 }
 
 #[test]
