@@ -5,6 +5,7 @@
 //! outlives it. It runs with root's rights and reads nothing that a stranger has written but the
 //! output of commands, which it passes on by lines.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _};
 use std::net::SocketAddr;
@@ -71,8 +72,10 @@ struct Keeper {
     watched: Option<OwnedFd>,
     /// Where the way out is, if there is one.
     door: Option<SocketAddr>,
-    /// That of the commands' users, where the runtime can go there.
-    namespace: Option<PathBuf>,
+    /// That of the commands' users.
+    namespace: File,
+    /// Its name, where the runtime can go there.
+    joined: Option<PathBuf>,
 }
 
 impl Keeper {
@@ -107,22 +110,23 @@ impl Keeper {
             Joins::First => door.is_none(),
             Joins::Last => true,
         };
-        let namespace = match is_joined {
-            true => Some(Self::name_namespace(order.users, Path::new(base))?),
+        let namespace = order.users.namespace();
+        let namespace =
+            namespace.map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
+        let joined = match is_joined {
+            true => Some(Self::name_namespace(&namespace, Path::new(base))?),
             false => None,
         };
-        Ok(Self { order, program, base: base.into(), watched, door, namespace })
+        Ok(Self { order, program, base: base.into(), watched, door, namespace, joined })
     }
 
-    /// Makes a user namespace for them, and gives it a name as of a file: runc takes one below the `/proc`
-    /// of a process for that process's own.
-    fn name_namespace(users: Users, base: &Path) -> Result<PathBuf, Trouble> {
-        let made = users.namespace();
-        let made = made.map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
+    /// Gives a user namespace a name as of a file: runc takes one below the `/proc` of a process for that
+    /// process's own.
+    fn name_namespace(namespace: &File, base: &Path) -> Result<PathBuf, Trouble> {
         let name = base.join("users");
         let failed = |error: io::Error| Trouble::of("name the commands' users", error);
         File::create_new(&name).map_err(failed)?;
-        rustix::mount::mount_bind(format!("/proc/self/fd/{}", made.as_raw_fd()), &name)
+        rustix::mount::mount_bind(format!("/proc/self/fd/{}", namespace.as_raw_fd()), &name)
             .map_err(|error| failed(error.into()))?;
         Ok(name)
     }
@@ -134,7 +138,7 @@ impl Keeper {
         tell(Event::Unpacked)?;
         let merged = self.mount_overlay()?;
         let mut output = Output::default();
-        if self.namespace.is_some() {
+        if self.joined.is_some() {
             bundle::set_limits(&self.order.order)
                 .map_err(|error| Trouble::of("limit the commands", error))?;
         }
@@ -184,9 +188,26 @@ impl Keeper {
         make_directory(&scratch, 0o755)?;
         make_directory(&tree, 0o755)?;
         make_directory(&scratch.join(WORK), 0o700)?;
+        if self.watched.is_none() && self.show_owners(&scratch) {
+            return Ok(());
+        }
         let root = self.order.users.first;
         rustix::fs::chown(&tree, Some(Uid::from_raw(root)), Some(Gid::from_raw(root)))
             .map_err(|error| Trouble::of("give the tree to its users", error))
+    }
+
+    /// Has the image's own owners on the disk, and those of the commands wherever one looks from here on.
+    /// Not in a directory of the host's, where a program with the bit of setuid would be its root's, and
+    /// not before Linux 5.19, whose overlays have no such mounts below them: the commands' owners are on
+    /// the disk then. What is read back is the same.
+    fn show_owners(&self, scratch: &Path) -> bool {
+        if Users::show_as_own(&self.namespace, scratch).is_err() {
+            return false;
+        }
+        let layers = [TREE, WORK].map(|name| scratch.join(name).display().to_string());
+        let is_taken = self.overlay(scratch, &format!("lowerdir={}", layers.join(":")));
+        // The first is that overlay, the second is what it refused.
+        rustix::mount::unmount(scratch, UnmountFlags::DETACH).is_ok() && is_taken.is_ok()
     }
 
     /// The file system of this build alone: it ends at its size, and its devices are none.
@@ -238,12 +259,17 @@ impl Keeper {
             tree.join(unpack::UPPER).display(),
             self.at("scratch").join(WORK).display()
         );
-        let data =
-            std::ffi::CString::new(data).map_err(|error| Trouble::ours(error.to_string()))?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        rustix::mount::mount("overlay", &merged, "overlay", flags, Some(&*data))
-            .map_err(|error| Trouble::of("mount the overlay", error))?;
+        self.overlay(&merged, &data).map_err(|error| Trouble::of("mount the overlay", error))?;
         Ok(merged)
+    }
+
+    /// What it does for commands it does as their root: nobody else has owners on the disk.
+    fn overlay(&self, place: &Path, data: &str) -> io::Result<()> {
+        let data = CString::new(data).map_err(io::Error::other)?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        self.order.users.as_first(|| {
+            Ok(rustix::mount::mount("overlay", place, "overlay", flags, Some(&*data))?)
+        })
     }
 
     fn command(&self, index: usize, merged: &Path, output: &mut Output) -> Result<(), Trouble> {
@@ -258,7 +284,7 @@ impl Keeper {
             root: merged,
             group: &group,
             users: told.users,
-            namespace: self.namespace.as_deref(),
+            namespace: self.joined.as_deref(),
             door: self.door,
         };
         let config = bundle::config(order, &told.base, command, &around);
@@ -332,7 +358,7 @@ impl Keeper {
         let failed = |error: &dyn std::fmt::Display| {
             Trouble::ours(format!("cannot start a confined process: {error}"))
         };
-        let word = |text: &str| std::ffi::CString::new(text).map_err(|error| failed(&error));
+        let word = |text: &str| CString::new(text).map_err(|error| failed(&error));
         let arguments = [word("builderd")?, word(ARGUMENT)?, word(role)?];
         let arguments: Vec<&std::ffi::CStr> = arguments.iter().map(|word| &**word).collect();
         let (sandbox, pipes) =

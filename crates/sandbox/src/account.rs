@@ -31,32 +31,9 @@ impl Account {
         Ok(Self { users, namespace: namespace(users, &map(users))? })
     }
 
-    /// Shows the files of a tree that is not mounted yet as those of the first user where they are
-    /// root's, and makes them root's where that one makes them: mount_setattr(2), Linux 5.12.
+    /// [`show_as_own`], by the namespace of these users.
     pub(crate) fn show_as_own(&self, tree: BorrowedFd<'_>) -> io::Result<()> {
-        /// `struct mount_attr`, linux/mount.h.
-        #[repr(C)]
-        struct MountAttr {
-            set: u64,
-            clear: u64,
-            propagation: u64,
-            user_namespace: u64,
-        }
-        let user_namespace = u64::try_from(self.namespace.as_raw_fd()).map_err(io::Error::other)?;
-        let set = libc::MOUNT_ATTR_IDMAP;
-        let attr = MountAttr { set, clear: 0, propagation: 0, user_namespace };
-        // SAFETY: the kernel reads a path and a structure that live across the call.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                tree.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_EMPTY_PATH,
-                &raw const attr,
-                size_of::<MountAttr>(),
-            )
-        };
-        if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        show_as_own(tree, &self.namespace)
     }
 
     /// Goes on as the first of the users, who is root of them alone. What it starts may have the others.
@@ -77,24 +54,56 @@ impl Account {
     }
 }
 
+/// Shows the files of a tree that is not mounted yet as those of the users outside to whom a user
+/// namespace gives their numbers, and makes them the files of those numbers where such a user makes
+/// them: mount_setattr(2), Linux 5.12.
+pub(crate) fn show_as_own(tree: BorrowedFd<'_>, namespace: &File) -> io::Result<()> {
+    /// `struct mount_attr`, linux/mount.h.
+    #[repr(C)]
+    struct MountAttr {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        user_namespace: u64,
+    }
+    let user_namespace = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
+    let attr = MountAttr { set: libc::MOUNT_ATTR_IDMAP, clear: 0, propagation: 0, user_namespace };
+    // SAFETY: the kernel reads a path and a structure that live across the call.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// A user namespace that the kernel counts for the first of the users, and with it what it has in it:
 /// user_namespaces(7), namespaces(7).
 pub(crate) fn namespace(users: Users, map: &str) -> io::Result<File> {
     as_user(users.first, || spawn::user_namespace(map))
 }
 
-/// Does what the kernel is to count for a user, with the capabilities of root.
-fn as_user<T>(user: u32, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+/// Does what the kernel is to count for a user, or to do in its name and in that of the group of the same
+/// number, with the capabilities of root.
+pub(crate) fn as_user<T>(user: u32, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     // Both are forgotten where the user changes: prctl(2).
     let with_parent = rustix::process::parent_process_death_signal()?;
     let dumpable = rustix::process::dumpable_behavior()?;
     let parent = rustix::process::getppid();
+    let group = rustix::process::getegid();
     let all = rustix::thread::capabilities(None)?;
+    rustix::thread::set_thread_res_gid(None, Gid::from_raw(user), None)?;
     rustix::thread::set_thread_res_uid(None, Uid::from_raw(user), None)?;
     let done = rustix::thread::set_capabilities(None, all).map_err(io::Error::from);
     let done = done.and_then(|()| work());
     rustix::thread::set_thread_res_uid(None, Uid::ROOT, None)?;
     rustix::thread::set_capabilities(None, all)?;
+    rustix::thread::set_thread_res_gid(None, group, None)?;
     rustix::process::set_parent_process_death_signal(with_parent)?;
     rustix::process::set_dumpable_behavior(dumpable)?;
     match rustix::process::getppid() == parent {

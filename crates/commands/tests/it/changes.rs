@@ -1,5 +1,10 @@
 //! What commands change is what the layer says.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
 use crate::support::{Layer, Run, can_run};
 
 #[test]
@@ -133,4 +138,63 @@ fn what_scripts_write_to_their_standard_streams_by_name_is_output() {
     // Each stream has its order, both together have none.
     output.sort_unstable();
     assert_eq!(output, ["one", "three", "two"]);
+}
+
+/// The loop device whose file lies in a directory.
+fn device(directory: &Path) -> Option<PathBuf> {
+    let devices = fs::read_dir("/sys/block").unwrap().flatten();
+    let is_it = |device: &fs::DirEntry| {
+        let file = fs::read_to_string(device.path().join("loop/backing_file"));
+        file.is_ok_and(|file| Path::new(&file).starts_with(directory))
+    };
+    devices.into_iter().find(is_it).map(|device| Path::new("/dev").join(device.file_name()))
+}
+
+#[test]
+fn owners_on_the_disk_of_commands_are_the_images_own() {
+    if !can_run() {
+        return;
+    }
+    let lower = Layer::busybox().entry(
+        "etc/theirs",
+        tar::EntryType::Regular,
+        0o644,
+        (1000, 65_534),
+        b"x",
+        "",
+    );
+    let command =
+        "echo > /etc/new; chown 7:8 /etc/new; echo > /etc/roots; sync; echo made; sleep 900";
+    let run = Run::on(vec![lower.bytes()], &[command]);
+    let mut build = run.start();
+    let until = Instant::now() + Duration::from_secs(60);
+    // Another program's eyes, which no mount stands before.
+    let owner = |path: &str| {
+        let device = device(&run.place.path().canonicalize().unwrap())?;
+        let asked = format!("stat /tree/{path}");
+        let told = Command::new("debugfs").args(["-R", &asked]).arg(device).output().unwrap();
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        let number = |name: &str| -> Option<u32> {
+            told.split_once(name)?.1.split_whitespace().next()?.parse().ok()
+        };
+        Some((number("User:")?, number("Group:")?))
+    };
+    let mut found = Vec::new();
+    for (path, wanted) in [
+        ("upper/etc/new", (7, 8)),
+        ("upper/etc/roots", (0, 0)),
+        ("upper/etc", (0, 0)),
+        ("lower/etc/theirs", (1000, 65_534)),
+        ("lower/bin/busybox", (0, 0)),
+    ] {
+        let mut owned = owner(path);
+        while owned != Some(wanted) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(50));
+            owned = owner(path);
+        }
+        found.push((path, owned, Some(wanted)));
+    }
+    build.kill().unwrap();
+    build.wait().unwrap();
+    assert!(found.iter().all(|(_, owned, wanted)| owned == wanted), "{found:?}");
 }

@@ -9,7 +9,7 @@ use commands::Scratch;
 
 use crate::support::{Layer, Run};
 
-/// What a script finds out first: `tree` is where commands would work.
+/// What a script finds out first: `bundle` is what it is told, `tree` is where commands would work.
 const ARGUMENTS: &str = r#"#!/bin/sh
 case "$*" in
 --version) echo script version 1; exit;;
@@ -17,7 +17,7 @@ case "$*" in
 *" delete "*) sleep 1000 & exit;;
 esac
 for word; do
-    case $previous in --bundle) tree=$(dirname "$word")/merged;; esac
+    case $previous in --bundle) bundle=$word tree=$(dirname "$word")/merged;; esac
     previous=$word
 done
 "#;
@@ -44,7 +44,10 @@ fn run(runtime: PathBuf, commands: &[&str]) -> Run {
 fn what_a_runtime_leaves_behind_does_not_hold_up_who_waits_for_its_output() {
     let place = tempfile::tempdir().unwrap();
     // Whoever it leaves has its output, and errors, open.
-    let script = "echo first; sleep 1000 & echo made > $tree/made; echo last >&2";
+    // It makes files as runtimes do: as root of the commands, from within.
+    let script = "echo first; sleep 1000 & for user in $(grep -o 'hostID\":[0-9]*' $bundle/config.json); do
+        setpriv --reuid ${user#*:} --regid ${user#*:} --clear-groups sh -c 'echo made > $0/made' $tree
+        done; echo last >&2";
     let Some(runtime) = runtime(place.path(), script) else { return };
     let mut run = run(runtime, &["one", "two"]);
     run.order.limits.secs_max = Some(20);

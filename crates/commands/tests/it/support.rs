@@ -55,6 +55,7 @@ const APPLETS: &[&str] = &[
     "dmesg",
     "pwd",
     "sort",
+    "sync",
 ];
 
 /// Whether this host can run commands. If not, that is printed.
