@@ -3,6 +3,9 @@
 //!
 //! The worker that makes an image knows where data belongs, and asks for it; its parent cuts. Behind its
 //! walls a worker cannot: to move blocks out of the way gives a file more of them than `RLIMIT_FSIZE` does.
+//!
+//! It knows neither how packs came to lie in one file (`layers/slabs.rs`) nor what an image is made of: runs
+//! are what a worker says, of which it believes nothing but what it has checked.
 
 use std::cmp::Ordering;
 use std::fs::File;

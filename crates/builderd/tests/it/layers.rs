@@ -78,13 +78,15 @@ const FILE_BLOCKS_MAX: &str = "262144";
 
 /// What a build says that may write no file of more blocks.
 fn built_within(workshop: &Workshop, blocks_max: &str, options: &str) -> String {
+    let options = format!("--progress rawjson --checksum none {options}");
+    built_under(workshop, &format!("-f {blocks_max}"), &options)
+}
+
+/// What a build says that has a limit of the shell's.
+fn built_under(workshop: &Workshop, limit: &str, options: &str) -> String {
     let program = env!("CARGO_BIN_EXE_builderd");
-    let script = format!(
-        "ulimit -f {blocks_max} && exec {program} build oci:image --progress rawjson \
-         --checksum none {options}"
-    );
     let result = std::process::Command::new("sh")
-        .args(["-c", &script])
+        .args(["-c", &format!("ulimit {limit} && exec {program} build oci:image {options}")])
         .current_dir(workshop.directory.path())
         .env("UNKEY_BUILDERD_CACHE_DIR", workshop.path("cache"))
         .output()
@@ -129,16 +131,6 @@ fn a_layer_named_again_must_be_what_each_of_its_places_claims() {
 fn an_image_may_have_more_layers_than_the_soft_limit_of_open_files() {
     let layers = (0..150).map(|n| Layer::new().file(&format!("f{n}"), format!("{n}").as_bytes()));
     let workshop = Workshop::with(&TestImage::new(layers.collect()));
-    let script = format!(
-        "ulimit -S -n 64 && exec {} build oci:image --progress plain -o out",
-        env!("CARGO_BIN_EXE_builderd")
-    );
-    let result = std::process::Command::new("sh")
-        .args(["-c", &script])
-        .current_dir(workshop.directory.path())
-        .env("UNKEY_BUILDERD_CACHE_DIR", workshop.path("cache"))
-        .output()
-        .unwrap();
-    assert!(result.status.success(), "{}", stderr(&result));
+    built_under(&workshop, "-S -n 64", "--progress plain -o out");
     assert_eq!(workshop.run(&["inspect", "out", "--cat", "/f149"]).stdout, b"149");
 }

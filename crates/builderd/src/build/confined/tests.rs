@@ -40,7 +40,10 @@ fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
 /// What comes of a worker that packs a layer of some megabytes by `script`, and what is known of
 /// the disk afterwards.
 fn packed_with(script: &str, walls: &'static [Wall]) -> (Result<PackMade, BuildError>, Disk) {
-    let program = shell(script);
+    packed_as(shell(script), walls)
+}
+
+fn packed_as(program: Program, walls: &'static [Wall]) -> (Result<PackMade, BuildError>, Disk) {
     in_time(move || {
         let (sender, chunks) = mpsc::channel(4);
         let feeder = std::thread::spawn(move || {
@@ -68,6 +71,16 @@ fn refused(script: &str) -> (String, Duration) {
 
 fn line(value: &Value) -> String {
     format!("echo '{value}'")
+}
+
+#[test]
+fn no_worker_starts_any_more_when_they_were_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let mark = directory.path().join("started");
+    let program = shell(&format!("echo > {}", mark.display()));
+    program.end_workers();
+    let error = chain(&packed_as(program, &[]).0.expect_err("it was ended"));
+    assert!(error.ends_with("the work is over") && !mark.exists(), "{error}");
 }
 
 #[test]

@@ -10,10 +10,10 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use sandbox::{Ender, Outcome, Sandbox, SandboxPolicy, Wall};
+use sandbox::{Ender, Outcome, Pipes, Sandbox, SandboxPolicy, Wall};
 
 use super::{Line, Order, Task};
 use crate::build::disk::{direct_twin, is_writable, lock};
@@ -39,6 +39,8 @@ pub(in crate::build) struct Program {
     arguments: Vec<CString>,
     /// Those that run it, or did.
     workers: Mutex<Vec<Ender>>,
+    /// Whether they were ended. Held to be read while one starts.
+    is_over: RwLock<bool>,
 }
 
 impl Program {
@@ -50,12 +52,13 @@ impl Program {
     }
 
     pub(in crate::build) fn new(file: File, arguments: Vec<CString>) -> Self {
-        Self { file, arguments, workers: Mutex::default() }
+        Self { file, arguments, workers: Mutex::default(), is_over: RwLock::default() }
     }
 
-    /// Ends the workers that still run it. When this returns none has a file open, unless its disk keeps
-    /// it waiting for longer than a second.
+    /// Ends the workers that still run it, and lets none start any more. When this returns none has a file
+    /// open, unless its disk keeps it waiting for longer than a second.
     pub(in crate::build) fn end_workers(&self) {
+        *self.is_over.write().unwrap_or_else(PoisonError::into_inner) = true;
         let workers = std::mem::take(&mut *lock(&self.workers));
         // All at once, and then one by one.
         for most in [Duration::ZERO, END_MAX] {
@@ -63,6 +66,19 @@ impl Program {
                 let _ = worker.end(most);
             }
         }
+    }
+
+    /// Starts one, with files of these.
+    fn spawn(&self, files: &[BorrowedFd<'_>]) -> io::Result<(Sandbox, Pipes)> {
+        let is_over = self.is_over.read().unwrap_or_else(PoisonError::into_inner);
+        if *is_over {
+            return Err(io::Error::other("the work is over"));
+        }
+        let arguments: Vec<&CStr> = self.arguments.iter().map(|word| &**word).collect();
+        let (sandbox, pipes) = Sandbox::spawn(&self.file, &arguments, files)
+            .map_err(|error| io::Error::other(chain(&error)))?;
+        lock(&self.workers).push(sandbox.ender()?);
+        Ok((sandbox, pipes))
     }
 }
 
@@ -156,10 +172,7 @@ impl Worker {
         let has_twin = opened.iter().map(|file| file.twin.is_some()).collect();
         let order = serde_json::to_vec(&Order { policy, has_twin, task })
             .map_err(|error| failed(error.into()))?;
-        let arguments: Vec<&CStr> = program.arguments.iter().map(|word| &**word).collect();
-        let (sandbox, pipes) = Sandbox::spawn(&program.file, &arguments, &handed)
-            .map_err(|error| failed(io::Error::other(chain(&error))))?;
-        lock(&program.workers).push(sandbox.ender().map_err(failed)?);
+        let (sandbox, pipes) = program.spawn(&handed).map_err(failed)?;
         let mut stdin = pipes.stdin;
         let length = u32::try_from(order.len()).map_err(|error| failed(io::Error::other(error)))?;
         // One that has ended already says so by its end.
