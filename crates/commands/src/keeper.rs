@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::fs::{Gid, Mode, OFlags, StatVfsMountFlags, Uid};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
-use sandbox::{LoopDevice, Outcome, Sandbox, Users};
+use sandbox::{LoopDevice, Outcome, Sandbox, SandboxError, UserNamespace, Users};
 use serde::Serialize;
 
 use crate::bundle::Surroundings;
@@ -72,10 +72,17 @@ struct Keeper {
     watched: Option<OwnedFd>,
     /// Where the way out is, if there is one.
     door: Option<SocketAddr>,
-    /// That of the commands' users.
-    namespace: File,
-    /// Its name, where the runtime can go there.
+    /// That of the commands' users, where there is a use for it.
+    namespace: Option<UserNamespace>,
+    /// Its name, where the runtime goes there.
     joined: Option<PathBuf>,
+}
+
+/// What an overlay is made of.
+struct Layers {
+    lower: PathBuf,
+    upper: PathBuf,
+    work: PathBuf,
 }
 
 impl Keeper {
@@ -110,23 +117,24 @@ impl Keeper {
             Joins::First => door.is_none(),
             Joins::Last => true,
         };
-        let namespace = order.users.namespace();
-        let namespace =
-            namespace.map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
-        let joined = match is_joined {
-            true => Some(Self::name_namespace(&namespace, Path::new(base))?),
+        // A disk of its own shows the owners on it as those users.
+        let namespace = match is_joined || watched.is_none() {
+            true => Some(order.users.namespace().map_err(broken)?),
             false => None,
         };
+        let joined = namespace.as_ref().filter(|_| is_joined);
+        let joined = joined.map(|namespace| Self::name_namespace(namespace, Path::new(base)));
+        let joined = joined.transpose()?;
         Ok(Self { order, program, base: base.into(), watched, door, namespace, joined })
     }
 
     /// Gives a user namespace a name as of a file: runc takes one below the `/proc` of a process for that
     /// process's own.
-    fn name_namespace(namespace: &File, base: &Path) -> Result<PathBuf, Trouble> {
+    fn name_namespace(namespace: &UserNamespace, base: &Path) -> Result<PathBuf, Trouble> {
         let name = base.join("users");
         let failed = |error: io::Error| Trouble::of("name the commands' users", error);
         File::create_new(&name).map_err(failed)?;
-        rustix::mount::mount_bind(format!("/proc/self/fd/{}", namespace.as_raw_fd()), &name)
+        rustix::mount::mount_bind(descriptor(namespace.as_fd()), &name)
             .map_err(|error| failed(error.into()))?;
         Ok(name)
     }
@@ -134,9 +142,16 @@ impl Keeper {
     fn run(&self, scratch: File, layer: File, packs: &[File]) -> Result<Vec<String>, Trouble> {
         self.mount_scratch(&scratch)?;
         drop(scratch);
-        let mut warnings = self.unpack(packs)?;
+        let tree = open(&self.tree())?;
+        let mut warnings = self.unpack(&tree, packs)?;
         tell(Event::Unpacked)?;
-        let merged = self.mount_overlay()?;
+        // Who has taken the unpacker over may have left links there, and mount(2) follows those.
+        let [lower, upper] = [unpack::LOWER, unpack::UPPER].map(|name| {
+            unpack::open_directory(tree.as_fd(), name.as_bytes())
+                .map_err(|error| Trouble::ours(format!("the unpacker left no /{name}: {error}")))
+        });
+        let (lower, upper) = (lower?, upper?);
+        let merged = self.mount_overlay(&lower, &upper)?;
         let mut output = Output::default();
         if self.joined.is_some() {
             bundle::set_limits(&self.order.order)
@@ -147,7 +162,7 @@ impl Keeper {
         }
         let failed = |error: rustix::io::Errno| Trouble::of("take the overlay apart", error);
         rustix::mount::unmount(&merged, UnmountFlags::empty()).map_err(failed)?;
-        warnings.extend(self.read(&layer)?);
+        warnings.extend(self.read(&upper, &layer)?);
         Ok(warnings)
     }
 
@@ -178,8 +193,8 @@ impl Keeper {
             Some(directory) => {
                 let failed =
                     |error: rustix::io::Errno| Trouble::of("mount the watched directory", error);
-                let source = format!("/proc/self/fd/{}", directory.as_raw_fd());
-                rustix::mount::mount_bind(source, &scratch).map_err(failed)?;
+                rustix::mount::mount_bind(descriptor(directory.as_fd()), &scratch)
+                    .map_err(failed)?;
                 let flags = MountFlags::BIND | SCRATCH_FLAGS;
                 rustix::mount::mount_remount(&scratch, flags, c"").map_err(failed)?;
             }
@@ -188,26 +203,37 @@ impl Keeper {
         make_directory(&scratch, 0o755)?;
         make_directory(&tree, 0o755)?;
         make_directory(&scratch.join(WORK), 0o700)?;
-        if self.watched.is_none() && self.show_owners(&scratch) {
-            return Ok(());
+        let give = |path: &Path, id: u32| {
+            rustix::fs::chown(path, Some(Uid::from_raw(id)), Some(Gid::from_raw(id)))
+                .map_err(|error| Trouble::of("give a directory to its users", error))
+        };
+        if let (None, Some(namespace)) = (&self.watched, &self.namespace) {
+            // No user of the commands has this number: the names beside the tree are not theirs.
+            give(&scratch, Users::COUNT)?;
+            if self.show_owners(namespace, &scratch)? {
+                return Ok(());
+            }
         }
-        let root = self.order.users.first;
-        rustix::fs::chown(&tree, Some(Uid::from_raw(root)), Some(Gid::from_raw(root)))
-            .map_err(|error| Trouble::of("give the tree to its users", error))
+        give(&tree, self.order.users.first)
     }
 
     /// Has the image's own owners on the disk, and those of the commands wherever one looks from here on.
     /// Not in a directory of the host's, where a program with the bit of setuid would be its root's, and
-    /// not before Linux 5.19, whose overlays have no such mounts below them: the commands' owners are on
-    /// the disk then. What is read back is the same.
-    fn show_owners(&self, scratch: &Path) -> bool {
-        if Users::show_as_own(&self.namespace, scratch).is_err() {
-            return false;
-        }
-        let layers = [TREE, WORK].map(|name| scratch.join(name).display().to_string());
-        let is_taken = self.overlay(scratch, &format!("lowerdir={}", layers.join(":")));
-        // The first is that overlay, the second is what it refused.
-        rustix::mount::unmount(scratch, UnmountFlags::DETACH).is_ok() && is_taken.is_ok()
+    /// not before Linux 6.0, whose overlays cannot be made of such a mount (5.19: have no ACLs then): the
+    /// commands' owners are on the disk there. What is read back is the same.
+    fn show_owners(&self, namespace: &UserNamespace, scratch: &Path) -> Result<bool, Trouble> {
+        let lower = self.at("lower");
+        make_directory(&lower, 0o755)?;
+        let layers =
+            Layers { lower: lower.clone(), upper: scratch.join(TREE), work: scratch.join(WORK) };
+        let is_good = || {
+            let is_made = self.overlay(&lower, &layers).is_ok();
+            let acl = rustix::fs::getxattr(&lower, "system.posix_acl_access", &mut [0; 64][..]);
+            // Nothing was below it if it was not made.
+            let is_gone = !is_made || rustix::mount::unmount(&lower, UnmountFlags::empty()).is_ok();
+            is_made && is_gone && acl == Err(rustix::io::Errno::NODATA)
+        };
+        namespace.show_owners(scratch, is_good).map_err(broken)
     }
 
     /// The file system of this build alone: it ends at its size, and its devices are none.
@@ -224,8 +250,7 @@ impl Keeper {
             let said = String::from_utf8_lossy(&made.stderr);
             return Err(Trouble::ours(format!("mkfs.ext4 failed: {}", said.trim())));
         }
-        let device = LoopDevice::attach(file)
-            .map_err(|error| Trouble::ours(format!("{error}: {}", error.source)))?;
+        let device = LoopDevice::attach(file).map_err(broken)?;
         let failed = |error: rustix::io::Errno| Trouble::of("mount the scratch file system", error);
         let options = Some(c"noinit_itable");
         rustix::mount::mount(device.path(), scratch, "ext4", SCRATCH_FLAGS, options)
@@ -235,8 +260,7 @@ impl Keeper {
         Ok(())
     }
 
-    fn unpack(&self, packs: &[File]) -> Result<Vec<String>, Trouble> {
-        let tree = open(&self.tree())?;
+    fn unpack(&self, tree: &File, packs: &[File]) -> Result<Vec<String>, Trouble> {
         let order = UnpackOrder {
             packs: self.order.base.packs.clone(),
             files: packs.len(),
@@ -247,29 +271,43 @@ impl Keeper {
         self.confined(unpack::ROLE, &order, &files)
     }
 
-    /// Names go up and down, files are copied when they are first changed. `userxattr`: what marks
-    /// a directory is written where confined processes can read it.
-    fn mount_overlay(&self) -> Result<PathBuf, Trouble> {
+    fn mount_overlay(&self, lower: &OwnedFd, upper: &OwnedFd) -> Result<PathBuf, Trouble> {
         let merged = self.at("merged");
         make_directory(&merged, 0o755)?;
-        let tree = self.tree();
-        let data = format!(
-            "lowerdir={},upperdir={},workdir={},userxattr",
-            tree.join(unpack::LOWER).display(),
-            tree.join(unpack::UPPER).display(),
-            self.at("scratch").join(WORK).display()
-        );
-        self.overlay(&merged, &data).map_err(|error| Trouble::of("mount the overlay", error))?;
+        let layers = Layers {
+            lower: descriptor(lower.as_fd()),
+            upper: descriptor(upper.as_fd()),
+            work: self.at("scratch").join(WORK),
+        };
+        self.overlay(&merged, &layers).map_err(|error| match self.is_full() {
+            true => Trouble::theirs("the image leaves no room on the disk of its commands"),
+            false => Trouble::of("mount the overlay", error),
+        })?;
         Ok(merged)
     }
 
-    /// What it does for commands it does as their root: nobody else has owners on the disk.
-    fn overlay(&self, place: &Path, data: &str) -> io::Result<()> {
+    /// Names go up and down, files are copied when they are first changed. `userxattr`: what marks
+    /// a directory is written where confined processes can read it. What the overlay does for the commands
+    /// it does as their root, since nobody else has a number on the disk.
+    fn overlay(&self, place: &Path, layers: &Layers) -> io::Result<()> {
+        let data = format!(
+            "lowerdir={},upperdir={},workdir={},userxattr",
+            layers.lower.display(),
+            layers.upper.display(),
+            layers.work.display()
+        );
         let data = CString::new(data).map_err(io::Error::other)?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
         self.order.users.as_first(|| {
             Ok(rustix::mount::mount("overlay", place, "overlay", flags, Some(&*data))?)
-        })
+        })?;
+        // One that cannot write to its work directory is mounted all the same, to be read.
+        let flags = rustix::fs::statvfs(place)?.f_flag;
+        if !flags.contains(StatVfsMountFlags::RDONLY) {
+            return Ok(());
+        }
+        rustix::mount::unmount(place, UnmountFlags::empty())?;
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }
 
     fn command(&self, index: usize, merged: &Path, output: &mut Output) -> Result<(), Trouble> {
@@ -342,8 +380,7 @@ impl Keeper {
         Ok((code, complaint(&log)))
     }
 
-    fn read(&self, layer: &File) -> Result<Vec<String>, Trouble> {
-        let upper = open(&self.tree().join(unpack::UPPER))?;
+    fn read(&self, upper: &OwnedFd, layer: &File) -> Result<Vec<String>, Trouble> {
         let order = LayerOrder { bytes_max: self.order.order.layer_bytes_max };
         self.confined(layer::ROLE, &order, &[upper.as_fd(), layer.as_fd()])
     }
@@ -431,6 +468,15 @@ fn tell(event: Event) -> Result<(), Trouble> {
 /// Nobody will read why.
 fn parent_gone(error: io::Error) -> Trouble {
     Trouble::of("speak with the build", error)
+}
+
+/// The name by which this process alone reaches what it has open.
+fn descriptor(file: BorrowedFd<'_>) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+fn broken(error: SandboxError) -> Trouble {
+    Trouble::ours(format!("{error}: {}", error.source))
 }
 
 fn open(directory: &Path) -> Result<File, Trouble> {

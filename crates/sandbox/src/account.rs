@@ -12,28 +12,117 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use rustix::thread::{Gid, LinkNameSpaceType, Uid};
 
-use crate::{Users, spawn, users};
+use crate::{SandboxError, Users, spawn, users};
+
+/// A user namespace. What is in it is not known.
+#[derive(Debug)]
+pub struct UserNamespace(File);
+
+impl UserNamespace {
+    /// One that the kernel counts for the first of the users, and with it what it has in it:
+    /// user_namespaces(7), namespaces(7). By root.
+    pub(crate) fn new(users: Users, map: &str) -> io::Result<Self> {
+        Ok(Self(as_user(users.first, || spawn::user_namespace(map))?))
+    }
+
+    /// Shows the files of a tree that is not mounted yet as those of the users outside to whom this
+    /// namespace gives their numbers, and makes them the files of those numbers where such a user makes
+    /// them: mount_setattr(2), Linux 5.12.
+    pub(crate) fn map_owners(&self, tree: BorrowedFd<'_>) -> io::Result<()> {
+        /// `struct mount_attr`, linux/mount.h.
+        #[repr(C)]
+        struct MountAttr {
+            set: u64,
+            clear: u64,
+            propagation: u64,
+            user_namespace: u64,
+        }
+        let user_namespace = u64::try_from(self.0.as_raw_fd()).map_err(io::Error::other)?;
+        let set = libc::MOUNT_ATTR_IDMAP;
+        let attr = MountAttr { set, clear: 0, propagation: 0, user_namespace };
+        // SAFETY: the kernel reads a path and a structure that live across the call.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                tree.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_EMPTY_PATH,
+                &raw const attr,
+                size_of::<MountAttr>(),
+            )
+        };
+        if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Mounts a directory over itself if `is_good` says so when it is: in it files have the owners to whom
+    /// this namespace gives the numbers that they have on the disk. Only those make files there: others,
+    /// root too, have no number. What is mounted below is not seen any more. Needs root.
+    ///
+    /// False where the kernel or the file system has no such mounts; nothing is mounted then.
+    ///
+    /// # Errors
+    /// [`SandboxError`] when something else is in the way; what is mounted then is of no use.
+    pub fn show_owners(
+        &self,
+        directory: &Path,
+        is_good: impl FnOnce() -> bool,
+    ) -> Result<bool, SandboxError> {
+        let mount = || {
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            let tree = rustix::mount::open_tree(CWD, directory, flags)?;
+            match self.map_owners(tree.as_fd()) {
+                Err(error) if is_unknown(&error) => return Ok(false),
+                mapped => mapped?,
+            }
+            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+            rustix::mount::move_mount(&tree, c"", CWD, directory, flags)?;
+            if is_good() {
+                return Ok(true);
+            }
+            rustix::mount::unmount(directory, UnmountFlags::DETACH)?;
+            Ok(false)
+        };
+        mount().map_err(|source: io::Error| {
+            SandboxError::new("show the owners of a directory as others", source)
+        })
+    }
+}
+
+impl AsFd for UserNamespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// What a kernel says that does not know such mounts, or not of this file system.
+fn is_unknown(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
+}
 
 /// The users of one build, and the namespace in which there are no others.
 pub(crate) struct Account {
     users: Users,
-    namespace: File,
+    namespace: UserNamespace,
 }
 
 impl Account {
-    /// To be called by the only thread, as root.
+    /// As root.
     pub(crate) fn open(users: Users) -> io::Result<Self> {
-        Ok(Self { users, namespace: namespace(users, &map(users))? })
+        Ok(Self { users, namespace: UserNamespace::new(users, &map(users))? })
     }
 
-    /// [`show_as_own`], by the namespace of these users.
-    pub(crate) fn show_as_own(&self, tree: BorrowedFd<'_>) -> io::Result<()> {
-        show_as_own(tree, &self.namespace)
+    /// Where there are no others.
+    pub(crate) fn namespace(&self) -> &UserNamespace {
+        &self.namespace
     }
 
     /// Goes on as the first of the users, who is root of them alone. What it starts may have the others.
@@ -54,62 +143,39 @@ impl Account {
     }
 }
 
-/// Shows the files of a tree that is not mounted yet as those of the users outside to whom a user
-/// namespace gives their numbers, and makes them the files of those numbers where such a user makes
-/// them: mount_setattr(2), Linux 5.12.
-pub(crate) fn show_as_own(tree: BorrowedFd<'_>, namespace: &File) -> io::Result<()> {
-    /// `struct mount_attr`, linux/mount.h.
-    #[repr(C)]
-    struct MountAttr {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        user_namespace: u64,
-    }
-    let user_namespace = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
-    let attr = MountAttr { set: libc::MOUNT_ATTR_IDMAP, clear: 0, propagation: 0, user_namespace };
-    // SAFETY: the kernel reads a path and a structure that live across the call.
-    let answer = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attr,
-            size_of::<MountAttr>(),
-        )
-    };
-    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// A user namespace that the kernel counts for the first of the users, and with it what it has in it:
-/// user_namespaces(7), namespaces(7).
-pub(crate) fn namespace(users: Users, map: &str) -> io::Result<File> {
-    as_user(users.first, || spawn::user_namespace(map))
-}
-
 /// Does what the kernel is to count for a user, or to do in its name and in that of the group of the same
-/// number, with the capabilities of root.
-pub(crate) fn as_user<T>(user: u32, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    // Both are forgotten where the user changes: prctl(2).
-    let with_parent = rustix::process::parent_process_death_signal()?;
+/// number, with the capabilities of root. By a thread that is gone afterwards: nothing but its own user is
+/// ever another, and the end of who started this process still ends it, prctl(2).
+pub(crate) fn as_user<T: Send>(
+    user: u32,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // What all threads have together changes with the user of one.
     let dumpable = rustix::process::dumpable_behavior()?;
-    let parent = rustix::process::getppid();
-    let group = rustix::process::getegid();
-    let all = rustix::thread::capabilities(None)?;
-    rustix::thread::set_thread_res_gid(None, Gid::from_raw(user), None)?;
-    rustix::thread::set_thread_res_uid(None, Uid::from_raw(user), None)?;
-    let done = rustix::thread::set_capabilities(None, all).map_err(io::Error::from);
-    let done = done.and_then(|()| work());
-    rustix::thread::set_thread_res_uid(None, Uid::ROOT, None)?;
-    rustix::thread::set_capabilities(None, all)?;
-    rustix::thread::set_thread_res_gid(None, group, None)?;
-    rustix::process::set_parent_process_death_signal(with_parent)?;
+    let become_user = || {
+        let all = rustix::thread::capabilities(None)?;
+        rustix::thread::set_thread_res_gid(None, Gid::from_raw(user), None)?;
+        rustix::thread::set_thread_res_uid(None, Uid::from_raw(user), None)?;
+        rustix::thread::set_capabilities(None, all)
+    };
+    let done = std::thread::scope(|scope| {
+        let thread = move || {
+            let done = become_user().map_err(io::Error::from).and_then(|()| work());
+            (rustix::thread::gettid(), done)
+        };
+        let thread = std::thread::Builder::new().spawn_scoped(scope, thread)?;
+        thread.join().map_err(|_| io::Error::other("the thread of another user panicked"))
+    });
     rustix::process::set_dumpable_behavior(dumpable)?;
-    match rustix::process::getppid() == parent {
-        true => done,
-        false => Err(io::Error::other("who started this process has ended")),
+    let (thread, done) = done?;
+    // To the kernel it is one of this process's threads for a moment longer: setns(2), user namespaces.
+    let thread = format!("/proc/self/task/{}", thread.as_raw_nonzero());
+    while Path::new(&thread).exists() {
+        std::thread::yield_now();
     }
+    done
 }
 
 /// Inside the first is root, and the others are called as they are outside.

@@ -36,6 +36,7 @@ mod users;
 mod view;
 mod wall;
 
+pub use account::UserNamespace;
 pub use cgroup::{Cgroup, CgroupLimits, CgroupRoot, CgroupUsage};
 pub use confine::{Access, confine, confine_to};
 pub use limits::SandboxPolicy;

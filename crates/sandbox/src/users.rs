@@ -4,20 +4,15 @@
 //! one holder at a time (unix(7), abstract sockets), so nothing of it is left when the holder ends,
 //! however it ends. Services that share a host but no network do not see each other's names.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsFd as _;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::CWD;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 use serde::{Deserialize, Serialize};
 
-use crate::{SandboxError, account};
+use crate::{SandboxError, UserNamespace, account};
 
 /// The first of all: above what systems give to people, services and dynamic users (systemd.io,
 /// "Users, Groups, UIDs and GIDs on systemd Systems").
@@ -72,39 +67,18 @@ impl Users {
     ///
     /// # Errors
     /// [`SandboxError`] when the kernel refuses.
-    pub fn namespace(self) -> Result<File, SandboxError> {
+    pub fn namespace(self) -> Result<UserNamespace, SandboxError> {
         let map = format!("0 {} {}", self.first, self.count);
-        account::namespace(self, &map)
+        UserNamespace::new(self, &map)
             .map_err(|source| SandboxError::new("make a user namespace", source))
     }
 
-    /// Mounts a directory over itself. In it the files of root are those of the first user, and so on: on
-    /// the disk they have the numbers that they have inside [the namespace](Self::namespace) (idmapped
-    /// mounts, mount_setattr(2), Linux 5.12). Who is none of these users, root too, makes no files there.
-    /// What is mounted below is not seen any more. Needs root.
+    /// Does something as the first of these users, but with root's capabilities: the files it makes are that
+    /// user's, also where the kernel makes them later on its behalf, as for an overlay's mount. Needs root.
     ///
     /// # Errors
-    /// [`SandboxError`] when the kernel or the file system has no such mounts; nothing is mounted then.
-    pub fn show_as_own(namespace: &File, directory: &Path) -> Result<(), SandboxError> {
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let shown = || {
-            let tree = rustix::mount::open_tree(CWD, directory, flags)?;
-            account::show_as_own(tree.as_fd(), namespace)?;
-            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-            Ok(rustix::mount::move_mount(&tree, c"", CWD, directory, flags)?)
-        };
-        shown().map_err(|source: io::Error| {
-            SandboxError::new("mount a directory with other owners", source)
-        })
-    }
-
-    /// Does something as the first of these users, but with root's rights: the files it makes are that
-    /// user's, also where the kernel makes them later on its behalf, as for an overlay's mount. Needs root;
-    /// by a thread of which this process has no other.
-    ///
-    /// # Errors
-    /// What `work` says, or that this process could not become that user.
-    pub fn as_first<T>(self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    /// What `work` says, or that no thread could become that user.
+    pub fn as_first<T: Send>(self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         account::as_user(self.first, work)
     }
 }

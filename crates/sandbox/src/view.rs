@@ -295,7 +295,8 @@ fn see_only(
     }
     for path in kept {
         let part = Part::of(path, is_deep, false).map_err(named(path))?;
-        let own = account.map_or(Ok(()), |account| account.show_as_own(part.tree.as_fd()));
+        let own = |account: &Account| account.namespace().map_owners(part.tree.as_fd());
+        let own = account.map_or(Ok(()), own);
         own.map_err(|error| no_idmapped_mount(path, &error))?;
         parts.push(part);
     }

@@ -2,7 +2,7 @@
 
 use commands::{Event, Joins};
 
-use crate::support::{Layer, Run, can_run};
+use crate::support::{Layer, Run, can_run, sleeping};
 
 #[test]
 fn commands_are_root_of_nothing_but_their_tree() {
@@ -89,6 +89,19 @@ fn an_image_without_a_directory_that_is_mounted_on_is_refused_by_its_path() {
 }
 
 #[test]
+fn a_link_that_a_taken_over_unpacker_leaves_leads_the_overlay_nowhere() {
+    if !can_run() {
+        return;
+    }
+    let mut run = Run::busybox(&["true"]);
+    let program = run.directory.path().join("taken-over");
+    std::fs::copy(&run.program, &program).unwrap();
+    run.program = program;
+    let error = run.end().error.unwrap_or_default();
+    assert!(error.contains("the unpacker left no /lower"), "{error}");
+}
+
+#[test]
 fn users_of_commands_are_nobody_elses_while_they_run() {
     use std::os::linux::net::SocketAddrExt as _;
     use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -98,22 +111,8 @@ fn users_of_commands_are_nobody_elses_while_they_run() {
     let mark = format!("7{}", std::process::id());
     let run = Run::busybox(&[&format!("sleep {mark}")]);
     let mut child = run.start();
-    let patience = std::time::Instant::now() + std::time::Duration::from_secs(60);
     // As this host sees them: the first inside, the first outside, how many.
-    let map = loop {
-        let all = std::fs::read_dir("/proc").unwrap().flatten().map(|process| process.path());
-        let words = format!("sleep\0{mark}\0");
-        let is_it = |path: &std::path::PathBuf| {
-            std::fs::read(path.join("cmdline")).is_ok_and(|line| line == words.as_bytes())
-        };
-        let map =
-            all.filter(is_it).find_map(|path| std::fs::read_to_string(path.join("uid_map")).ok());
-        if let Some(map) = map {
-            break map;
-        }
-        assert!(std::time::Instant::now() < patience, "it never ran");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    };
+    let map = std::fs::read_to_string(sleeping(&mark).join("uid_map")).unwrap();
     let map: Vec<u32> = map.split_whitespace().map(|number| number.parse().unwrap()).collect();
     let number = (map[1] - 0x6500_0000) / sandbox::Users::COUNT;
     assert_eq!(map, [0, 0x6500_0000 + number * sandbox::Users::COUNT, sandbox::Users::COUNT]);

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use commands::{Base, CommandLimits, Event, Order, PackPart};
 
@@ -147,6 +148,8 @@ pub(crate) struct Run {
     pub(crate) base: Base,
     /// What the commands work on is made there.
     pub(crate) place: tempfile::TempDir,
+    /// Which program runs it.
+    pub(crate) program: PathBuf,
 }
 
 /// An entry of the layer that came of it.
@@ -200,7 +203,7 @@ impl Run {
         };
         let environment = vec!["PATH=/bin".into(), "COLOUR=red".into()];
         let base = Base { environment, working_directory: String::new(), packs };
-        Self { directory, order, base, place }
+        Self { directory, order, base, place, program: PROGRAM.into() }
     }
 
     pub(crate) fn busybox(commands: &[&str]) -> Self {
@@ -213,7 +216,7 @@ impl Run {
         for (name, text) in ["order.json", "base.json"].into_iter().zip(texts) {
             fs::write(self.directory.path().join(name), text.unwrap()).unwrap();
         }
-        Command::new(PROGRAM)
+        Command::new(&self.program)
             .arg("run")
             .arg(self.directory.path())
             .stdout(Stdio::piped())
@@ -231,6 +234,29 @@ impl Run {
             tar: read("layer.tar").unwrap(),
         }
     }
+}
+
+/// A command that was started as `sleep MARK` and sleeps: its place below `/proc`.
+pub(crate) fn sleeping(mark: &str) -> PathBuf {
+    let words = format!("sleep\0{mark}\0");
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let all = fs::read_dir("/proc").unwrap().flatten().map(|process| process.path());
+        let is_it = |path: &PathBuf| {
+            fs::read(path.join("cmdline")).is_ok_and(|line| line == words.as_bytes())
+        };
+        if let Some(process) = all.into_iter().find(is_it) {
+            return process;
+        }
+        assert!(Instant::now() < until, "it never ran");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Who root of a process is outside.
+pub(crate) fn first_user(process: &Path) -> u32 {
+    let map = fs::read_to_string(process.join("uid_map")).unwrap();
+    map.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 fn accepted() -> Vec<String> {

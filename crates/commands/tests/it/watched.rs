@@ -1,9 +1,11 @@
 //! Commands where the host has no loop devices: their disk is a directory that is watched.
 
+use std::os::unix::fs::MetadataExt as _;
+
 use commands::Scratch;
 
 use crate::debian::layers;
-use crate::support::{Layer, Run, can_run};
+use crate::support::{Layer, Run, can_run, first_user, sleeping};
 
 fn watched(commands: &[&str]) -> Run {
     let mut run = Run::busybox(commands);
@@ -41,6 +43,27 @@ fn a_watched_directory_gives_the_same_layer_and_nothing_of_it_stays() {
     let (one, other) = (make(Scratch::Sized), make(Scratch::Watched));
     assert_eq!(one.changed(), other.changed());
     assert!(other.paths().contains(&"etc/.wh.old".to_owned()), "{:?}", other.paths());
+}
+
+#[test]
+fn owners_in_a_watched_directory_are_never_the_hosts_own() {
+    if !can_run() {
+        return;
+    }
+    let mark = format!("9{}", std::process::id());
+    let mut run = watched(&[&format!("echo > /etc/new; chmod 4755 /etc/new; sleep {mark}")]);
+    let place = tempfile::tempdir().unwrap();
+    run.order.scratch_directory = place.path().to_owned();
+    let mut build = run.start();
+    let first = first_user(&sleeping(&mark));
+    let [watched] = &left(place.path())[..] else { panic!("one directory") };
+    let tree = place.path().join(watched).join("tree");
+    for path in ["upper/etc/new", "upper/etc", "lower/bin/busybox"] {
+        let found = std::fs::symlink_metadata(tree.join(path)).unwrap();
+        assert_eq!((found.uid(), found.gid()), (first, first), "{path}");
+    }
+    build.kill().unwrap();
+    build.wait().unwrap();
 }
 
 #[test]

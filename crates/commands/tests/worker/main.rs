@@ -10,10 +10,25 @@ fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
     let word = |at: usize| arguments.get(at).map(String::as_str);
     match (word(1), word(2)) {
+        (Some(commands::ARGUMENT), Some("unpack")) if is_taken_over()? => leave_links(),
         (Some(commands::ARGUMENT), Some(role)) => commands::main(role),
         (Some("run"), Some(directory)) => run(directory.as_ref()),
         _ => Err(std::io::Error::other("say what to do")),
     }
+}
+
+/// Under that name of its file an unpacker is one that somebody has taken over.
+fn is_taken_over() -> std::io::Result<bool> {
+    Ok(std::env::current_exe()?.ends_with("taken-over"))
+}
+
+/// Leaves the host's files where the image's tree is looked for, and says that all is well.
+fn leave_links() -> std::io::Result<()> {
+    let directory = Path::new("/proc/self/fd/3");
+    std::os::unix::fs::symlink("/", directory.join("lower"))?;
+    std::fs::create_dir(directory.join("upper"))?;
+    println!(r#"{{"Done":{{"warnings":[]}}}}"#);
+    Ok(())
 }
 
 /// `order.json`, `base.json` and the pack `0`, `1`, … of a directory → `layer.tar`, `events.json` and,

@@ -164,3 +164,60 @@ fn what_is_counted_for_the_owner_of_a_namespace_is_counted_for_one_build_alone()
         assert_eq!(*line, all, "each has as many as one user may have");
     }
 }
+
+#[test]
+fn owners_are_shown_as_those_of_a_namespace_until_that_is_found_no_good() {
+    if !is_root() {
+        return;
+    }
+    let held = Users::hold().unwrap();
+    let first = held.users().first;
+    let namespace = held.users().namespace().unwrap();
+    // Where mounts of this kind are known since Linux 5.12.
+    let directory = tempfile::tempdir_in(".").unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    fs::set_permissions(&place, Permissions::from_mode(0o755)).unwrap();
+    fs::write(place.join("roots"), "x").unwrap();
+    let owner = |name: &str| fs::metadata(place.join(name)).unwrap().uid();
+    let is_mounted = || {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        mounts.lines().any(|line| line.split(' ').nth(4) == place.to_str())
+    };
+
+    let refused = namespace.show_owners(&place, || {
+        assert_eq!(owner("roots"), first);
+        false
+    });
+    assert!(!refused.unwrap() && !is_mounted() && owner("roots") == 0, "nothing is left of it");
+    assert!(namespace.show_owners(&place, || true).unwrap());
+    let by_root = fs::write(place.join("refused"), "x").unwrap_err();
+    let by_first = held.users().as_first(|| fs::write(place.join("made"), "x"));
+    rustix::mount::unmount(&place, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert_eq!(by_root.raw_os_error(), Some(libc::EOVERFLOW));
+    by_first.unwrap();
+    assert_eq!((owner("made"), owner("roots")), (0, 0), "on the disk they are root's");
+}
+
+#[test]
+fn what_is_done_as_another_user_leaves_the_process_as_it_was() {
+    if !is_root() {
+        return;
+    }
+    let held = Users::hold().unwrap();
+    let state = || {
+        let status = fs::read_to_string("/proc/thread-self/status").unwrap();
+        let keys = ["Uid:", "Gid:", "CapEff:", "CapPrm:"];
+        let lines = status.lines().filter(|line| keys.iter().any(|key| line.starts_with(key)));
+        let lines: Vec<String> = lines.map(str::to_owned).collect();
+        (lines, rustix::process::dumpable_behavior().unwrap())
+    };
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
+    let before = state();
+    let inside = held.users().as_first(|| Ok(rustix::process::geteuid().as_raw())).unwrap();
+    assert_eq!(inside, held.users().first);
+    held.users().as_first(|| Err::<(), _>(std::io::Error::other("no"))).unwrap_err();
+    assert_eq!(state(), before);
+    let signal = rustix::process::parent_process_death_signal().unwrap();
+    assert_eq!(signal, Some(rustix::process::Signal::KILL));
+    rustix::process::set_parent_process_death_signal(None).unwrap();
+}

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sandbox::{Ender, Outcome, Pipes, Sandbox, SandboxPolicy, Wall};
@@ -37,10 +37,8 @@ const SPARE_FILES: u64 = 24;
 pub(in crate::build) struct Program {
     file: File,
     arguments: Vec<CString>,
-    /// Those that run it, or did.
-    workers: Mutex<Vec<Ender>>,
-    /// Whether they were ended. Held to be read while one starts.
-    is_over: RwLock<bool>,
+    /// Those that run it, or did; none when they were ended. Held while one starts.
+    workers: Mutex<Option<Vec<Ender>>>,
 }
 
 impl Program {
@@ -52,14 +50,13 @@ impl Program {
     }
 
     pub(in crate::build) fn new(file: File, arguments: Vec<CString>) -> Self {
-        Self { file, arguments, workers: Mutex::default(), is_over: RwLock::default() }
+        Self { file, arguments, workers: Mutex::new(Some(Vec::new())) }
     }
 
-    /// Ends the workers that still run it, and lets none start any more. When this returns none has a file
-    /// open, unless its disk keeps it waiting for longer than a second.
+    /// Ends the workers that still run it, one that is about to start too, and lets none start any more.
+    /// When this returns none has a file open, unless its disk keeps it waiting for longer than a second.
     pub(in crate::build) fn end_workers(&self) {
-        *self.is_over.write().unwrap_or_else(PoisonError::into_inner) = true;
-        let workers = std::mem::take(&mut *lock(&self.workers));
+        let workers = lock(&self.workers).take().unwrap_or_default();
         // All at once, and then one by one.
         for most in [Duration::ZERO, END_MAX] {
             for worker in &workers {
@@ -70,14 +67,12 @@ impl Program {
 
     /// Starts one, with files of these.
     fn spawn(&self, files: &[BorrowedFd<'_>]) -> io::Result<(Sandbox, Pipes)> {
-        let is_over = self.is_over.read().unwrap_or_else(PoisonError::into_inner);
-        if *is_over {
-            return Err(io::Error::other("the work is over"));
-        }
+        let mut workers = lock(&self.workers);
+        let workers = workers.as_mut().ok_or_else(|| io::Error::other("the work is over"))?;
         let arguments: Vec<&CStr> = self.arguments.iter().map(|word| &**word).collect();
         let (sandbox, pipes) = Sandbox::spawn(&self.file, &arguments, files)
             .map_err(|error| io::Error::other(chain(&error)))?;
-        lock(&self.workers).push(sandbox.ender()?);
+        workers.push(sandbox.ender()?);
         Ok((sandbox, pipes))
     }
 }
