@@ -46,6 +46,7 @@ impl<'a> Counting<'a> {
     ) -> Result<Self, CommandsError> {
         let action = "make the directory of the commands";
         let tree = watched.tree(users).map_err(CommandsError::io(action))?;
+        let tree = sandbox::without_parent(tree.as_fd())?;
         let word = std::ffi::CString::new(measure::ROLE)
             .map_err(|source| CommandsError::io(action)(source.into()))?;
         let arguments = [c"builderd", c"commands-process", &*word];

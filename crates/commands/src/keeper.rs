@@ -145,12 +145,8 @@ impl Keeper {
         let tree = open(&self.tree())?;
         let mut warnings = self.unpack(&tree, packs)?;
         tell(Event::Unpacked)?;
-        // Who has taken the unpacker over may have left links there, and mount(2) follows those.
-        let [lower, upper] = [unpack::LOWER, unpack::UPPER].map(|name| {
-            unpack::open_directory(tree.as_fd(), name.as_bytes())
-                .map_err(|error| Trouble::ours(format!("the unpacker left no /{name}: {error}")))
-        });
-        let (lower, upper) = (lower?, upper?);
+        // mount(2) follows links.
+        let (lower, upper) = (left(&tree, unpack::LOWER)?, left(&tree, unpack::UPPER)?);
         let merged = self.mount_overlay(&lower, &upper)?;
         let mut output = Output::default();
         if self.joined.is_some() {
@@ -189,7 +185,10 @@ impl Keeper {
         let scratch = self.at("scratch");
         make_directory(&scratch, 0o755)?;
         match &self.watched {
-            None => self.make_scratch(file, &scratch)?,
+            None => {
+                self.make_scratch(file, &scratch)?;
+                make_directory(&scratch, 0o755)?;
+            }
             Some(directory) => {
                 let failed =
                     |error: rustix::io::Errno| Trouble::of("mount the watched directory", error);
@@ -200,7 +199,6 @@ impl Keeper {
             }
         }
         let tree = scratch.join(TREE);
-        make_directory(&scratch, 0o755)?;
         make_directory(&tree, 0o755)?;
         make_directory(&scratch.join(WORK), 0o700)?;
         let give = |path: &Path, id: u32| {
@@ -227,11 +225,13 @@ impl Keeper {
         let layers =
             Layers { lower: lower.clone(), upper: scratch.join(TREE), work: scratch.join(WORK) };
         let is_good = || {
-            let is_made = self.overlay(&lower, &layers).is_ok();
+            match self.overlay(&lower, &layers) {
+                Err(error) if is_refused(&error) => return Ok(false),
+                made => made?,
+            }
             let acl = rustix::fs::getxattr(&lower, "system.posix_acl_access", &mut [0; 64][..]);
-            // Nothing was below it if it was not made.
-            let is_gone = !is_made || rustix::mount::unmount(&lower, UnmountFlags::empty()).is_ok();
-            is_made && is_gone && acl == Err(rustix::io::Errno::NODATA)
+            rustix::mount::unmount(&lower, UnmountFlags::empty())?;
+            Ok(acl == Err(rustix::io::Errno::NODATA))
         };
         namespace.show_owners(scratch, is_good).map_err(broken)
     }
@@ -266,6 +266,7 @@ impl Keeper {
             files: packs.len(),
             tree_limits: self.order.order.tree_limits.clone(),
         };
+        let tree = sandbox::without_parent(tree.as_fd()).map_err(broken)?;
         let mut files = vec![tree.as_fd()];
         files.extend(packs.iter().map(|pack| pack.as_fd()));
         self.confined(unpack::ROLE, &order, &files)
@@ -313,6 +314,10 @@ impl Keeper {
     fn command(&self, index: usize, merged: &Path, output: &mut Output) -> Result<(), Trouble> {
         let order = &self.order.order;
         let command = &order.commands[index];
+        // Runtimes follow links there, some of them on the host.
+        let root = open(merged)?;
+        unpack::MOUNT_POINTS.iter().try_for_each(|name| left(&root, name).map(drop))?;
+        drop(root);
         let name = format!("{}-{index}", self.order.group);
         let bundle = self.at(&name);
         make_directory(&bundle, 0o700)?;
@@ -381,6 +386,7 @@ impl Keeper {
     }
 
     fn read(&self, upper: &OwnedFd, layer: &File) -> Result<Vec<String>, Trouble> {
+        let upper = sandbox::without_parent(upper.as_fd()).map_err(broken)?;
         let order = LayerOrder { bytes_max: self.order.order.layer_bytes_max };
         self.confined(layer::ROLE, &order, &[upper.as_fd(), layer.as_fd()])
     }
@@ -470,9 +476,25 @@ fn parent_gone(error: io::Error) -> Trouble {
     Trouble::of("speak with the build", error)
 }
 
+/// A directory that the unpacker has left there: who has taken it over may have left links.
+fn left(place: &File, name: &str) -> Result<OwnedFd, Trouble> {
+    unpack::open_directory(place.as_fd(), name.as_bytes())
+        .map_err(|error| Trouble::ours(format!("the unpacker left no /{name}: {error}")))
+}
+
 /// The name by which this process alone reaches what it has open.
 fn descriptor(file: BorrowedFd<'_>) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// What a kernel says whose overlays cannot be made of what they are to be made of.
+fn is_refused(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::InvalidInput
+            | io::ErrorKind::Unsupported
+            | io::ErrorKind::ReadOnlyFilesystem
+    )
 }
 
 fn broken(error: SandboxError) -> Trouble {

@@ -26,7 +26,7 @@ pub(crate) const LOWER: &str = "lower";
 pub(crate) const UPPER: &str = "upper";
 /// Directories that the runtime mounts something on. Made where the image has none, so that the
 /// runtime does not make them in the name of the commands.
-const MOUNT_POINTS: [&str; 2] = ["dev", "proc"];
+pub(crate) const MOUNT_POINTS: [&str; 2] = ["dev", "proc"];
 const COPY_BYTES: usize = 1 << 20;
 
 /// The whole life of the process: the directory is its first file, those of the packs follow.

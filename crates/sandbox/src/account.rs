@@ -67,29 +67,34 @@ impl UserNamespace {
     /// this namespace gives the numbers that they have on the disk. Only those make files there: others,
     /// root too, have no number. What is mounted below is not seen any more. Needs root.
     ///
-    /// False where the kernel or the file system has no such mounts; nothing is mounted then.
+    /// False where the kernel or the file system has no such mounts, or they are no good; nothing is mounted
+    /// then.
     ///
     /// # Errors
     /// [`SandboxError`] when something else is in the way; what is mounted then is of no use.
     pub fn show_owners(
         &self,
         directory: &Path,
-        is_good: impl FnOnce() -> bool,
+        is_good: impl FnOnce() -> io::Result<bool>,
     ) -> Result<bool, SandboxError> {
-        let mount = || {
+        let cloned = || {
             let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
             let tree = rustix::mount::open_tree(CWD, directory, flags)?;
-            match self.map_owners(tree.as_fd()) {
+            self.map_owners(tree.as_fd())?;
+            Ok(tree)
+        };
+        let mount = || {
+            let tree = match cloned() {
                 Err(error) if is_unknown(&error) => return Ok(false),
-                mapped => mapped?,
-            }
+                cloned => cloned?,
+            };
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
             rustix::mount::move_mount(&tree, c"", CWD, directory, flags)?;
-            if is_good() {
-                return Ok(true);
+            let is_good = is_good()?;
+            if !is_good {
+                rustix::mount::unmount(directory, UnmountFlags::DETACH)?;
             }
-            rustix::mount::unmount(directory, UnmountFlags::DETACH)?;
-            Ok(false)
+            Ok(is_good)
         };
         mount().map_err(|source: io::Error| {
             SandboxError::new("show the owners of a directory as others", source)
@@ -103,9 +108,10 @@ impl AsFd for UserNamespace {
     }
 }
 
-/// What a kernel says that does not know such mounts, or not of this file system.
+/// What a kernel says that does not know such mounts, or not of this file system, or may not make them.
 fn is_unknown(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP))
+    let unknown = [libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP, libc::EPERM];
+    error.raw_os_error().is_some_and(|error| unknown.contains(&error))
 }
 
 /// The users of one build, and the namespace in which there are no others.
@@ -145,7 +151,7 @@ impl Account {
 
 /// Does what the kernel is to count for a user, or to do in its name and in that of the group of the same
 /// number, with the capabilities of root. By a thread that is gone afterwards: nothing but its own user is
-/// ever another, and the end of who started this process still ends it, prctl(2).
+/// ever another, and the end of who started this process still ends it, prctl(2). Not within itself.
 pub(crate) fn as_user<T: Send>(
     user: u32,
     work: impl FnOnce() -> io::Result<T> + Send,
@@ -168,14 +174,16 @@ pub(crate) fn as_user<T: Send>(
         let thread = std::thread::Builder::new().spawn_scoped(scope, thread)?;
         thread.join().map_err(|_| io::Error::other("the thread of another user panicked"))
     });
-    rustix::process::set_dumpable_behavior(dumpable)?;
+    let restored = rustix::process::set_dumpable_behavior(dumpable);
     let (thread, done) = done?;
+    let done = done?;
+    restored?;
     // To the kernel it is one of this process's threads for a moment longer: setns(2), user namespaces.
     let thread = format!("/proc/self/task/{}", thread.as_raw_nonzero());
     while Path::new(&thread).exists() {
         std::thread::yield_now();
     }
-    done
+    Ok(done)
 }
 
 /// Inside the first is root, and the others are called as they are outside.

@@ -44,7 +44,7 @@ pub use loopback::LoopDevice;
 pub use outcome::Outcome;
 pub use spawn::{Ender, Pipes, Sandbox, can_isolate, take_files};
 pub use users::{HeldUsers, Users};
-pub use view::{Processes, narrow};
+pub use view::{Processes, narrow, without_parent};
 pub use wall::Wall;
 
 /// Why there is no sandbox.

@@ -74,7 +74,8 @@ impl Users {
     }
 
     /// Does something as the first of these users, but with root's capabilities: the files it makes are that
-    /// user's, also where the kernel makes them later on its behalf, as for an overlay's mount. Needs root.
+    /// user's, also where the kernel makes them later on its behalf, as for an overlay's mount. Needs root;
+    /// not to be called by `work`.
     ///
     /// # Errors
     /// What `work` says, or that no thread could become that user.

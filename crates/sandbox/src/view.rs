@@ -3,11 +3,11 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, StatVfsMountFlags};
+use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
@@ -201,6 +201,25 @@ pub fn narrow(
         users::hold_own().map_err(failed("find users that nobody else has"))?;
     }
     seccomp::refuse(REFUSED).map_err(failed("filter system calls"))
+}
+
+/// The same directory once more, from which no way leads up. `..` of a directory that is handed over leads
+/// through the mounts of whoever has opened it, past the root of who has it now (path_resolution(7)); this
+/// one is mounted nowhere. Needs root.
+///
+/// # Errors
+/// [`SandboxError`] when the kernel refuses.
+pub fn without_parent(directory: BorrowedFd<'_>) -> Result<File, SandboxError> {
+    let opened = || {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        let tree = rustix::mount::open_tree(directory, c"", flags)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(&tree, c".", flags, Mode::empty())
+    };
+    let opened = opened().map(File::from);
+    opened.map_err(|source| SandboxError::new("open a directory without what is above it", source))
 }
 
 /// Mounts that nobody else sees, what ipc(7) has of its own, and perhaps a PID namespace for the next

@@ -89,16 +89,18 @@ fn an_image_without_a_directory_that_is_mounted_on_is_refused_by_its_path() {
 }
 
 #[test]
-fn a_link_that_a_taken_over_unpacker_leaves_leads_the_overlay_nowhere() {
+fn a_link_that_a_taken_over_unpacker_leaves_leads_nowhere() {
     if !can_run() {
         return;
     }
-    let mut run = Run::busybox(&["true"]);
-    let program = run.directory.path().join("taken-over");
-    std::fs::copy(&run.program, &program).unwrap();
-    run.program = program;
-    let error = run.end().error.unwrap_or_default();
-    assert!(error.contains("the unpacker left no /lower"), "{error}");
+    for name in ["lower", "upper", "dev", "proc"] {
+        let mut run = Run::busybox(&["true"]);
+        let program = run.directory.path().join(format!("taken-over-{name}"));
+        std::fs::copy(&run.program, &program).unwrap();
+        run.program = program;
+        let error = run.end().error.unwrap_or_default();
+        assert!(error.contains(&format!("the unpacker left no /{name}")), "{error}");
+    }
 }
 
 #[test]

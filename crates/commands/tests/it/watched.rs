@@ -57,7 +57,10 @@ fn owners_in_a_watched_directory_are_never_the_hosts_own() {
     let mut build = run.start();
     let first = first_user(&sleeping(&mark));
     let [watched] = &left(place.path())[..] else { panic!("one directory") };
-    let tree = place.path().join(watched).join("tree");
+    let watched = place.path().join(watched);
+    let mode = std::fs::metadata(&watched).unwrap().mode();
+    assert_eq!(mode & 0o7777, 0o700, "nobody but root goes where their programs are");
+    let tree = watched.join("tree");
     for path in ["upper/etc/new", "upper/etc", "lower/bin/busybox"] {
         let found = std::fs::symlink_metadata(tree.join(path)).unwrap();
         assert_eq!((found.uid(), found.gid()), (first, first), "{path}");

@@ -2,6 +2,7 @@
 //! test it takes an order from files and writes the layer and what happened to files.
 
 use std::fs::{File, OpenOptions};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use commands::{Base, CommandsError, Event, Order, Overseer, Serve};
@@ -10,23 +11,39 @@ fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
     let word = |at: usize| arguments.get(at).map(String::as_str);
     match (word(1), word(2)) {
-        (Some(commands::ARGUMENT), Some("unpack")) if is_taken_over()? => leave_links(),
+        (Some(commands::ARGUMENT), Some("unpack")) => match taken_over()? {
+            Some(name) => leave_link(&name),
+            None => commands::main("unpack"),
+        },
         (Some(commands::ARGUMENT), Some(role)) => commands::main(role),
         (Some("run"), Some(directory)) => run(directory.as_ref()),
         _ => Err(std::io::Error::other("say what to do")),
     }
 }
 
-/// Under that name of its file an unpacker is one that somebody has taken over.
-fn is_taken_over() -> std::io::Result<bool> {
-    Ok(std::env::current_exe()?.ends_with("taken-over"))
+/// Under such a name of its file an unpacker is one that somebody has taken over; what it does then.
+fn taken_over() -> std::io::Result<Option<String>> {
+    let program = std::env::current_exe()?;
+    let name = program.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    Ok(name.strip_prefix("taken-over-").map(str::to_owned))
 }
 
-/// Leaves the host's files where the image's tree is looked for, and says that all is well.
-fn leave_links() -> std::io::Result<()> {
+/// Leaves a way to the host's files where a directory is looked for, and says that all is well.
+fn leave_link(name: &str) -> std::io::Result<()> {
     let directory = Path::new("/proc/self/fd/3");
-    std::os::unix::fs::symlink("/", directory.join("lower"))?;
-    std::fs::create_dir(directory.join("upper"))?;
+    let place = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino()));
+    if place(&directory.join(".."))? != place(directory)? {
+        println!(r#"{{"Failed":{{"text":"it sees what is above","is_theirs":false}}}}"#);
+        return Ok(());
+    }
+    for path in ["lower", "upper", "lower/dev", "lower/proc"] {
+        match path.rsplit('/').next() == Some(name) {
+            true => std::os::unix::fs::symlink("/", directory.join(path))?,
+            // Below a link there is no place.
+            false if path.starts_with("lower/") && name == "lower" => {}
+            false => std::fs::create_dir(directory.join(path))?,
+        }
+    }
     println!(r#"{{"Done":{{"warnings":[]}}}}"#);
     Ok(())
 }

@@ -70,6 +70,12 @@ fn reach(policy: &SandboxPolicy, access: Access) {
         let (uid, gid) = (Some(Uid::from_raw(5)), Some(Gid::from_raw(6)));
         rustix::fs::chownat(at, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
     };
+    let above = |flags: OFlags| {
+        let above = rustix::fs::openat(at, "../..", flags, Mode::empty())?;
+        let place = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        let is_here = place(rustix::fs::fstat(&above)?) == place(rustix::fs::fstat(at)?);
+        if is_here { Err(rustix::io::Errno::NOENT) } else { Ok(()) }
+    };
     let device = rustix::fs::makedev(1, 3);
     let create = OFlags::WRONLY | OFlags::CREATE;
     for (name, result) in [
@@ -78,7 +84,9 @@ fn reach(policy: &SandboxPolicy, access: Access) {
         ("give", give("made")),
         ("write", rustix::fs::openat(at, "written", create, mode).map(drop)),
         ("out", open("out")),
-        ("up", open("..")),
+        ("up", above(OFlags::RDONLY)),
+        // Landlock does not ask about what is opened only to be named.
+        ("above", above(OFlags::PATH)),
         ("root", open("/")),
         ("device", rustix::fs::mknodat(at, "null", FileType::CharacterDevice, mode, device)),
         ("remove", rustix::fs::unlinkat(at, "private", AtFlags::empty())),
